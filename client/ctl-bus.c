@@ -1,0 +1,64 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#include "ctl.h"
+
+#include <string.h>
+
+static const char *bus_address(const struct ctl *ctl)
+{
+	return ctl->bus_address ?: secure_getenv("PINBROKER_BUS");
+}
+
+int fail_bus(const struct ctl *ctl, int r, const char *what)
+{
+	return fail(EX_UNAVAILABLE,
+		"%s over D-Bus (%s): %s. Check that the bus is running, or give its address with "
+		"--bus.",
+		what, bus_address(ctl) ?: "system bus", strerror(-r));
+}
+
+int fail_bus_call(const sd_bus_error *error, int r, const char *what)
+{
+	const char *advice = "";
+	int code = EX_UNAVAILABLE;
+
+	if (sd_bus_error_has_name(error, SD_BUS_ERROR_ACCESS_DENIED)) {
+		advice = " This is for root and the group pinbroker.";
+		code = EX_NOPERM;
+	} else if (sd_bus_error_has_name(error, SD_BUS_ERROR_SERVICE_UNKNOWN) ||
+		   sd_bus_error_has_name(error, SD_BUS_ERROR_NAME_HAS_NO_OWNER)) {
+		advice = " See whether the broker is running (systemctl status pinbrokerd) and on "
+			 "this bus.";
+	} else if (error->name && strstr(error->name, ".NoSuchObject")) {
+		advice = " pinbrokerctl list shows what there is.";
+		code = EX_NOINPUT;
+	} else if (error->name && strstr(error->name, ".Invalid")) {
+		code = EX_USAGE;
+	}
+	return fail(code, "%s: %s%s", what, error->message ?: strerror(-r), advice);
+}
+
+int ctl_bus_open(const struct ctl *ctl, sd_bus **ret)
+{
+	_cleanup_(sd_bus_flush_close_unrefp) sd_bus *bus = NULL;
+	const char *address = bus_address(ctl);
+	int r;
+
+	if (!address) {
+		r = sd_bus_open_system(&bus);
+		if (r < 0)
+			return fail_bus(ctl, r, "Cannot reach the broker");
+		*ret = TAKE_PTR(bus);
+		return 0;
+	}
+	r = sd_bus_new(&bus);
+	if (r >= 0)
+		r = sd_bus_set_address(bus, address);
+	if (r >= 0)
+		r = sd_bus_set_bus_client(bus, true);
+	if (r >= 0)
+		r = sd_bus_start(bus);
+	if (r < 0)
+		return fail_bus(ctl, r, "Cannot reach the broker");
+	*ret = TAKE_PTR(bus);
+	return 0;
+}

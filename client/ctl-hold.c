@@ -1,0 +1,575 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#include "ctl-ring.h"
+#include "ctl.h"
+
+#include <getopt.h>
+#include <inttypes.h>
+#include <limits.h>
+#include <linux/magic.h>
+#include <poll.h>
+#include <pwd.h>
+#include <signal.h>
+#include <spawn.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/signalfd.h>
+#include <sys/stat.h>
+#include <sys/vfs.h>
+#include <sys/wait.h>
+
+enum { OPTION_ACCESS = OPTION_VERB, OPTION_RANGE, OPTION_ON_REVOKE };
+
+extern char **environ;
+
+struct region {
+	struct pinbroker_range range;
+	uint64_t pin; /* 0: none, or let go */
+	void *map;    /* owned; NULL: none */
+	size_t map_size;
+};
+
+struct hold {
+	struct ctl *ctl;
+	const char *path;
+	char *word; /* owned; the path as printed */
+	enum pinbroker_access access;
+	bool ignore;
+	char **command; /* NULL: none */
+
+	pinbroker *pb;
+	pinbroker_file *file;
+	pinbroker_context *context;
+	int ring_fd;            /* owned */
+	struct region *regions; /* owned; the index is that of the fixed buffer */
+	size_t n_regions;
+	size_t n_pinned;
+	bool placeholders; /* the kernel does not pin these pages, see hold_register() */
+	int code;          /* to exit with, once something has gone wrong */
+	bool lost;
+
+	int signal_fd; /* owned */
+	sigset_t old_mask;
+	pid_t child; /* 0: none, or ended */
+};
+
+/* ---- What is printed. Words, so that a script can read it; the first ones stay as they are. ----
+ */
+
+static void say_time(void)
+{
+	struct timespec ts;
+	char text[32];
+	struct tm tm;
+
+	clock_gettime(CLOCK_REALTIME, &ts);
+	localtime_r(&ts.tv_sec, &tm);
+	strftime(text, sizeof(text), "%H:%M:%S", &tm);
+	printf(" time %s.%03ld\n", text, ts.tv_nsec / 1000000);
+}
+
+static void say_holding(const struct hold *h, const struct region *region)
+{
+	printf("holding %s pin %" PRIu64 " offset %" PRIu64 " length %" PRIu64
+	       " access %s pages %s",
+		h->word, region->pin, region->range.offset, region->range.length,
+		pinbroker_access_name(h->access), h->placeholders ? "placeholder" : "pinned");
+	say_time();
+}
+
+static void say_released(const struct hold *h, uint64_t pin, bool ended)
+{
+	printf("released %s pin %" PRIu64 "%s", h->word, pin, ended ? " ended" : "");
+	say_time();
+}
+
+static void say_notice(const struct hold *h, const struct pinbroker_notice *n)
+{
+	uint64_t now = now_usec();
+	const char *separator = "";
+
+	printf("%s %s pin ", n->update ? "updated" : "revoked", h->word);
+	for (size_t i = 0; i < n->n_pins; i++, separator = ",")
+		printf("%s%" PRIu64, separator, n->pins[i]);
+	printf(" revocation %" PRIu64 " cause %s offset %" PRIu64 " length %" PRIu64, n->revocation,
+		pinbroker_cause_name(n->cause), n->offset, n->length);
+	if (n->size != PINBROKER_UNKNOWN)
+		printf(" size %" PRIu64, n->size);
+	if (n->pid > 0)
+		printf(" pid %d", (int)n->pid);
+	if (n->uid != PINBROKER_NO_UID)
+		printf(" uid %u", (unsigned)n->uid);
+	if (n->comm) {
+		_cleanup_(freep) char *comm = escape_word(n->comm);
+
+		printf(" comm %s", comm);
+	}
+	if (n->reason && *n->reason) {
+		_cleanup_(freep) char *reason = escape_word(n->reason);
+
+		printf(" reason %s", reason);
+	}
+	printf(" left %.3f",
+		n->deadline_usec > now ? (double)(n->deadline_usec - now) / USEC_PER_SEC : 0.0);
+	say_time();
+}
+
+/* ---- Letting go ---- */
+
+static void region_unmap(struct region *region)
+{
+	if (region->map)
+		munmap(region->map, region->map_size);
+	region->map = NULL;
+}
+
+/* What is claimed has to be gone before Unpin claims it. */
+static void hold_deregister(struct hold *h, size_t index)
+{
+	int r;
+
+	r = ring_drop(h->ring_fd, (unsigned)index);
+	if (r == -EINVAL || r == -EOPNOTSUPP)
+		r = ring_unregister(h->ring_fd);
+	/* ENXIO: there are none. */
+	if (r < 0 && r != -ENXIO)
+		h->code = fail(EX_OSERR,
+			"Cannot deregister the buffer over pin %" PRIu64 " on %s: %s.",
+			h->regions[index].pin, h->path, strerror(-r));
+	region_unmap(&h->regions[index]);
+}
+
+static void hold_release(struct hold *h, size_t index)
+{
+	struct region *region = &h->regions[index];
+	uint64_t pin = region->pin, ended;
+	size_t n_ended = 0;
+	int r;
+
+	if (pin == 0)
+		return;
+	hold_deregister(h, index);
+	region->pin = 0;
+	h->n_pinned--;
+	r = pinbroker_unpin(h->pb, &pin, 1, &ended, &n_ended);
+	if (r < 0 && r != -ESTALE && r != -ENOENT) {
+		h->code = fail_call(
+			h->pb, r, "Cannot let go of pin %" PRIu64 " on %s", pin, h->path);
+		return;
+	}
+	say_released(h, pin, r < 0 || n_ended > 0);
+}
+
+static void on_notice(pinbroker *pb, const struct pinbroker_notice *notice, void *userdata)
+{
+	struct hold *h = userdata;
+
+	say_notice(h, notice);
+	if (h->ignore)
+		return;
+	for (size_t i = 0; i < notice->n_pins; i++)
+		for (size_t j = 0; j < h->n_regions; j++)
+			if (h->regions[j].pin == notice->pins[i])
+				hold_release(h, j);
+}
+
+/* ---- Taking hold ---- */
+
+static int hold_open(struct hold *h)
+{
+	int r;
+
+	r = ctl_client(h->ctl, &h->pb);
+	if (r > 0)
+		return r;
+	pinbroker_set_bus_address(h->pb, h->ctl->bus_address);
+	pinbroker_set_revoke_callback(h->pb, on_notice, h);
+	r = pinbroker_connect(h->pb);
+	if (r < 0)
+		return fail_call(h->pb, pinbroker_last_error(h->pb)->name ? r : -ENOTCONN,
+			"Cannot hold %s", h->path);
+	r = pinbroker_open_file(h->pb, h->path, h->access, &h->file);
+	if (r < 0)
+		return fail_call(h->pb, r, "Cannot open %s for %s through the broker", h->path,
+			h->access == PINBROKER_WRITE ? "writing" : "reading");
+	return 0;
+}
+
+static void add_region(struct hold *h, uint64_t offset, uint64_t length)
+{
+	h->regions = must(realloc(h->regions, (h->n_regions + 1) * sizeof(*h->regions)));
+	h->regions[h->n_regions++] = (struct region){.range = {offset, length}};
+}
+
+/* Without --range the whole file; cut into what fits into one fixed buffer. */
+static int hold_divide(struct hold *h)
+{
+	struct region *given = TAKE_PTR(h->regions);
+	size_t n_given = h->n_regions;
+	struct region whole = {};
+	struct stat st;
+
+	h->n_regions = 0;
+	if (n_given == 0) {
+		if (fstat(pinbroker_file_get_fd(h->file), &st) < 0 || st.st_size == 0)
+			return fail(
+				EX_DATAERR, "There is nothing to pin in %s: it is empty.", h->path);
+		whole.range.length = (uint64_t)st.st_size;
+	}
+	for (size_t i = 0; i < (n_given > 0 ? n_given : 1); i++) {
+		struct pinbroker_range range = n_given > 0 ? given[i].range : whole.range;
+
+		while (range.length > RING_BUFFER_MAX && h->n_regions < PINBROKER_RANGES_MAX) {
+			add_region(h, range.offset, RING_BUFFER_MAX);
+			range.offset += RING_BUFFER_MAX;
+			range.length -= RING_BUFFER_MAX;
+		}
+		add_region(h, range.offset, range.length);
+	}
+	free(given);
+	if (h->n_regions > PINBROKER_RANGES_MAX)
+		return fail(EX_DATAERR, "More than %d GiB, or ranges, of %s: give less in --range.",
+			PINBROKER_RANGES_MAX, h->path);
+	return 0;
+}
+
+static int hold_add_context(struct hold *h)
+{
+	int r;
+
+	h->ring_fd = ring_open();
+	if (h->ring_fd < 0)
+		return fail(EX_UNAVAILABLE,
+			"Cannot make an io_uring to pin %s with: %s. See the sysctl "
+			"kernel.io_uring_disabled.",
+			h->path, strerror(-h->ring_fd));
+	r = pinbroker_add_context_remote(h->pb, h->ring_fd, "pinbrokerctl hold", &h->context);
+	if (r < 0)
+		return fail_call(h->pb, r, "Cannot hand an io_uring to the broker for %s", h->path);
+	return 0;
+}
+
+static int hold_reserve(struct hold *h)
+{
+	_cleanup_(freep) struct pinbroker_range *ranges = must(
+		calloc(h->n_regions, sizeof(*ranges)));
+	_cleanup_(freep) uint64_t *pins = must(calloc(h->n_regions, sizeof(*pins)));
+	int r;
+
+	for (size_t i = 0; i < h->n_regions; i++)
+		ranges[i] = h->regions[i].range;
+	r = pinbroker_pin(h->pb, h->file, h->context, ranges, h->n_regions, h->access,
+		"pinbrokerctl hold", pins);
+	if (r < 0)
+		return fail_call(h->pb, r, "Cannot pin %s", h->path);
+	for (size_t i = 0; i < h->n_regions; i++)
+		h->regions[i].pin = pins[i];
+	h->n_pinned = h->n_regions;
+	return 0;
+}
+
+static size_t page_size(int fd)
+{
+	struct statfs sfs;
+
+	if (fstatfs(fd, &sfs) == 0 && sfs.f_type == HUGETLBFS_MAGIC)
+		return (size_t)sfs.f_bsize;
+	return (size_t)sysconf(_SC_PAGESIZE);
+}
+
+static int region_map(const struct hold *h, struct region *region, struct iovec *ret)
+{
+	int fd = pinbroker_file_get_fd(h->file);
+	int protection = h->access == PINBROKER_WRITE ? PROT_READ | PROT_WRITE : PROT_READ;
+	size_t page = page_size(fd), skip = (size_t)(region->range.offset % page);
+	size_t size = (skip + (size_t)region->range.length + page - 1) / page * page;
+	void *p;
+
+	p = mmap(NULL, size, protection, MAP_SHARED, fd, (off_t)(region->range.offset - skip));
+	if (p == MAP_FAILED)
+		return -errno;
+	region->map = p;
+	region->map_size = size;
+	ret->iov_base = (char *)p + skip;
+	ret->iov_len = (size_t)region->range.length;
+	return 0;
+}
+
+static int region_map_placeholder(struct region *region, struct iovec *ret)
+{
+	size_t size = (size_t)sysconf(_SC_PAGESIZE);
+	void *p;
+
+	p = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	if (p == MAP_FAILED)
+		return -errno;
+	region->map = p;
+	region->map_size = size;
+	*ret = (struct iovec){p, size};
+	return 0;
+}
+
+static int hold_register_as(struct hold *h, bool placeholders)
+{
+	_cleanup_(freep) struct iovec *buffers = must(calloc(h->n_regions, sizeof(*buffers)));
+	int r = 0;
+
+	for (size_t i = 0; i < h->n_regions && r >= 0; i++) {
+		struct region *region = &h->regions[i];
+
+		r = placeholders ? region_map_placeholder(region, &buffers[i])
+				 : region_map(h, region, &buffers[i]);
+	}
+	if (r >= 0)
+		r = ring_register(h->ring_fd, buffers, (unsigned)h->n_regions);
+	if (r < 0)
+		for (size_t i = 0; i < h->n_regions; i++)
+			region_unmap(&h->regions[i]);
+	return r;
+}
+
+/*
+ * A fixed buffer is always pinned for writing. The kernel refuses that over a read-only mapping,
+ * and over a file of most disk file systems: then a page of nothing stands in its place, so that
+ * the lease, the notice and the detaching are still as they would be.
+ */
+static int hold_register(struct hold *h)
+{
+	int r;
+
+	r = hold_register_as(h, false);
+	if (r == -EFAULT || r == -EOPNOTSUPP) {
+		h->placeholders = true;
+		r = hold_register_as(h, true);
+	}
+	if (r == -ENOMEM)
+		return fail(EX_OSERR,
+			"Cannot pin %s: not enough memory may be locked. Raise the limit (ulimit "
+			"-l), or give less in --range.",
+			h->path);
+	if (r < 0)
+		return fail(EX_OSERR, "Cannot register %s with an io_uring: %s.", h->path,
+			strerror(-r));
+	return 0;
+}
+
+static int hold_bind(struct hold *h)
+{
+	int r;
+
+	for (size_t i = 0; i < h->n_regions; i++) {
+		r = pinbroker_bind(h->pb, h->regions[i].pin, i);
+		/* A conflict came first. Its notice is under way, and tells what to do. */
+		if (r < 0 && r != -ESTALE)
+			return fail_call(h->pb, r, "Cannot bind pin %" PRIu64 " on %s",
+				h->regions[i].pin, h->path);
+		say_holding(h, &h->regions[i]);
+	}
+	return 0;
+}
+
+/* ---- The run ---- */
+
+static int hold_block_signals(struct hold *h)
+{
+	sigset_t mask;
+
+	sigemptyset(&mask);
+	sigaddset(&mask, SIGTERM);
+	sigaddset(&mask, SIGINT);
+	sigaddset(&mask, SIGHUP);
+	sigaddset(&mask, SIGCHLD);
+	sigprocmask(SIG_BLOCK, &mask, &h->old_mask);
+	h->signal_fd = signalfd(-1, &mask, SFD_CLOEXEC | SFD_NONBLOCK);
+	if (h->signal_fd < 0)
+		return fail(EX_OSERR, "Cannot wait for signals: %s.", strerror(errno));
+	return 0;
+}
+
+static int hold_spawn(struct hold *h)
+{
+	posix_spawnattr_t attributes;
+	int r;
+
+	if (!h->command)
+		return 0;
+	posix_spawnattr_init(&attributes);
+	posix_spawnattr_setflags(&attributes, POSIX_SPAWN_SETSIGMASK);
+	posix_spawnattr_setsigmask(&attributes, &h->old_mask);
+	r = posix_spawnp(&h->child, h->command[0], NULL, &attributes, h->command, environ);
+	posix_spawnattr_destroy(&attributes);
+	if (r != 0) {
+		h->child = 0;
+		return fail(EX_NOINPUT, "Cannot run %s while holding %s: %s.", h->command[0],
+			h->path, strerror(r));
+	}
+	return 0;
+}
+
+/* Returns 1 when it is time to end. */
+static int hold_signal(struct hold *h)
+{
+	struct signalfd_siginfo info;
+	int status;
+
+	if (read(h->signal_fd, &info, sizeof(info)) != sizeof(info))
+		return 0;
+	if (info.ssi_signo != SIGCHLD) {
+		/* What comes from the terminal, the command gets itself. */
+		if (h->child > 0 && info.ssi_code == SI_USER)
+			kill(h->child, (int)info.ssi_signo);
+		return h->child == 0;
+	}
+	if (h->child == 0 || waitpid(h->child, &status, WNOHANG) != h->child)
+		return 0;
+	h->child = 0;
+	h->code = WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
+	return 1;
+}
+
+static int hold_loop(struct hold *h)
+{
+	struct pollfd pfds[] = {
+		{.fd = pinbroker_get_fd(h->pb), .events = POLLIN},
+		{.fd = h->signal_fd, .events = POLLIN},
+	};
+	int r;
+
+	while (h->command || h->n_pinned > 0) {
+		if (poll(pfds, ELEMENTS(pfds), -1) < 0)
+			continue;
+		if (pfds[1].revents && hold_signal(h))
+			return 0;
+		if (!pfds[0].revents)
+			continue;
+		r = pinbroker_dispatch(h->pb);
+		if (r == -ENOTRECOVERABLE) {
+			h->lost = true;
+			return fail_call(h->pb, r, "Cannot hold %s any longer", h->path);
+		}
+	}
+	return 0;
+}
+
+static int hold_run(struct hold *h)
+{
+	int r;
+
+	r = hold_block_signals(h);
+	r = r ?: hold_open(h);
+	r = r ?: hold_divide(h);
+	r = r ?: hold_add_context(h);
+	r = r ?: hold_reserve(h);
+	r = r ?: hold_register(h);
+	r = r ?: hold_bind(h);
+	r = r ?: hold_spawn(h);
+	return r ?: hold_loop(h);
+}
+
+static void hold_close(struct hold *h)
+{
+	for (size_t i = 0; i < h->n_regions && !h->lost; i++)
+		hold_release(h, i);
+	for (size_t i = 0; i < h->n_regions; i++)
+		region_unmap(&h->regions[i]);
+	/* What cannot be given back here is taken back when this process ends, in a moment. */
+	if (h->context && (h->lost || pinbroker_remove_context(h->context) < 0))
+		pinbroker_context_free(h->context);
+	safe_close(h->ring_fd);
+	if (h->file && (h->lost || pinbroker_close_file(h->file) < 0))
+		pinbroker_file_free(h->file);
+	pinbroker_unref(h->pb);
+	safe_close(h->signal_fd);
+	free(h->regions);
+	free(h->word);
+}
+
+/* ---- What is asked for ---- */
+
+static bool parse_range(char *s, struct pinbroker_range *ret)
+{
+	struct pinbroker_range range;
+	char *colon = strchr(s, ':');
+
+	if (!colon)
+		return false;
+	*colon = 0;
+	if (!parse_u64(s, &range.offset) || !parse_u64(colon + 1, &range.length))
+		return false;
+	if (range.length == 0 || range.offset > INT64_MAX ||
+		range.length > INT64_MAX - range.offset)
+		return false;
+	*ret = range;
+	return true;
+}
+
+static int hold_option(struct hold *h, int c)
+{
+	struct pinbroker_range range;
+
+	switch (c) {
+	case OPTION_ACCESS:
+		if (strcmp(optarg, "read") != 0 && strcmp(optarg, "write") != 0)
+			return fail_usage("--access is read or write, not %s.", optarg);
+		h->access = *optarg == 'w' ? PINBROKER_WRITE : PINBROKER_READ;
+		return -1;
+	case OPTION_RANGE:
+		if (!parse_range(optarg, &range))
+			return fail_usage("--range is OFFSET:LENGTH, in bytes.");
+		add_region(h, range.offset, range.length);
+		return -1;
+	case OPTION_ON_REVOKE:
+		if (strcmp(optarg, "release") != 0 && strcmp(optarg, "ignore") != 0)
+			return fail_usage("--on-revoke is release or ignore, not %s.", optarg);
+		h->ignore = *optarg == 'i';
+		return -1;
+	default:
+		return ctl_common_option(h->ctl, c);
+	}
+}
+
+static int hold_parse(struct hold *h, int argc, char *argv[])
+{
+	static const struct option options[] = {
+		{"access", required_argument, NULL, OPTION_ACCESS},
+		{"range", required_argument, NULL, OPTION_RANGE},
+		{"on-revoke", required_argument, NULL, OPTION_ON_REVOKE},
+		COMMON_OPTIONS,
+	};
+	int c, r;
+
+	/* "-": in order, so that what follows "--" is known from what comes before it. */
+	while ((c = getopt_long(argc, argv, "-h", options, NULL)) >= 0) {
+		if (c == 1 && h->path)
+			return fail_usage(
+				"One file can be held at a time; a command comes after --.");
+		if (c == 1) {
+			h->path = optarg;
+			continue;
+		}
+		r = hold_option(h, c);
+		if (r >= 0)
+			return r;
+	}
+	if (!h->path)
+		return fail_usage("There is no file to hold.");
+	if (optind < argc)
+		h->command = argv + optind;
+	return -1;
+}
+
+int ctl_hold(struct ctl *ctl, int argc, char *argv[])
+{
+	struct hold h = {.ctl = ctl, .ring_fd = -1, .signal_fd = -1};
+	int r;
+
+	r = hold_parse(&h, argc, argv);
+	if (r < 0) {
+		setvbuf(stdout, NULL, _IOLBF, 0);
+		h.word = escape_word(h.path);
+		r = hold_run(&h);
+		hold_close(&h);
+		return r ?: h.code;
+	}
+	free(h.regions);
+	return r;
+}

@@ -1,0 +1,333 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#include "ctl.h"
+
+#include <getopt.h>
+#include <inttypes.h>
+#include <string.h>
+
+enum { OPTION_JSON = OPTION_VERB, OPTION_NO_LEGEND, OPTION_NO_PAGER, OPTION_FILE, OPTION_CLIENT };
+
+struct list {
+	struct ctl *ctl;
+	pinbroker *pb;
+	struct table *table;
+	uint64_t file, client; /* 0: any */
+};
+
+static void table_size(struct table *t, uint64_t size)
+{
+	static const char units[] = "KMGTPE";
+	uint64_t whole = size;
+	char text[32];
+	int i = -1;
+
+	/* Only what is exact is abbreviated. */
+	for (; whole >= 1024 && whole % 1024 == 0 && units[i + 1]; i++)
+		whole /= 1024;
+	snprintf(text, sizeof(text), "%" PRIu64 "%.1s", whole, i < 0 ? "" : &units[i]);
+	table_number_as(t, size, text);
+}
+
+static void table_when(struct table *t, uint64_t usec)
+{
+	char text[64];
+
+	format_when(usec, text, sizeof(text));
+	table_number_as(t, usec, text);
+}
+
+static const struct column pin_columns[] = {
+	{"PIN", "pin", COLUMN_RIGHT},
+	{"CLIENT", "client", COLUMN_RIGHT},
+	{"FILE", "file", COLUMN_RIGHT},
+	{"CONTEXT", "context", COLUMN_RIGHT},
+	{"OFFSET", "offset", COLUMN_RIGHT},
+	{"LENGTH", "length", COLUMN_RIGHT},
+	{"ACCESS", "access"},
+	{"STATE", "state"},
+	{"HANDLE", "handle", COLUMN_RIGHT},
+	{"REVOCATION", "revocation", COLUMN_RIGHT},
+	{"LABEL", "label", COLUMN_FLEXIBLE},
+	{"PATH", "path", COLUMN_FLEXIBLE | COLUMN_TAIL},
+};
+
+static int add_pin(const struct pinbroker_pin_info *info, void *userdata)
+{
+	struct table *t = userdata;
+
+	table_number(t, info->pin);
+	table_number(t, info->client);
+	table_number(t, info->file);
+	table_number(t, info->context);
+	table_size(t, info->offset);
+	table_size(t, info->length);
+	table_string(t, pinbroker_access_name(info->access));
+	table_string(t, pinbroker_pin_state_name(info->state));
+	table_number(t, info->handle);
+	table_number(t, info->revocation);
+	table_string(t, info->label);
+	table_string(t, info->path);
+	return 0;
+}
+
+static int list_pins(struct list *list)
+{
+	list->table = table_new(pin_columns, ELEMENTS(pin_columns));
+	return pinbroker_list_pins(list->pb, list->file, list->client, add_pin, list->table);
+}
+
+static const struct column file_columns[] = {
+	{"FILE", "file", COLUMN_RIGHT},
+	{"FILESYSTEM", "fileSystem"},
+	{"DEVICE", "device", COLUMN_RIGHT | COLUMN_JSON_ONLY},
+	{"INODE", "inode", COLUMN_RIGHT | COLUMN_JSON_ONLY},
+	{"SIZE", "size", COLUMN_RIGHT},
+	{"ACCESS", "access"},
+	{"LEASE", "lease"},
+	{"SETTLED", "settledUSec"},
+	{"EXPOSED", "exposed"},
+	{"CLIENTS", "clients", COLUMN_RIGHT},
+	{"PINS", "pins", COLUMN_RIGHT},
+	{"PATH", "path", COLUMN_FLEXIBLE | COLUMN_TAIL},
+};
+
+static int add_file(const struct pinbroker_file_info *info, void *userdata)
+{
+	struct table *t = userdata;
+
+	table_number(t, info->file);
+	table_string(t, info->file_system);
+	table_number(t, info->device);
+	table_number(t, info->inode);
+	table_size(t, info->size);
+	table_string(t, pinbroker_access_name(info->access));
+	table_string(t, pinbroker_lease_state_name(info->lease));
+	table_when(t, info->settled_usec);
+	table_bool(t, info->exposed);
+	table_number(t, info->n_clients);
+	table_number(t, info->n_pins);
+	table_string(t, info->path);
+	return 0;
+}
+
+static int list_files(struct list *list)
+{
+	list->table = table_new(file_columns, ELEMENTS(file_columns));
+	return pinbroker_list_files(list->pb, add_file, list->table);
+}
+
+static const struct column client_columns[] = {
+	{"CLIENT", "client", COLUMN_RIGHT},
+	{"PID", "pid", COLUMN_RIGHT},
+	{"UID", "uid", COLUMN_RIGHT},
+	{"COMM", "comm"},
+	{"NAME", "name", COLUMN_FLEXIBLE},
+	{"UNIT", "unit", COLUMN_FLEXIBLE},
+	{"BUS", "busName", COLUMN_JSON_ONLY},
+	{"ALIVE", "alive"},
+	{"CONNECTED", "connected"},
+	{"FILES", "files", COLUMN_RIGHT},
+	{"CONTEXTS", "contexts", COLUMN_RIGHT},
+	{"PINS", "pins", COLUMN_RIGHT},
+	{"PINNED", "pinnedBytes", COLUMN_RIGHT},
+};
+
+static int add_client(const struct pinbroker_client_info *info, void *userdata)
+{
+	struct table *t = userdata;
+
+	table_number(t, info->client);
+	table_number(t, (uint64_t)info->pid);
+	table_number(t, info->uid);
+	table_string(t, info->comm);
+	table_string(t, info->name);
+	table_string(t, info->unit);
+	table_string(t, info->bus_name);
+	table_bool(t, info->alive);
+	table_bool(t, info->connected);
+	table_number(t, info->n_files);
+	table_number(t, info->n_contexts);
+	table_number(t, info->n_pins);
+	table_size(t, info->pinned_bytes);
+	return 0;
+}
+
+static int list_clients(struct list *list)
+{
+	list->table = table_new(client_columns, ELEMENTS(client_columns));
+	return pinbroker_list_clients(list->pb, add_client, list->table);
+}
+
+static const struct column context_columns[] = {
+	{"CONTEXT", "context", COLUMN_RIGHT},
+	{"CLIENT", "client", COLUMN_RIGHT},
+	{"KIND", "kind"},
+	{"DEVICE", "device"},
+	{"FORCIBLE", "forcible"},
+	{"PROOF", "proof"},
+	{"PINS", "pins", COLUMN_RIGHT},
+	{"LABEL", "label", COLUMN_FLEXIBLE},
+};
+
+static int add_context(const struct pinbroker_context_info *info, void *userdata)
+{
+	struct table *t = userdata;
+
+	table_number(t, info->context);
+	table_number(t, info->client);
+	table_string(t, info->kind);
+	table_string(t, info->device);
+	table_bool(t, info->forcible);
+	table_string(t, pinbroker_proof_name(info->proof));
+	table_number(t, info->n_pins);
+	table_string(t, info->label);
+	return 0;
+}
+
+static int list_contexts(struct list *list)
+{
+	list->table = table_new(context_columns, ELEMENTS(context_columns));
+	return pinbroker_list_contexts(list->pb, list->client, add_context, list->table);
+}
+
+static const struct column revocation_columns[] = {
+	{"REVOCATION", "revocation", COLUMN_RIGHT},
+	{"STATE", "state"},
+	{"CAUSE", "cause"},
+	{"OFFSET", "offset", COLUMN_RIGHT | COLUMN_JSON_ONLY},
+	{"LENGTH", "length", COLUMN_RIGHT | COLUMN_JSON_ONLY},
+	{"SIZE", "size", COLUMN_RIGHT | COLUMN_JSON_ONLY},
+	{"PID", "pid", COLUMN_RIGHT},
+	{"UID", "uid", COLUMN_RIGHT},
+	{"COMM", "comm"},
+	{"REASON", "reason", COLUMN_FLEXIBLE},
+	{"STARTED", "startUSec"},
+	{"DEADLINE", "deadlineUSec"},
+	{"ENDED", "endUSec"},
+	{"PINS", "pins", COLUMN_RIGHT},
+	{"LEFT", "remaining", COLUMN_RIGHT},
+	{"PROOF", "proof"},
+	{"FILE", "file", COLUMN_RIGHT | COLUMN_JSON_ONLY},
+	{"PATH", "path", COLUMN_FLEXIBLE | COLUMN_TAIL},
+};
+
+static int add_revocation(const struct pinbroker_revocation_info *info, void *userdata)
+{
+	struct table *t = userdata;
+
+	table_number(t, info->revocation);
+	table_string(t, pinbroker_revocation_state_name(info->state));
+	table_string(t, pinbroker_cause_name(info->cause));
+	table_number(t, info->offset);
+	table_number(t, info->length);
+	table_number(t, info->size);
+	table_number(t, info->pid > 0 ? (uint64_t)info->pid : PINBROKER_UNKNOWN);
+	table_number(t, info->uid != PINBROKER_NO_UID ? info->uid : PINBROKER_UNKNOWN);
+	table_string(t, info->comm);
+	table_string(t, info->reason);
+	table_when(t, info->start_usec);
+	table_when(t, info->deadline_usec);
+	table_when(t, info->end_usec);
+	table_number(t, info->n_pins);
+	table_number(t, info->n_remaining);
+	table_string(t, info->has_proof ? pinbroker_proof_name(info->proof) : NULL);
+	table_number(t, info->file);
+	table_string(t, info->path);
+	return 0;
+}
+
+static int list_revocations(struct list *list)
+{
+	list->table = table_new(revocation_columns, ELEMENTS(revocation_columns));
+	return pinbroker_list_revocations(list->pb, add_revocation, list->table);
+}
+
+static const struct {
+	const char *what;
+	int (*list)(struct list *list);
+} lists[] = {
+	{"pins", list_pins},
+	{"files", list_files},
+	{"clients", list_clients},
+	{"contexts", list_contexts},
+	{"revocations", list_revocations},
+};
+
+static int list_run(struct list *list, const char *what)
+{
+	int r;
+
+	for (size_t i = 0; i < ELEMENTS(lists); i++) {
+		if (strcmp(what, lists[i].what) != 0)
+			continue;
+		r = lists[i].list(list);
+		if (r < 0) {
+			r = pinbroker_last_error(list->pb)->name ? r : -ENOTCONN;
+			return fail_call(list->pb, r, "Cannot list the %s", what);
+		}
+		table_print(list->table, list->ctl, what);
+		return EX_OK;
+	}
+	return fail_usage(
+		"pins, files, clients, contexts or revocations can be listed, not %s.", what);
+}
+
+static int list_parse(struct list *list, int argc, char *argv[])
+{
+	static const struct option options[] = {
+		{"json", required_argument, NULL, OPTION_JSON},
+		{"no-legend", no_argument, NULL, OPTION_NO_LEGEND},
+		{"no-pager", no_argument, NULL, OPTION_NO_PAGER},
+		{"file", required_argument, NULL, OPTION_FILE},
+		{"client", required_argument, NULL, OPTION_CLIENT},
+		COMMON_OPTIONS,
+	};
+	int c, r;
+
+	while ((c = getopt_long(argc, argv, "h", options, NULL)) >= 0) {
+		r = -1;
+		switch (c) {
+		case OPTION_JSON:
+			r = ctl_json_option(list->ctl, optarg);
+			break;
+		case OPTION_NO_LEGEND:
+			list->ctl->legend = false;
+			break;
+		case OPTION_NO_PAGER:
+			list->ctl->pager = false;
+			break;
+		case OPTION_FILE:
+			if (!parse_u64(optarg, &list->file) || list->file == 0)
+				r = fail_usage("--file is the id of a file, not %s.", optarg);
+			break;
+		case OPTION_CLIENT:
+			if (!parse_u64(optarg, &list->client) || list->client == 0)
+				r = fail_usage("--client is the id of a client, not %s.", optarg);
+			break;
+		default:
+			r = ctl_common_option(list->ctl, c);
+		}
+		if (r >= 0)
+			return r;
+	}
+	return -1;
+}
+
+int ctl_list(struct ctl *ctl, int argc, char *argv[])
+{
+	struct list list = {.ctl = ctl};
+	int r;
+
+	r = list_parse(&list, argc, argv);
+	if (r >= 0)
+		return r;
+	if (argc - optind > 1)
+		return fail_usage("One kind of object can be listed at a time.");
+	r = ctl_client(ctl, &list.pb);
+	if (r > 0)
+		return r;
+	r = list_run(&list, optind < argc ? argv[optind] : "pins");
+	table_free(list.table);
+	pinbroker_unref(list.pb);
+	return r;
+}

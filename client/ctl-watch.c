@@ -1,0 +1,215 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#include "ctl.h"
+
+#include <getopt.h>
+#include <inttypes.h>
+#include <json-c/json.h>
+#include <string.h>
+
+enum { OPTION_JSON = OPTION_VERB, OPTION_NO_LEGEND, OPTION_NO_PAGER };
+
+struct watch {
+	struct ctl *ctl;
+	sd_bus *bus;   /* owned */
+	pinbroker *pb; /* owned; for details, which the signals do not carry */
+};
+
+struct event {
+	const char *name; /* "started", "ended" */
+	uint64_t revocation;
+	const char *outcome; /* NULL: it has not ended */
+	bool found;          /* the rest is known */
+};
+
+static void say_time(void)
+{
+	char text[32];
+	struct timespec ts;
+	struct tm tm;
+
+	clock_gettime(CLOCK_REALTIME, &ts);
+	localtime_r(&ts.tv_sec, &tm);
+	strftime(text, sizeof(text), "%b %d %H:%M:%S", &tm);
+	printf("%s.%03ld", text, ts.tv_nsec / 1000000);
+}
+
+static void say_line(const struct event *e, const struct pinbroker_revocation_info *info)
+{
+	_cleanup_(freep) char *path = info && info->path ? escape_text(info->path) : NULL;
+	_cleanup_(freep) char *comm = info && info->comm ? escape_text(info->comm) : NULL;
+	_cleanup_(freep) char *reason = info && info->reason ? escape_text(info->reason) : NULL;
+	char when[64];
+
+	say_time();
+	printf(" revocation %" PRIu64 " %s", e->revocation, e->name);
+	if (e->outcome)
+		printf(": %s", e->outcome);
+	if (info && !e->outcome) {
+		printf(": %s", pinbroker_cause_name(info->cause));
+		if (info->size != PINBROKER_UNKNOWN)
+			printf(" to %" PRIu64 " bytes", info->size);
+		printf(", %s, %" PRIu64 " of %" PRIu64 " pins", path ?: "several files",
+			info->n_remaining, info->n_pins);
+		format_when(info->deadline_usec, when, sizeof(when));
+		printf(", deadline %s", when);
+	}
+	if (info && info->pid > 0)
+		printf(", wanted by %s (pid %d)", comm ?: "a process", (int)info->pid);
+	if (reason)
+		printf(", because: %s", reason);
+	if (info && info->has_proof)
+		printf(", proof: %s", pinbroker_proof_name(info->proof));
+	putchar('\n');
+}
+
+static void add_string(json_object *o, const char *key, const char *value)
+{
+	if (value)
+		json_object_object_add(o, key, json_object_new_string(value));
+}
+
+static void add_number(json_object *o, const char *key, uint64_t value)
+{
+	if (value != PINBROKER_UNKNOWN)
+		json_object_object_add(o, key, json_object_new_int64((int64_t)value));
+}
+
+static void say_json(
+	const struct event *e, const struct pinbroker_revocation_info *info, enum json_mode mode)
+{
+	json_object *o = must(json_object_new_object());
+	int flags = JSON_C_TO_STRING_NOSLASHESCAPE;
+
+	add_string(o, "event", e->name);
+	add_number(o, "timeUSec", now_usec());
+	add_number(o, "revocation", e->revocation);
+	add_string(o, "outcome", e->outcome);
+	if (info) {
+		add_string(o, "cause", pinbroker_cause_name(info->cause));
+		add_number(o, "size", info->size);
+		add_number(o, "pid", info->pid > 0 ? (uint64_t)info->pid : PINBROKER_UNKNOWN);
+		add_string(o, "comm", info->comm);
+		add_string(o, "reason", info->reason);
+		add_string(o, "path", info->path);
+		add_number(o, "pins", info->n_pins);
+		add_number(o, "remaining", info->n_remaining);
+		add_number(o, "deadlineUSec", info->deadline_usec);
+		add_string(o, "proof", info->has_proof ? pinbroker_proof_name(info->proof) : NULL);
+	}
+	if (mode == JSON_PRETTY)
+		flags |= JSON_C_TO_STRING_PRETTY | JSON_C_TO_STRING_SPACED;
+	puts(must((char *)json_object_to_json_string_ext(o, flags)));
+	json_object_put(o);
+}
+
+struct search {
+	struct watch *w;
+	struct event *e;
+};
+
+static void say_event(
+	const struct watch *w, const struct event *e, const struct pinbroker_revocation_info *info)
+{
+	if (w->ctl->json != JSON_OFF)
+		say_json(e, info, w->ctl->json);
+	else
+		say_line(e, info);
+}
+
+static int say_found(const struct pinbroker_revocation_info *info, void *userdata)
+{
+	struct search *s = userdata;
+
+	if (info->revocation != s->e->revocation)
+		return 0;
+	s->e->found = true;
+	say_event(s->w, s->e, info);
+	return 1;
+}
+
+static void watch_event(struct watch *w, struct event *e)
+{
+	struct search s = {w, e};
+
+	/* What cannot be looked up is told without details. */
+	pinbroker_list_revocations(w->pb, say_found, &s);
+	if (!e->found)
+		say_event(w, e, NULL);
+}
+
+static int on_started(sd_bus_message *m, void *userdata, sd_bus_error *error)
+{
+	struct event e = {.name = "started"};
+
+	if (sd_bus_message_read(m, "t", &e.revocation) >= 0)
+		watch_event(userdata, &e);
+	return 0;
+}
+
+static int on_ended(sd_bus_message *m, void *userdata, sd_bus_error *error)
+{
+	struct event e = {.name = "ended"};
+
+	if (sd_bus_message_read(m, "ts", &e.revocation, &e.outcome) >= 0)
+		watch_event(userdata, &e);
+	return 0;
+}
+
+static int watch_run(struct watch *w)
+{
+	int r;
+
+	r = ctl_client(w->ctl, &w->pb);
+	if (r > 0)
+		return r;
+	r = ctl_bus_open(w->ctl, &w->bus);
+	if (r > 0)
+		return r;
+	r = sd_bus_match_signal(w->bus, NULL, BROKER_NAME, BROKER_PATH, BROKER_INTERFACE,
+		"RevocationStarted", on_started, w);
+	if (r >= 0)
+		r = sd_bus_match_signal(w->bus, NULL, BROKER_NAME, BROKER_PATH, BROKER_INTERFACE,
+			"RevocationEnded", on_ended, w);
+	if (r < 0)
+		return fail_bus(w->ctl, r, "Cannot listen for revocations");
+	if (w->ctl->legend && w->ctl->json == JSON_OFF)
+		fputs("Watching for revocations, until interrupted.\n", stderr);
+	for (;;) {
+		r = sd_bus_process(w->bus, NULL);
+		if (r == 0)
+			r = sd_bus_wait(w->bus, UINT64_MAX);
+		if (r < 0 && r != -EINTR)
+			return fail_bus(w->ctl, r, "Lost the connection while watching");
+	}
+}
+
+int ctl_watch(struct ctl *ctl, int argc, char *argv[])
+{
+	static const struct option options[] = {
+		{"json", required_argument, NULL, OPTION_JSON},
+		{"no-legend", no_argument, NULL, OPTION_NO_LEGEND},
+		{"no-pager", no_argument, NULL, OPTION_NO_PAGER},
+		COMMON_OPTIONS,
+	};
+	struct watch w = {.ctl = ctl};
+	int c, r;
+
+	while ((c = getopt_long(argc, argv, "h", options, NULL)) >= 0) {
+		r = -1;
+		if (c == OPTION_JSON)
+			r = ctl_json_option(ctl, optarg);
+		else if (c == OPTION_NO_LEGEND)
+			ctl->legend = false;
+		else if (c != OPTION_NO_PAGER)
+			r = ctl_common_option(ctl, c);
+		if (r >= 0)
+			return r;
+	}
+	if (optind < argc)
+		return fail_usage("watch takes no arguments.");
+	setvbuf(stdout, NULL, _IOLBF, 0);
+	r = watch_run(&w);
+	sd_bus_flush_close_unref(w.bus);
+	pinbroker_unref(w.pb);
+	return r;
+}

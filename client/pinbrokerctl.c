@@ -1,0 +1,298 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#include "ctl.h"
+
+#include <ctype.h>
+#include <getopt.h>
+#include <inttypes.h>
+#include <locale.h>
+#include <stdarg.h>
+#include <string.h>
+
+static const struct {
+	const char *name;
+	int (*run)(struct ctl *ctl, int argc, char *argv[]);
+} verbs[] = {
+	{"list", ctl_list},
+	{"revoke", ctl_revoke},
+	{"watch", ctl_watch},
+	{"hold", ctl_hold},
+};
+
+static const char help_text[] =
+	"pinbrokerctl [OPTIONS…] COMMAND …\n"
+	"\n"
+	"See who has pinned pages of which files, and make them let go.\n"
+	"\n"
+	"Commands:\n"
+	"  list [pins|files|clients|contexts|revocations]\n"
+	"                          List objects (pins by default)\n"
+	"  revoke PIN…             Have pins let go of\n"
+	"  revoke --file PATH      … all those on a file\n"
+	"  revoke --client ID      … all those of a client\n"
+	"  watch                   Show revocations as they start and end\n"
+	"  hold FILE [-- COMMAND…] Pin a file (while a command runs)\n"
+	"\n"
+	"Options:\n"
+	"     --bus ADDRESS        D-Bus address (default: $PINBROKER_BUS, the system bus)\n"
+	"     --socket PATH        The broker's socket (default: $PINBROKER_SOCKET,\n"
+	"                          /run/pinbroker/org.pinbroker)\n"
+	"  -h --help               Show this help\n"
+	"     --version            Show the version\n"
+	"\n"
+	"list and watch:\n"
+	"     --json=short|pretty  Print JSON\n"
+	"     --no-legend          Print neither titles nor a count\n"
+	"     --no-pager           Do not pipe the output into a pager\n"
+	"list pins:\n"
+	"     --file ID, --client ID  Only those on a file, of a client\n"
+	"revoke:\n"
+	"     --reason TEXT        Tell the holders why\n"
+	"     --timeout SEC        How long they have (default: RevokeGraceSec=)\n"
+	"     --no-wait            Do not wait for the end\n"
+	"hold:\n"
+	"     --access read|write  What to open the file for (default: read)\n"
+	"     --range OFFSET:LENGTH  What to pin, may be repeated (default: all)\n"
+	"     --on-revoke release|ignore  What to do when asked to let go (default: release)\n";
+
+int fail(int code, const char *format, ...)
+{
+	va_list ap;
+
+	fflush(stdout);
+	fputs("pinbrokerctl: ", stderr);
+	va_start(ap, format);
+	vfprintf(stderr, format, ap);
+	va_end(ap);
+	fputc('\n', stderr);
+	return code;
+}
+
+int fail_usage(const char *format, ...)
+{
+	va_list ap;
+
+	fputs("pinbrokerctl: ", stderr);
+	va_start(ap, format);
+	vfprintf(stderr, format, ap);
+	va_end(ap);
+	fputs("\nTry pinbrokerctl --help.\n", stderr);
+	return EX_USAGE;
+}
+
+static int exit_code(int error)
+{
+	switch (-error) {
+	case EINVAL:
+	case E2BIG:
+		return EX_USAGE;
+	case ERANGE:
+		return EX_DATAERR;
+	case ENOENT:
+	case ENOTDIR:
+	case ELOOP:
+		return EX_NOINPUT;
+	case EACCES:
+	case EPERM:
+		return EX_NOPERM;
+	case EBUSY:
+	case EAGAIN:
+	case ESTALE:
+	case EDQUOT:
+		return EX_TEMPFAIL;
+	case EPROTO:
+	case EREMOTEIO:
+		return EX_PROTOCOL;
+	case ENOMEM:
+	case EMFILE:
+	case ENFILE:
+		return EX_OSERR;
+	default:
+		return EX_UNAVAILABLE;
+	}
+}
+
+int fail_call(pinbroker *pb, int r, const char *format, ...)
+{
+	_cleanup_(freep) char *message = escape_text(pinbroker_last_error(pb)->message);
+	va_list ap;
+
+	fflush(stdout);
+	fputs("pinbrokerctl: ", stderr);
+	va_start(ap, format);
+	vfprintf(stderr, format, ap);
+	va_end(ap);
+	fprintf(stderr, ": %s\n", message);
+	return exit_code(r);
+}
+
+void *must(void *p)
+{
+	if (!p) {
+		fail(EX_OSERR, "Out of memory.");
+		exit(EX_OSERR);
+	}
+	return p;
+}
+
+bool parse_u64(const char *s, uint64_t *ret)
+{
+	unsigned long long value;
+	char *end;
+
+	if (!isdigit((unsigned char)*s))
+		return false;
+	errno = 0;
+	value = strtoull(s, &end, 0);
+	if (errno != 0 || *end)
+		return false;
+	*ret = value;
+	return true;
+}
+
+char *escape_word(const char *s)
+{
+	char *word = must(malloc(strlen(s) * 4 + 1)), *p = word;
+
+	for (; *s; s++) {
+		unsigned char c = (unsigned char)*s;
+
+		if (c <= ' ' || c == '\\' || c == 0x7f)
+			p += sprintf(p, "\\%03o", c);
+		else
+			*p++ = *s;
+	}
+	*p = 0;
+	return word;
+}
+
+char *escape_text(const char *s)
+{
+	char *text = must(malloc(strlen(s) * 4 + 1)), *p = text;
+
+	for (; *s; s++) {
+		unsigned char c = (unsigned char)*s, next = (unsigned char)s[1];
+
+		/* The C1 controls, U+0080 to U+009F, are C2 80 to C2 9F. */
+		if (c < ' ' || c == 0x7f || (c == 0xc2 && next >= 0x80 && next < 0xa0)) {
+			p += sprintf(p, "\\x%02x", c);
+			if (c == 0xc2)
+				p += sprintf(p, "\\x%02x", (unsigned char)*++s);
+		} else {
+			*p++ = *s;
+		}
+	}
+	*p = 0;
+	return text;
+}
+
+void format_when(uint64_t usec, char *ret, size_t size)
+{
+	uint64_t now = now_usec();
+	bool past = usec < now;
+	double seconds = (double)(past ? now - usec : usec - now) / USEC_PER_SEC;
+	const char *unit = "s";
+
+	if (usec == PINBROKER_UNKNOWN) {
+		*ret = 0;
+		return;
+	}
+	if (seconds >= 48 * 3600) {
+		seconds /= 24 * 3600;
+		unit = "d";
+	} else if (seconds >= 2 * 3600) {
+		seconds /= 3600;
+		unit = "h";
+	} else if (seconds >= 120) {
+		seconds /= 60;
+		unit = "min";
+	}
+	snprintf(ret, size, "%s%.1f %s%s", past ? "" : "in ", seconds, unit, past ? " ago" : "");
+}
+
+int ctl_client(const struct ctl *ctl, pinbroker **ret)
+{
+	int r;
+
+	r = pinbroker_new("pinbrokerctl", ctl->socket_path, ret);
+	if (r == -ENAMETOOLONG)
+		return fail(EX_USAGE, "The socket path is too long for a socket: %s.",
+			ctl->socket_path ?: "$PINBROKER_SOCKET");
+	if (r < 0)
+		return fail(
+			EX_OSERR, "Cannot prepare a connection to the broker: %s.", strerror(-r));
+	return 0;
+}
+
+int ctl_json_option(struct ctl *ctl, const char *value)
+{
+	if (strcmp(value, "short") == 0)
+		ctl->json = JSON_SHORT;
+	else if (strcmp(value, "pretty") == 0)
+		ctl->json = JSON_PRETTY;
+	else
+		return fail_usage("--json is short or pretty, not %s.", value);
+	return -1;
+}
+
+int ctl_common_option(struct ctl *ctl, int c)
+{
+	switch (c) {
+	case OPTION_BUS:
+		ctl->bus_address = optarg;
+		return -1;
+	case OPTION_SOCKET:
+		ctl->socket_path = optarg;
+		return -1;
+	case OPTION_VERSION:
+		puts("pinbrokerctl " PINBROKER_VERSION);
+		return EX_OK;
+	case 'h':
+		fputs(help_text, stdout);
+		return EX_OK;
+	default:
+		fputs("Try pinbrokerctl --help.\n", stderr);
+		return EX_USAGE;
+	}
+}
+
+static int parse_options(struct ctl *ctl, int argc, char *argv[])
+{
+	static const struct option options[] = {COMMON_OPTIONS};
+	int c, r;
+
+	/* "+": what comes after the verb is the verb's. */
+	while ((c = getopt_long(argc, argv, "+h", options, NULL)) >= 0) {
+		r = ctl_common_option(ctl, c);
+		if (r >= 0)
+			return r;
+	}
+	return -1;
+}
+
+int main(int argc, char *argv[])
+{
+	struct ctl ctl = {.legend = true, .pager = true};
+	const char *verb;
+	int r;
+
+	setlocale(LC_CTYPE, "");
+	r = parse_options(&ctl, argc, argv);
+	if (r >= 0)
+		return r;
+	if (optind >= argc)
+		return fail_usage("There is no command.");
+	verb = argv[optind];
+	argc -= optind;
+	argv += optind;
+	/* Makes getopt_long() begin anew. */
+	optind = 0;
+	for (size_t i = 0; i < ELEMENTS(verbs); i++)
+		if (strcmp(verb, verbs[i].name) == 0) {
+			r = verbs[i].run(&ctl, argc, argv);
+			if (fflush(stdout) != 0 && r == EX_OK)
+				return fail(
+					EX_IOERR, "Cannot write the output: %s.", strerror(errno));
+			return r;
+		}
+	return fail_usage("There is no command %s.", verb);
+}

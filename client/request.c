@@ -1,0 +1,245 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#include "call.h"
+
+#include <poll.h>
+#include <string.h>
+#include <sys/epoll.h>
+
+void request_drop(pinbroker *pb)
+{
+	if (!pb->request)
+		return;
+	poll_remove(pb, connection_get_fd(pb->request));
+	pb->request = connection_free(pb->request);
+}
+
+bool request_is_broken(pinbroker *pb)
+{
+	struct pollfd pfd = {.events = POLLRDHUP};
+
+	if (!pb->request)
+		return true;
+	pfd.fd = connection_get_fd(pb->request);
+	return poll(&pfd, 1, 0) > 0;
+}
+
+static int request_install(pinbroker *pb, struct connection *c)
+{
+	int r;
+
+	/* By edges: a broken connection is dealt with once, by whoever holds the lock. */
+	r = poll_add(pb, connection_get_fd(c), EPOLLRDHUP | EPOLLET, SOURCE_REQUEST);
+	if (r < 0)
+		return r;
+	request_drop(pb);
+	pb->request = c;
+	return 0;
+}
+
+/* Says a thing on a connection that need not be the client's (yet). */
+static int request_on(pinbroker *pb, struct connection *c, int method, const void *in, void *out,
+	uint64_t until_usec, struct reply *reply)
+{
+	_cleanup_(json_putp) json_object *message = NULL;
+	bool unread;
+	int r;
+
+	r = request_message(method, in, false, &message);
+	if (r >= 0)
+		r = connection_send(c, message, NULL, 0);
+	if (r >= 0)
+		r = connection_await(c, until_usec, &reply->message, &reply->fds, &unread);
+	if (r < 0)
+		return error_transport(pb, method, r);
+	r = reply_read(pb, method, out, reply);
+	if (r < 0)
+		reply_done(reply);
+	return r;
+}
+
+static int request_hello_on(pinbroker *pb, struct connection *c, const char *bus_name,
+	uint64_t until_usec, struct msg_hello_out *out, struct reply *reply)
+{
+	struct msg_hello_in in = {.name = pb->name, .busName = bus_name};
+
+	return request_on(pb, c, METHOD_Hello, &in, out, until_usec, reply);
+}
+
+static int request_learn(pinbroker *pb, const struct msg_hello_out *out)
+{
+	char **features = NULL;
+	char *token;
+	size_t n;
+
+	token = strdup(out->token);
+	if (!token)
+		return -ENOMEM;
+	features = calloc(out->features.n_items + 1, sizeof(*features));
+	for (n = 0; features && n < out->features.n_items; n++) {
+		features[n] = strdup(out->features.items[n]);
+		if (!features[n])
+			break;
+	}
+	if (!features || n < out->features.n_items) {
+		while (n > 0)
+			free(features[--n]);
+		free(features);
+		free(token);
+		return -ENOMEM;
+	}
+	pb->client = (uint64_t)out->client;
+	pb->token = token;
+	pb->features = features;
+	pb->n_features = n;
+	return 0;
+}
+
+void request_forget(pinbroker *pb)
+{
+	request_drop(pb);
+	for (size_t i = 0; i < pb->n_features; i++)
+		free(pb->features[i]);
+	free(pb->features);
+	free(pb->token);
+	pb->features = NULL;
+	pb->n_features = 0;
+	pb->token = NULL;
+	pb->client = 0;
+}
+
+/* A broker that does not like the bus name is still good for everything else. */
+int request_connect(pinbroker *pb)
+{
+	_cleanup_(connection_freep) struct connection *c = NULL;
+	_cleanup_(reply_done) struct reply reply = {};
+	const char *bus_name = pb->bus_ready ? pb->bus_name : NULL;
+	struct msg_hello_out out;
+	int r;
+
+	r = broker_dial(pb, true, &c);
+	if (r < 0)
+		return error_dial(pb, r);
+	r = request_hello_on(pb, c, bus_name, USEC_INFINITY, &out, &reply);
+	if (r < 0 && bus_name && pinbroker_last_error(pb)->name)
+		r = request_hello_on(pb, c, NULL, USEC_INFINITY, &out, &reply);
+	if (r < 0)
+		return r;
+	r = request_learn(pb, &out);
+	if (r >= 0)
+		r = request_install(pb, c);
+	if (r < 0)
+		return error_transport(pb, METHOD_Hello, r);
+	TAKE_PTR(c);
+	/* Said, even where it was not liked: it will not be liked better the next time. */
+	pb->bus_name_said = bus_name ? strdup(bus_name) : NULL;
+	return 0;
+}
+
+int request_hello(pinbroker *pb, const char *bus_name, uint64_t until_usec)
+{
+	_cleanup_(reply_done) struct reply reply = {};
+	struct msg_hello_out out;
+	int r;
+
+	r = request_hello_on(pb, pb->request, bus_name, until_usec, &out, &reply);
+	if (r < 0 && !pinbroker_last_error(pb)->name) {
+		request_drop(pb);
+		return r;
+	}
+	free(pb->bus_name_said);
+	pb->bus_name_said = bus_name ? strdup(bus_name) : NULL;
+	return r;
+}
+
+/*
+ * Takes the client up again on a new connection, and learns of the revocations that are running.
+ * The old connection, if there still is one, goes only then.
+ */
+int request_restore(pinbroker *pb, uint64_t until_usec)
+{
+	struct msg_resume_in in = {.client = (int64_t)pb->client, .token = pb->token};
+	_cleanup_(connection_freep) struct connection *c = NULL;
+	_cleanup_(reply_done) struct reply reply = {};
+	struct msg_resume_out out;
+	int r;
+
+	r = broker_dial(pb, until_usec == USEC_INFINITY, &c);
+	if (r < 0)
+		return error_dial(pb, r);
+	r = request_on(pb, c, METHOD_Resume, &in, &out, until_usec, &reply);
+	if (r == -ENOENT || r == -EACCES) {
+		mark_lost(pb);
+		return check_usable(pb);
+	}
+	if (r < 0)
+		return r;
+	for (size_t i = 0; i < out.notices.n_items; i++) {
+		r = notice_offer_message(pb, &out.notices.items[i]);
+		if (r < 0)
+			return error_transport(pb, METHOD_Resume, r);
+	}
+	r = request_install(pb, c);
+	if (r < 0)
+		return error_transport(pb, METHOD_Resume, r);
+	TAKE_PTR(c);
+	return 0;
+}
+
+/* What comes to the same when it is done twice. */
+static bool method_is_repeatable(int method)
+{
+	return method == METHOD_Bind || method == METHOD_Preflight;
+}
+
+static int broker_call_locked(pinbroker *pb, int method, json_object *message, const int *fds,
+	size_t n_fds, struct reply *reply)
+{
+	bool unread;
+	int r;
+
+	for (unsigned attempt = 0;; attempt++) {
+		if (!pb->request) {
+			r = request_restore(pb, USEC_INFINITY);
+			if (r < 0)
+				return r;
+		}
+		r = connection_send_copies(pb->request, message, fds, n_fds);
+		if (r < 0)
+			return error_transport(pb, method, r);
+		r = connection_await(
+			pb->request, USEC_INFINITY, &reply->message, &reply->fds, &unread);
+		if (r >= 0)
+			return 0;
+		request_drop(pb);
+		if (!is_broken_connection(r))
+			return error_transport(pb, method, r);
+		if (attempt > 0 || (!unread && !method_is_repeatable(method))) {
+			request_restore(pb, USEC_INFINITY);
+			return pb->lost ? check_usable(pb) : error_transport(pb, method, r);
+		}
+	}
+}
+
+int broker_call(pinbroker *pb, int method, const void *in, const int *fds, size_t n_fds, void *out,
+	struct reply *reply)
+{
+	_cleanup_(json_putp) json_object *message = NULL;
+	int r;
+
+	r = check_usable(pb);
+	if (r < 0)
+		return r;
+	r = request_message(method, in, false, &message);
+	if (r < 0)
+		return error_transport(pb, method, r);
+
+	call_lock(pb);
+	r = broker_call_locked(pb, method, message, fds, n_fds, reply);
+	call_unlock(pb);
+	if (r < 0)
+		return r;
+	r = reply_read(pb, method, out, reply);
+	if (r < 0)
+		reply_done(reply);
+	return r;
+}

@@ -1,0 +1,282 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#include "access.h"
+
+#include <fcntl.h>
+#include <libmount/libmount.h>
+#include <limits.h>
+#include <linux/capability.h>
+#include <linux/stat.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/fsuid.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/sysmacros.h>
+
+#include "macro.h"
+
+int access_drop_privileges(void)
+{
+	struct __user_cap_header_struct header = { .version = _LINUX_CAPABILITY_VERSION_3 };
+	struct __user_cap_data_struct data[2] = {};
+	const uint32_t drop = 1U << CAP_DAC_OVERRIDE | 1U << CAP_DAC_READ_SEARCH;
+
+	/* glibc has no wrapper; the system call is about the calling thread, as is wanted here. */
+	if (syscall(SYS_capget, &header, data) < 0)
+		return -errno;
+	data[0].effective &= ~drop;
+	data[0].permitted &= ~drop;
+	data[0].inheritable &= ~drop;
+	return syscall(SYS_capset, &header, data) < 0 ? -errno : 0;
+}
+
+/* Takes on a client's credentials, on this thread alone (glibc's setgroups() changes all). */
+static int become(const struct process *client, struct refusal *ret_refusal)
+{
+	if (geteuid() != 0) {
+		if (client->uid == geteuid())
+			return 0;
+		return refuse(ret_refusal, REFUSAL_NOT_ALLOWED, "otherUser",
+			      "This broker runs as uid %u and serves that user's files only.",
+			      geteuid());
+	}
+	if (syscall(SYS_setgroups, client->n_groups, client->groups) < 0)
+		return -errno;
+	setfsgid(client->gid);
+	setfsuid(client->uid);
+	if ((uid_t)setfsuid((uid_t)-1) != client->uid || (gid_t)setfsgid((gid_t)-1) != client->gid)
+		return -EPERM;
+	return 0;
+}
+
+static void become_self(void)
+{
+	if (geteuid() != 0)
+		return;
+	setfsuid(0);
+	setfsgid(0);
+	(void)syscall(SYS_setgroups, 0, NULL);
+}
+
+static const char *type_name(mode_t mode)
+{
+	if (S_ISDIR(mode))
+		return "directory";
+	if (S_ISCHR(mode))
+		return "characterDevice";
+	if (S_ISBLK(mode))
+		return "blockDevice";
+	if (S_ISFIFO(mode))
+		return "pipe";
+	if (S_ISSOCK(mode))
+		return "socket";
+	if (S_ISLNK(mode))
+		return "symbolicLink";
+	return "notAFile";
+}
+
+static int refuse_file(struct refusal *ret, const char *cause, const struct probe *probe,
+		       const char *message)
+{
+	refuse(ret, REFUSAL_NOT_LEASABLE, cause, "%s", message);
+	snprintf(ret->file_system, sizeof(ret->file_system), "%s", probe->file_system);
+	return REFUSED;
+}
+
+/* Mount ids of other mount namespaces are in no table but the client's own. */
+static int find_file_system(uint64_t mount_id, const struct process *client, struct probe *probe)
+{
+	struct libmnt_table *table;
+	struct libmnt_iter *iter;
+	struct libmnt_fs *fs;
+	char path[64];
+	int r = -ENOENT;
+
+	snprintf(path, sizeof(path), "/proc/%d/mountinfo", client->pid);
+	table = mnt_new_table();
+	iter = mnt_new_iter(MNT_ITER_BACKWARD);
+	if (!table || !iter)
+		r = -ENOMEM;
+	else if (mnt_table_parse_file(table, path) == 0)
+		while (mnt_table_next_fs(table, iter, &fs) == 0)
+			if (mnt_fs_get_id(fs) == (int)mount_id) {
+				snprintf(probe->file_system, sizeof(probe->file_system), "%s",
+					 mnt_fs_get_fstype(fs));
+				r = 0;
+				break;
+			}
+	mnt_free_iter(iter);
+	mnt_unref_table(table);
+	return r < 0 || process_is_alive(client) ? r : -ESRCH;
+}
+
+static int find_path(int fd, struct probe *probe)
+{
+	char path[64], link[PATH_MAX];
+	ssize_t n;
+
+	snprintf(path, sizeof(path), "/proc/self/fd/%d", fd);
+	n = readlink(path, link, sizeof(link) - 1);
+	if (n < 0)
+		return -errno;
+	link[n] = 0;
+	probe->path = strdup(link);
+	return probe->path ? 0 : -ENOMEM;
+}
+
+static int probe_file(int fd, const struct process *client, char *const *file_systems,
+		      struct probe *p, struct refusal *ret_refusal)
+{
+	struct statx stx;
+	int r;
+
+	/* On a FUSE file even fstat() waits for its server, statx() with this flag does not. */
+	if (syscall(SYS_statx, fd, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC | AT_NO_AUTOMOUNT,
+		    STATX_TYPE | STATX_UID | STATX_INO | STATX_SIZE | STATX_MNT_ID, &stx) < 0)
+		return -errno;
+	p->device = makedev(stx.stx_dev_major, stx.stx_dev_minor);
+	p->inode = stx.stx_ino;
+	p->owner = stx.stx_uid;
+	p->size = stx.stx_size;
+	p->dax = stx.stx_attributes & STATX_ATTR_DAX;
+	r = find_path(fd, p);
+	if (r < 0)
+		return r;
+
+	if (!S_ISREG(stx.stx_mode))
+		return refuse_file(ret_refusal, type_name(stx.stx_mode), p,
+				   "Only regular files can be put under a lease.");
+	if (!(stx.stx_mask & STATX_MNT_ID))
+		return -EOPNOTSUPP;
+	r = find_file_system(stx.stx_mnt_id, client, p);
+	if (r == -ENOENT && strncmp(p->path, "/memfd:", 7) == 0)
+		return refuse_file(ret_refusal, "memfd", p,
+				   "Leases do not protect a memfd; seal it with F_SEAL_SHRINK.");
+	if (r == -ENOENT)
+		return refuse_file(ret_refusal, "mount", p,
+				   "The file's mount is not in the caller's mount table.");
+	if (r < 0)
+		return r;
+	for (char *const *name = file_systems; *name; name++)
+		if (strcmp(*name, p->file_system) == 0)
+			return 0;
+	return refuse_file(ret_refusal, "fileSystem", p,
+			   "The file system is not in FileSystems= of pinbroker.conf.");
+}
+
+int access_probe(int fd, const struct process *client, char *const *file_systems,
+		 struct probe *ret, struct refusal *ret_refusal)
+{
+	struct probe p = {};
+	int r;
+
+	r = probe_file(fd, client, file_systems, &p, ret_refusal);
+	if (r != 0) {
+		probe_clear(&p);
+		return r;
+	}
+	*ret = p;
+	return 0;
+}
+
+void probe_clear(struct probe *probe)
+{
+	free(probe->path);
+	probe->path = NULL;
+}
+
+static int check_as(int fd, const struct process *client, int mode, struct refusal *ret_refusal)
+{
+	int r;
+
+	r = become(client, ret_refusal);
+	if (r == 0 && syscall(SYS_faccessat2, fd, "", mode, AT_EMPTY_PATH | AT_EACCESS) < 0)
+		r = -errno;
+	become_self();
+	return r;
+}
+
+int access_check_lease(int fd, const struct process *client, const struct probe *probe,
+		       enum leases leases, struct refusal *ret_refusal)
+{
+	int r;
+
+	if (client->uid == 0 || client->uid == probe->owner)
+		return 0;
+	if (leases == LEASES_OWNER)
+		return refuse(ret_refusal, REFUSAL_NOT_ALLOWED, "notOwner",
+			      "Only the owner may have %s put under a lease (Leases=owner).",
+			      probe->path);
+	r = check_as(fd, client, W_OK, ret_refusal);
+	if (r == -EACCES || r == -EROFS || r == -EPERM)
+		return refuse(ret_refusal, REFUSAL_NOT_ALLOWED, "notWritable",
+			      "A lease holds up writers: it needs the right to write %s.",
+			      probe->path);
+	return r;
+}
+
+static int refuse_open(struct refusal *ret, int error, enum access access)
+{
+	return refuse(ret, REFUSAL_NOT_ALLOWED, "access", "You may not open the file for %s: %s.",
+		      access == ACCESS_WRITE ? "writing" : "reading", strerror(error));
+}
+
+int access_check_descriptor(int fd, enum access access, struct refusal *ret_refusal)
+{
+	int flags = fcntl(fd, F_GETFL);
+
+	if (flags < 0)
+		return -errno;
+	if (flags & O_PATH || (flags & O_ACCMODE) == O_WRONLY ||
+	    (access == ACCESS_WRITE && (flags & O_ACCMODE) != O_RDWR))
+		return refuse(ret_refusal, REFUSAL_NOT_ALLOWED, "descriptor",
+			      "RequireOpenDescriptor= is set: send a descriptor that is open for %s.",
+			      access == ACCESS_WRITE ? "reading and writing" : "reading");
+	return 0;
+}
+
+int access_check_open(int fd, const struct process *client, enum access access,
+		      struct refusal *ret_refusal)
+{
+	int r;
+
+	r = check_as(fd, client, access == ACCESS_WRITE ? R_OK | W_OK : R_OK, ret_refusal);
+	if (r == -EACCES || r == -EROFS || r == -EPERM)
+		return refuse_open(ret_refusal, -r, access);
+	return r;
+}
+
+int access_open(int fd, const struct process *client, enum access access,
+		const struct probe *probe, int *ret_fd, struct refusal *ret_refusal)
+{
+	_cleanup_(close_fdp) int opened = -1;
+	struct stat st;
+	char path[64];
+	int r;
+
+	r = become(client, ret_refusal);
+	if (r == 0) {
+		snprintf(path, sizeof(path), "/proc/self/fd/%d", fd);
+		opened = open(path, (access == ACCESS_WRITE ? O_RDWR : O_RDONLY) | O_NONBLOCK |
+					    O_CLOEXEC | O_NOCTTY);
+		if (opened < 0)
+			r = -errno;
+	}
+	become_self();
+	if (r == -EACCES || r == -EROFS || r == -EPERM || r == -ETXTBSY)
+		return refuse_open(ret_refusal, -r, access);
+	if (r == -EWOULDBLOCK)
+		return refuse(ret_refusal, REFUSAL_BUSY, "otherLease",
+			      "Another program holds a lease on the file, which is now being broken.");
+	if (r != 0)
+		return r;
+	if (fstat(opened, &st) < 0)
+		return -errno;
+	if (!S_ISREG(st.st_mode) || st.st_dev != probe->device || st.st_ino != probe->inode)
+		return -ESTALE;
+	/* O_NONBLOCK was for the leases of others only. */
+	if (fcntl(opened, F_SETFL, 0) < 0)
+		return -errno;
+	*ret_fd = TAKE_FD(opened);
+	return 0;
+}

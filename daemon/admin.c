@@ -1,0 +1,178 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#include "admin.h"
+
+#include <stdio.h>
+#include <string.h>
+
+#include "broker.h"
+#include "macro.h"
+
+struct selection {
+	struct broker *broker;
+	struct pin **pins; /* owned */
+	size_t n;
+};
+
+static void selection_clear(struct selection *s)
+{
+	free(s->pins);
+}
+
+static int selection_init(struct selection *s, struct broker *broker, size_t n_max)
+{
+	s->broker = broker;
+	s->pins = calloc(n_max + 1, sizeof(*s->pins));
+	return s->pins ? 0 : -ENOMEM;
+}
+
+static void select_file(struct selection *s, struct file *file)
+{
+	struct pin *pin = NULL;
+
+	while ((pin = pin_ranges_find(&file->pins, 0, UINT64_MAX, pin)))
+		s->pins[s->n++] = pin;
+}
+
+static void select_context(struct selection *s, struct context *context)
+{
+	struct pin *pin;
+
+	LIST_FOREACH(pin, &context->pins, of_context)
+		if (!pin->over)
+			s->pins[s->n++] = pin;
+}
+
+static int start_revocation(struct selection *s, enum cause cause, const char *reason, uint64_t timeout_usec,
+		  uint64_t *ret_id, struct refusal *ret_refusal)
+{
+	struct conflict conflict = conflict_new(cause);
+
+	if (s->broker->stopping)
+		return refuse(ret_refusal, REFUSAL_BUSY, "shutdown", "The broker is shutting down.");
+	snprintf(conflict.reason, sizeof(conflict.reason), "%s", reason);
+	return revocation_start(s->broker, NULL, false, &conflict, s->pins, s->n,
+				timeout_usec == 0 ? UINT64_MAX : timeout_usec, false, ret_id);
+}
+
+int admin_revoke_pins(struct broker *broker, const uint64_t *pins, size_t n_pins,
+		      const char *reason, uint64_t timeout_usec, uint64_t *ret_id,
+		      struct refusal *ret_refusal)
+{
+	_cleanup_(selection_clear) struct selection s = {};
+	int r;
+
+	r = selection_init(&s, broker, n_pins);
+	if (r < 0)
+		return r;
+	for (size_t i = 0; i < n_pins; i++) {
+		struct pin *pin = broker_find_pin(broker, pins[i]);
+
+		if (!pin || pin->over)
+			return refuse_no_such(ret_refusal, "pin", pins[i]);
+		s.pins[s.n++] = pin;
+	}
+	return start_revocation(&s, CAUSE_ADMIN, reason, timeout_usec, ret_id, ret_refusal);
+}
+
+static int revoke_file(struct file *file, const char *reason, uint64_t timeout_usec,
+		       uint64_t *ret_id, struct refusal *ret_refusal)
+{
+	_cleanup_(selection_clear) struct selection s = {};
+	int r;
+
+	r = selection_init(&s, file->broker, file->n_pins);
+	if (r < 0)
+		return r;
+	select_file(&s, file);
+	return start_revocation(&s, CAUSE_ADMIN, reason, timeout_usec, ret_id, ret_refusal);
+}
+
+int admin_revoke_file(struct broker *broker, uint64_t id, const char *reason,
+		      uint64_t timeout_usec, uint64_t *ret_id, struct refusal *ret_refusal)
+{
+	struct file *file = broker_find_file(broker, id);
+
+	return file ? revoke_file(file, reason, timeout_usec, ret_id, ret_refusal)
+		    : refuse_no_such(ret_refusal, "file", id);
+}
+
+int admin_revoke_path(struct broker *broker, const char *path, const char *reason,
+		      uint64_t timeout_usec, uint64_t *ret_id, struct refusal *ret_refusal)
+{
+	struct file *file;
+	uint64_t after = 0;
+
+	while ((file = broker_next_file(broker, after))) {
+		after = file->id;
+		if (strcmp(file->path, path) == 0)
+			return revoke_file(file, reason, timeout_usec, ret_id, ret_refusal);
+	}
+	return refuse(ret_refusal, REFUSAL_NO_SUCH_OBJECT, "file", "No file %s is listed.", path);
+}
+
+int admin_revoke_client(struct broker *broker, uint64_t id, const char *reason,
+			uint64_t timeout_usec, uint64_t *ret_id, struct refusal *ret_refusal)
+{
+	_cleanup_(selection_clear) struct selection s = {};
+	struct client *client = broker_find_client(broker, id);
+	struct context *context;
+	int r;
+
+	if (!client)
+		return refuse_no_such(ret_refusal, "client", id);
+	r = selection_init(&s, broker, client->n_pins);
+	if (r < 0)
+		return r;
+	LIST_FOREACH(context, &client->contexts, of_client)
+		select_context(&s, context);
+	return start_revocation(&s, CAUSE_ADMIN, reason, timeout_usec, ret_id, ret_refusal);
+}
+
+static bool is_below(const char *path, const char *directory)
+{
+	size_t n = strlen(directory);
+
+	while (n > 1 && directory[n - 1] == '/')
+		n--;
+	return strncmp(path, directory, n) == 0 && (n == 1 || path[n] == '/' || path[n] == 0);
+}
+
+int admin_revoke_mount(struct broker *broker, const char *path, const char *reason,
+		       uint64_t timeout_usec, uint64_t *ret_id, struct refusal *ret_refusal)
+{
+	_cleanup_(selection_clear) struct selection s = {};
+	struct file *file;
+	uint64_t after = 0;
+	int r;
+
+	if (path[0] != '/')
+		return refuse_parameter(ret_refusal, "path");
+	r = selection_init(&s, broker, broker->n_pins);
+	if (r < 0)
+		return r;
+	while ((file = broker_next_file(broker, after))) {
+		after = file->id;
+		if (is_below(file->path, path))
+			select_file(&s, file);
+	}
+	return start_revocation(&s, CAUSE_ADMIN, reason, timeout_usec, ret_id, ret_refusal);
+}
+
+int admin_revoke_device(struct broker *broker, const char *device, const char *reason,
+			uint64_t timeout_usec, uint64_t *ret_id, struct refusal *ret_refusal)
+{
+	_cleanup_(selection_clear) struct selection s = {};
+	struct context *context;
+	uint64_t after = 0;
+	int r;
+
+	r = selection_init(&s, broker, broker->n_pins);
+	if (r < 0)
+		return r;
+	while ((context = broker_next_context(broker, after))) {
+		after = context->id;
+		if (strcmp(context->description.device, device) == 0)
+			select_context(&s, context);
+	}
+	return start_revocation(&s, CAUSE_DEVICE, reason, timeout_usec, ret_id, ret_refusal);
+}

@@ -1,0 +1,30 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "refusal.h"
+
+struct broker;
+
+/*
+ * Revocations on an administrator's word. reason: for people, may be empty. timeout_usec: the time to
+ * let go; 0: RevokeGraceSec=. Each returns 0 and the revocation's id, REFUSED, or negative errno.
+ */
+int admin_revoke_pins(struct broker *broker, const uint64_t *pins, size_t n_pins,
+		      const char *reason, uint64_t timeout_usec, uint64_t *ret_id,
+		      struct refusal *ret_refusal);
+int admin_revoke_file(struct broker *broker, uint64_t file, const char *reason,
+		      uint64_t timeout_usec, uint64_t *ret_id, struct refusal *ret_refusal);
+/* The path as listed: no file system is asked. */
+int admin_revoke_path(struct broker *broker, const char *path, const char *reason,
+		      uint64_t timeout_usec, uint64_t *ret_id, struct refusal *ret_refusal);
+int admin_revoke_client(struct broker *broker, uint64_t client, const char *reason,
+			uint64_t timeout_usec, uint64_t *ret_id, struct refusal *ret_refusal);
+/* Every file at or below a directory, by the paths as listed. */
+int admin_revoke_mount(struct broker *broker, const char *path, const char *reason,
+		       uint64_t timeout_usec, uint64_t *ret_id, struct refusal *ret_refusal);
+/* Every pin through contexts of a device. */
+int admin_revoke_device(struct broker *broker, const char *device, const char *reason,
+			uint64_t timeout_usec, uint64_t *ret_id, struct refusal *ret_refusal);

@@ -1,0 +1,287 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#include "blame.h"
+
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <inttypes.h>
+#include <linux/openat2.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <sys/sysmacros.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+#include "broker.h"
+#include "log.h"
+#include "macro.h"
+#include "process.h"
+
+#define BATCH_MAX 64
+
+struct suspect {
+	uint64_t file;
+	struct inode_key key;
+	bool any_device; /* btrfs shows another device number in /proc/locks than to stat() */
+	char name[64];   /* the last component of the path, cut off */
+	pid_t breakers[BREAKERS_MAX];
+	size_t n_breakers;
+	struct conflict who; /* the first breaker */
+};
+
+struct blame_job {
+	struct job job;
+	struct blame *blame;
+	size_t n_suspects;
+	struct suspect suspects[BATCH_MAX];
+};
+
+struct blame {
+	struct broker *broker;
+	struct blame_job *running;
+	struct blame_job *next; /* collects what is asked meanwhile */
+};
+
+static struct suspect *find_suspect(struct blame_job *j, unsigned major, unsigned minor,
+				    uint64_t inode)
+{
+	for (size_t i = 0; i < j->n_suspects; i++) {
+		struct suspect *s = &j->suspects[i];
+
+		if (s->key.inode == inode &&
+		    (s->any_device || s->key.device == makedev(major, minor)))
+			return s;
+	}
+	return NULL;
+}
+
+/* A lease of ours, and below it those who wait for it, each nested one deeper:
+ *     1: LEASE  BREAKING  UNLCK 5531 00:1b:3 0 EOF
+ *     1: -> LEASE  BREAKER   WRITE 5572 <none>:0 0 EOF */
+static void read_locks(struct blame_job *j)
+{
+	struct suspect *suspect = NULL;
+	char *line = NULL;
+	size_t size = 0;
+	FILE *f;
+
+	f = fopen("/proc/locks", "re");
+	if (!f)
+		return;
+	while (getline(&line, &size, f) > 0) {
+		unsigned major, minor;
+		uint64_t inode;
+		pid_t pid;
+
+		if (sscanf(line, "%*d: LEASE %*s %*s %d %x:%x:%" SCNu64, &pid, &major, &minor,
+			   &inode) == 4)
+			suspect = pid == getpid() ? find_suspect(j, major, minor, inode) : NULL;
+		else if (sscanf(line, "%*d: -> LEASE BREAKER WRITE %d", &pid) != 1)
+			suspect = strstr(line, "->") ? suspect : NULL;
+		else if (suspect && suspect->n_breakers < BREAKERS_MAX)
+			suspect->breakers[suspect->n_breakers++] = pid;
+	}
+	free(line);
+	fclose(f);
+}
+
+static bool read_memory(pid_t pid, uint64_t address, void *ret, size_t size)
+{
+	struct iovec local = { ret, size }, remote = { (void *)(uintptr_t)address, size };
+
+	return process_vm_readv(pid, &local, 1, &remote, 1, 0) == (ssize_t)size;
+}
+
+/* The last component of a path in another process, as far as it can be read. */
+static void read_name(pid_t pid, uint64_t address, char *ret, size_t size)
+{
+	size_t n = 0;
+
+	for (char c; n + 1 < size && read_memory(pid, address++, &c, 1) && c;)
+		if (c == '/')
+			n = 0;
+		else
+			ret[n++] = c;
+	ret[n] = 0;
+}
+
+static bool flags_break(uint64_t flags)
+{
+	return flags & O_TRUNC || (flags & O_ACCMODE) != O_RDONLY;
+}
+
+/* Does this system call break a lease as a writer? */
+static bool read_syscall(pid_t pid, const char *text, struct conflict *ret, uint64_t *ret_path)
+{
+	uint64_t nr, arg[4], flags = 0;
+	struct open_how how;
+
+	if (sscanf(text, "%" SCNu64 " %" SCNx64 " %" SCNx64 " %" SCNx64 " %" SCNx64, &nr, &arg[0],
+		   &arg[1], &arg[2], &arg[3]) != 5)
+		return false;
+	*ret = conflict_new(CAUSE_OPEN);
+	*ret_path = arg[0];
+	switch (nr) {
+	case SYS_truncate:
+		ret->cause = CAUSE_TRUNCATE;
+		ret->size = (int64_t)arg[1];
+		ret->offset = arg[1];
+		return true;
+#ifdef SYS_creat
+	case SYS_creat:
+		flags = O_WRONLY | O_TRUNC;
+		break;
+#endif
+#ifdef SYS_open
+	case SYS_open:
+		flags = arg[1];
+		break;
+#endif
+	case SYS_openat:
+		*ret_path = arg[1];
+		flags = arg[2];
+		break;
+	case SYS_openat2:
+		*ret_path = arg[1];
+		if (!read_memory(pid, arg[2], &how, sizeof(how)))
+			return false;
+		flags = how.flags;
+		break;
+	default:
+		return false;
+	}
+	if (flags & O_TRUNC) {
+		ret->cause = CAUSE_TRUNCATE;
+		ret->size = 0;
+	}
+	return flags_break(flags);
+}
+
+/* /proc/locks names the process; one of its threads is blocked in the call. */
+static void look_at(pid_t pid, struct suspect *suspect)
+{
+	_cleanup_(freep) char *comm = NULL;
+	_cleanup_(freep) char *status = NULL;
+	struct conflict who = conflict_new(CAUSE_MODIFY);
+	bool found = false, sure = false;
+	struct dirent *de;
+	char path[64];
+	unsigned uid;
+	char *line;
+	DIR *dir;
+
+	snprintf(path, sizeof(path), "/proc/%d/task", pid);
+	dir = opendir(path);
+	while (dir && !sure && (de = readdir(dir))) {
+		_cleanup_(freep) char *text = NULL;
+		struct conflict c;
+		uint64_t address;
+		char name[64];
+
+		if (de->d_name[0] == '.' ||
+		    proc_read(&text, "/proc/%d/task/%s/syscall", pid, de->d_name) < 0 ||
+		    !read_syscall(pid, text, &c, &address))
+			continue;
+		/* Several may be blocked on several files: the name tells them apart. */
+		read_name(pid, address, name, sizeof(name));
+		sure = strcmp(name, suspect->name) == 0;
+		if (!found || sure)
+			who = c;
+		found = true;
+	}
+	if (dir)
+		closedir(dir);
+
+	if (proc_read(&comm, "/proc/%d/comm", pid) >= 0) {
+		comm[strcspn(comm, "\n")] = 0;
+		snprintf(who.comm, sizeof(who.comm), "%s", comm);
+	}
+	if (proc_read(&status, "/proc/%d/status", pid) >= 0 && (line = strstr(status, "\nUid:")) &&
+	    sscanf(line, "\nUid: %u", &uid) == 1)
+		who.uid = uid;
+	who.pid = pid;
+	suspect->who = who;
+}
+
+static void blame_run(struct job *job)
+{
+	struct blame_job *j = container_of(job, struct blame_job, job);
+
+	read_locks(j);
+	for (size_t i = 0; i < j->n_suspects; i++)
+		if (j->suspects[i].n_breakers > 0)
+			look_at(j->suspects[i].breakers[0], &j->suspects[i]);
+}
+
+static void submit(struct blame *blame)
+{
+	blame->running = TAKE_PTR(blame->next);
+	offload_submit_force(blame->broker->offload, NULL, &blame->running->job);
+}
+
+static void blame_done(struct job *job)
+{
+	struct blame_job *j = container_of(job, struct blame_job, job);
+	struct blame *blame = j->blame;
+
+	blame->running = NULL;
+	for (size_t i = 0; i < j->n_suspects; i++) {
+		const struct suspect *s = &j->suspects[i];
+		struct file *file = broker_find_file(blame->broker, s->file);
+
+		if (s->n_breakers > 0 && file && file->revocation)
+			revocation_blame(file->revocation, &s->who, s->breakers, s->n_breakers);
+	}
+	free(j);
+	if (blame->next)
+		submit(blame);
+}
+
+int blame_new(struct broker *broker, struct blame **ret)
+{
+	struct blame *blame = calloc(1, sizeof(*blame));
+
+	if (!blame)
+		return -ENOMEM;
+	blame->broker = broker;
+	*ret = blame;
+	return 0;
+}
+
+struct blame *blame_free(struct blame *blame)
+{
+	if (blame)
+		free(blame->next);
+	free(blame);
+	return NULL;
+}
+
+void blame_request(struct blame *blame, const struct file *file)
+{
+	const char *name = strrchr(file->path, '/');
+	struct suspect *s;
+
+	if (!blame->next) {
+		blame->next = calloc(1, sizeof(*blame->next));
+		if (!blame->next) {
+			log_errno(LOG_WARNING, ENOMEM, "Cannot find out who wants %s", file->path);
+			return;
+		}
+		blame->next->blame = blame;
+		blame->next->job.run = blame_run;
+		blame->next->job.done = blame_done;
+	}
+	if (blame->next->n_suspects == BATCH_MAX) {
+		log_debug("Not looking who wants %s: too many at once.", file->path);
+		return;
+	}
+	s = &blame->next->suspects[blame->next->n_suspects++];
+	s->file = file->id;
+	s->key = file->key;
+	s->any_device = strcmp(file->file_system, "btrfs") == 0;
+	snprintf(s->name, sizeof(s->name), "%s", name ? name + 1 : file->path);
+	if (!blame->running)
+		submit(blame);
+}

@@ -1,0 +1,110 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#pragma once
+
+#include <bsd/sys/tree.h>
+#include <stdint.h>
+#include <sys/queue.h>
+#include <systemd/sd-event.h>
+
+#include "client.h"
+#include "config.h"
+#include "context.h"
+#include "file.h"
+#include "offload.h"
+#include "pin.h"
+#include "revocation.h"
+#include "user.h"
+
+/*
+ * The registries of everything there is, and what is done for clients and administrators: rpc.c and
+ * bus.c translate, the decisions are made below here.
+ */
+
+#define BROKER_ENDED_MAX 64 /* ended revocations that are remembered */
+
+struct blame;
+struct bus;
+struct rpc;
+struct watch;
+
+RB_HEAD(client_ids, client);
+RB_HEAD(context_ids, context);
+RB_HEAD(file_ids, file);
+RB_HEAD(file_inodes, file);
+RB_HEAD(file_fds, file);
+RB_HEAD(pin_ids, pin);
+RB_HEAD(revocation_ids, revocation);
+
+struct broker {
+	sd_event *event;
+	struct config config;
+	struct users *users;
+	struct offload *offload;
+	struct watch *watch; /* inotify, for files without a lease */
+	struct blame *blame; /* finds out who broke a lease */
+	struct rpc *rpc;
+	struct bus *bus; /* NULL: none wanted */
+
+	struct client_ids clients;
+	struct context_ids contexts;
+	struct file_ids files;
+	struct pin_ids pins;
+	struct revocation_ids revocations; /* running and remembered ones */
+	struct revocation_list ended;      /* remembered, oldest first */
+	unsigned n_ended, n_running, n_pins, n_files, n_clients;
+
+	struct file_inodes files_by_inode;
+	struct file_fds files_by_fd; /* by the lease's descriptor: what si_fd names */
+
+	uint64_t last_id;
+	uint64_t n_overflows; /* of the signal queue */
+	uint64_t sweep_after; /* a sweep is under way, and has come to this file */
+	sd_event_source *sweep, *audit, *lease_signal, *overflow_signal;
+	bool stopping;
+	void (*stopped)(void *userdata); /* called once everything has been let go */
+	void *stopped_userdata;
+};
+
+int broker_new(sd_event *event, struct config *config, struct broker **ret);
+struct broker *broker_free(struct broker *broker);
+
+/* Ids are of one series for all kinds. */
+uint64_t broker_next_id(struct broker *broker);
+
+/* Lets everything go by revocations with cause "shutdown", then calls stopped(). */
+void broker_stop(struct broker *broker, void (*stopped)(void *userdata), void *userdata);
+
+/* Calls stopped() if the broker is stopping and no revocation is running any more. */
+void broker_check_stopped(struct broker *broker);
+
+/* registry.c; next gives the first with an id greater than `after`, or NULL. */
+struct client *broker_find_client(struct broker *broker, uint64_t id);
+struct context *broker_find_context(struct broker *broker, uint64_t id);
+struct file *broker_find_file(struct broker *broker, uint64_t id);
+struct pin *broker_find_pin(struct broker *broker, uint64_t id);
+struct revocation *broker_find_revocation(struct broker *broker, uint64_t id);
+struct file *broker_find_inode(struct broker *broker, struct inode_key key);
+struct file *broker_find_lease_fd(struct broker *broker, int fd);
+struct client *broker_next_client(struct broker *broker, uint64_t after);
+struct context *broker_next_context(struct broker *broker, uint64_t after);
+struct file *broker_next_file(struct broker *broker, uint64_t after);
+struct pin *broker_next_pin(struct broker *broker, uint64_t after);
+struct revocation *broker_next_revocation(struct broker *broker, uint64_t after);
+
+void broker_add_client(struct broker *broker, struct client *client);
+void broker_remove_client(struct broker *broker, struct client *client);
+void broker_add_context(struct broker *broker, struct context *context);
+void broker_remove_context(struct broker *broker, struct context *context);
+void broker_add_file(struct broker *broker, struct file *file);
+void broker_remove_file(struct broker *broker, struct file *file);
+void broker_add_lease_fd(struct broker *broker, struct file *file);
+void broker_remove_lease_fd(struct broker *broker, struct file *file);
+void broker_add_pin(struct broker *broker, struct pin *pin);
+void broker_remove_pin(struct broker *broker, struct pin *pin);
+void broker_add_revocation(struct broker *broker, struct revocation *revocation);
+void broker_remove_revocation(struct broker *broker, struct revocation *revocation);
+/* It has ended: remembered from now on, the oldest forgotten. */
+void broker_retire_revocation(struct broker *broker, struct revocation *revocation);
+
+/* Looks at the lease of every file, some each turn of the loop. */
+void broker_sweep(struct broker *broker);

@@ -1,0 +1,376 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#include "bus.h"
+
+#include <errno.h>
+#include <inttypes.h>
+#include <stdlib.h>
+#include <string.h>
+#include <systemd/sd-bus.h>
+
+#include "broker.h"
+#include "bus-manager.h"
+#include "log.h"
+#include "macro.h"
+#include "notice.h"
+
+#define RECONNECT_FIRST_USEC (100 * USEC_PER_MSEC)
+#define RECONNECT_LAST_USEC  (5 * USEC_PER_SEC)
+
+struct bus {
+	struct broker *broker;
+	char *address; /* owned; NULL: the system bus */
+	sd_bus *bus;   /* NULL: to be connected anew */
+	bool connected;
+	uint64_t reconnect_usec; /* the present back-off */
+	sd_event_source *reconnect;
+};
+
+static int bus_connect(struct bus *bus);
+
+static int on_reconnect(sd_event_source *source, uint64_t usec, void *userdata)
+{
+	struct bus *bus = userdata;
+
+	if (bus_connect(bus) < 0)
+		return 0;
+	return 0;
+}
+
+static void reconnect_later(struct bus *bus)
+{
+	int r;
+
+	bus->connected = false;
+	bus->reconnect_usec = bus->reconnect_usec == 0 ? RECONNECT_FIRST_USEC
+						       : bus->reconnect_usec * 2;
+	if (bus->reconnect_usec > RECONNECT_LAST_USEC)
+		bus->reconnect_usec = RECONNECT_LAST_USEC;
+	r = sd_event_source_set_time(bus->reconnect, now_usec() + bus->reconnect_usec);
+	if (r >= 0)
+		r = sd_event_source_set_enabled(bus->reconnect, SD_EVENT_ONESHOT);
+	if (r < 0)
+		log_errno(LOG_ERR, r, "Cannot arm the timer for the bus");
+}
+
+static void drop(struct bus *bus)
+{
+	if (!bus->bus)
+		return;
+	sd_bus_detach_event(bus->bus);
+	bus->bus = sd_bus_close_unref(bus->bus);
+}
+
+/* Names of the old connection mean nothing on the new one. */
+static void forget_names(struct broker *broker)
+{
+	struct client *client;
+
+	for (client = broker_next_client(broker, 0); client;
+	     client = broker_next_client(broker, client->id))
+		client->bus_name_verified = false;
+}
+
+static int on_disconnected(sd_bus_message *m, void *userdata, sd_bus_error *error)
+{
+	struct bus *bus = userdata;
+
+	log_notice("The message bus went away; notices go out on the socket alone.");
+	forget_names(bus->broker);
+	/* Closing it in its own callback is not possible: the timer does. */
+	reconnect_later(bus);
+	return 0;
+}
+
+static void verify_waiting(struct bus *bus)
+{
+	struct client *client;
+
+	for (client = broker_next_client(bus->broker, 0); client;
+	     client = broker_next_client(bus->broker, client->id))
+		if (client->bus_name)
+			(void)bus_verify_client(bus, client, NULL, NULL);
+}
+
+static int on_named(sd_bus_message *m, void *userdata, sd_bus_error *error)
+{
+	struct bus *bus = userdata;
+	const sd_bus_error *e = sd_bus_message_get_error(m);
+
+	if (e) {
+		log_error("Cannot have the name " BUS_NAME " on the bus, notices only: %s",
+			  e->message ? e->message : e->name);
+		return 0;
+	}
+	bus->reconnect_usec = 0;
+	log_info("On the bus as " BUS_NAME ".");
+	return 0;
+}
+
+static int on_connected(sd_bus_message *m, void *userdata, sd_bus_error *error)
+{
+	struct bus *bus = userdata;
+	int r;
+
+	bus->connected = true;
+	r = sd_bus_request_name_async(bus->bus, NULL, BUS_NAME, 0,
+				      on_named, bus);
+	if (r < 0)
+		log_errno(LOG_ERR, r, "Cannot ask for the name " BUS_NAME);
+	verify_waiting(bus);
+	return 0;
+}
+
+static int bus_start(struct bus *bus)
+{
+	int r;
+
+	r = sd_bus_new(&bus->bus);
+	if (r < 0)
+		return r;
+	r = sd_bus_set_address(bus->bus, bus->address ? bus->address
+						      : "unix:path=/run/dbus/system_bus_socket");
+	if (r >= 0)
+		r = sd_bus_set_bus_client(bus->bus, true);
+	if (r >= 0)
+		r = sd_bus_set_connected_signal(bus->bus, true);
+	if (r >= 0)
+		r = bus_manager_add(bus->bus, bus->broker);
+	if (r >= 0)
+		r = sd_bus_match_signal_async(bus->bus, NULL, "org.freedesktop.DBus.Local",
+					      "/org/freedesktop/DBus/Local",
+					      "org.freedesktop.DBus.Local", "Disconnected",
+					      on_disconnected, NULL, bus);
+	if (r >= 0)
+		r = sd_bus_match_signal_async(bus->bus, NULL, "org.freedesktop.DBus.Local",
+					      "/org/freedesktop/DBus/Local",
+					      "org.freedesktop.DBus.Local", "Connected",
+					      on_connected, NULL, bus);
+	if (r >= 0)
+		r = sd_bus_start(bus->bus);
+	if (r >= 0)
+		r = sd_bus_attach_event(bus->bus, bus->broker->event, SD_EVENT_PRIORITY_NORMAL);
+	return r;
+}
+
+static int bus_connect(struct bus *bus)
+{
+	int r;
+
+	drop(bus);
+	r = bus_start(bus);
+	if (r < 0) {
+		if (bus->reconnect_usec == 0)
+			log_errno(LOG_NOTICE, r, "The message bus is not there, going on without");
+		drop(bus);
+		reconnect_later(bus);
+	}
+	return r;
+}
+
+int bus_new(struct broker *broker, const char *address, struct bus **ret)
+{
+	struct bus *bus;
+	int r;
+
+	bus = calloc(1, sizeof(*bus));
+	if (!bus)
+		return -ENOMEM;
+	bus->broker = broker;
+	if (address) {
+		bus->address = strdup(address);
+		if (!bus->address) {
+			free(bus);
+			return -ENOMEM;
+		}
+	}
+	r = sd_event_add_time(broker->event, &bus->reconnect, CLOCK_MONOTONIC, 0, 0, on_reconnect,
+			      bus);
+	if (r >= 0)
+		r = sd_event_source_set_enabled(bus->reconnect, SD_EVENT_OFF);
+	if (r < 0) {
+		bus_free(bus);
+		return r;
+	}
+	(void)bus_connect(bus);
+	*ret = bus;
+	return 0;
+}
+
+struct bus *bus_free(struct bus *bus)
+{
+	if (!bus)
+		return NULL;
+	drop(bus);
+	sd_event_source_disable_unref(bus->reconnect);
+	free(bus->address);
+	free(bus);
+	return NULL;
+}
+
+bool bus_name_is_unique(const char *name)
+{
+	if (name[0] != ':' || strlen(name) > 255)
+		return false;
+	for (const char *p = name + 1; *p; p++)
+		if (!strchr("0123456789.", *p))
+			return false;
+	return name[1] != 0;
+}
+
+struct verification {
+	struct bus *bus;
+	uint64_t client;
+	char *name;
+	void (*done)(int r, struct refusal *refusal, void *userdata);
+	void *userdata;
+};
+
+static void verification_free(void *userdata)
+{
+	struct verification *v = userdata;
+
+	/* The connection died with the question unanswered. */
+	if (v->done)
+		v->done(-ENOTCONN, NULL, v->userdata);
+	free(v->name);
+	free(v);
+}
+
+/* Reads pid and uid from a{sv}. */
+static int read_credentials(sd_bus_message *m, uint32_t *ret_pid, uint32_t *ret_uid)
+{
+	int r;
+
+	r = sd_bus_message_enter_container(m, 'a', "{sv}");
+	while (r >= 0 && (r = sd_bus_message_enter_container(m, 'e', "sv")) > 0) {
+		const char *key;
+
+		r = sd_bus_message_read(m, "s", &key);
+		if (r >= 0 && strcmp(key, "ProcessID") == 0)
+			r = sd_bus_message_read(m, "v", "u", ret_pid);
+		else if (r >= 0 && strcmp(key, "UnixUserID") == 0)
+			r = sd_bus_message_read(m, "v", "u", ret_uid);
+		else if (r >= 0)
+			r = sd_bus_message_skip(m, "v");
+		if (r >= 0)
+			r = sd_bus_message_exit_container(m);
+	}
+	return r;
+}
+
+static int on_credentials(sd_bus_message *m, void *userdata, sd_bus_error *error)
+{
+	struct verification *v = userdata;
+	struct client *client = broker_find_client(v->bus->broker, v->client);
+	void (*done)(int r, struct refusal *refusal, void *userdata) = TAKE_PTR(v->done);
+	uint32_t pid = 0, uid = UINT32_MAX;
+	struct refusal refusal;
+	int r = 0;
+
+	/* It may have gone, or be called otherwise by now. */
+	if (client && client->bus_name && strcmp(client->bus_name, v->name) == 0) {
+		if (sd_bus_message_is_method_error(m, NULL) || read_credentials(m, &pid, &uid) < 0 ||
+		    pid != (uint32_t)client->process.pid || uid != client->process.uid) {
+			r = refuse(&refusal, REFUSAL_NOT_ALLOWED, "busName",
+				   "%s is not a name of your process on the bus.", v->name);
+			free(client->bus_name);
+			client->bus_name = NULL;
+		} else {
+			client->bus_name_verified = true;
+		}
+	}
+	if (done)
+		done(r, &refusal, v->userdata);
+	client = broker_find_client(v->bus->broker, v->client);
+	if (client && client->bus_name_verified)
+		notice_send_bus(client);
+	return 0;
+}
+
+int bus_verify_client(struct bus *bus, struct client *client,
+		      void (*done)(int r, struct refusal *refusal, void *userdata),
+		      void *userdata)
+{
+	struct verification *v;
+	sd_bus_slot *slot;
+	int r;
+
+	if (!bus->connected)
+		return -ENOTCONN;
+	v = calloc(1, sizeof(*v));
+	if (!v || !(v->name = strdup(client->bus_name))) {
+		free(v);
+		return -ENOMEM;
+	}
+	v->bus = bus;
+	v->client = client->id;
+	r = sd_bus_call_method_async(bus->bus, &slot, "org.freedesktop.DBus",
+				     "/org/freedesktop/DBus", "org.freedesktop.DBus",
+				     "GetConnectionCredentials", on_credentials, v, "s",
+				     client->bus_name);
+	if (r < 0) {
+		verification_free(v);
+		return r;
+	}
+	v->done = done;
+	v->userdata = userdata;
+	(void)sd_bus_slot_set_destroy_callback(slot, verification_free);
+	(void)sd_bus_slot_set_floating(slot, true);
+	sd_bus_slot_unref(slot);
+	return 0;
+}
+
+static int append_notice(sd_bus_message *m, const struct msg_notice *n)
+{
+	const struct msg_conflict *c = &n->conflict;
+	int r;
+
+	r = sd_bus_message_append(m, "ttts", (uint64_t)n->revocation, (uint64_t)n->client,
+				  (uint64_t)n->file, n->path);
+	if (r >= 0)
+		r = sd_bus_message_append_array(m, 't', n->pins.items,
+						n->pins.n_items * sizeof(uint64_t));
+	if (r >= 0)
+		r = sd_bus_message_append(m, "ttsust", (uint64_t)c->offset, (uint64_t)c->length,
+					  enumeration_name(&enumeration_cause, c->cause),
+					  c->pid == INT_NULL ? 0 : (uint32_t)c->pid,
+					  c->comm ? c->comm : "", (uint64_t)n->deadlineUSec);
+	return r;
+}
+
+void bus_send_notice(struct bus *bus, const struct client *client,
+		     const struct msg_notice *notice)
+{
+	sd_bus_message *m = NULL;
+	int r;
+
+	if (!bus->connected || !client->bus_name || !client->bus_name_verified)
+		return;
+	r = sd_bus_message_new_signal(bus->bus, &m, BUS_PATH, BUS_INTERFACE, "Revoke");
+	if (r >= 0)
+		r = sd_bus_message_set_destination(m, client->bus_name);
+	if (r >= 0)
+		r = append_notice(m, notice);
+	if (r >= 0)
+		r = sd_bus_send(bus->bus, m, NULL);
+	sd_bus_message_unref(m);
+	if (r < 0)
+		log_errno(LOG_ERR, r, "Cannot send revocation %" PRIi64 " to %s on the bus",
+			  notice->revocation, client->bus_name);
+}
+
+void bus_revocation_started(struct bus *bus, const struct revocation *rev)
+{
+	if (bus->connected)
+		(void)sd_bus_emit_signal(bus->bus, BUS_PATH, BUS_INTERFACE, "RevocationStarted",
+					 "t", rev->id);
+}
+
+void bus_revocation_ended(struct bus *bus, const struct revocation *rev)
+{
+	if (bus->connected)
+		(void)sd_bus_emit_signal(bus->bus, BUS_PATH, BUS_INTERFACE, "RevocationEnded", "ts",
+					 rev->id,
+					 enumeration_name(&enumeration_revocation_state,
+							  rev->state));
+}

@@ -1,0 +1,87 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#pragma once
+
+#include <bsd/sys/tree.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <sys/queue.h>
+#include <systemd/sd-event.h>
+
+#include "process.h"
+#include "protocol/interface.h"
+#include "refusal.h"
+
+struct broker;
+struct context;
+struct file;
+struct peer;
+struct user;
+
+#define CLIENT_TOKEN_SIZE 33 /* 128 random bits in hexadecimal, and a NUL */
+
+/* A client's hold on a file. */
+struct use {
+	struct client *client; /* client::uses, which owns it */
+	struct file *file;     /* file::uses */
+	enum access access;    /* what was asked for */
+	bool writable;         /* the client was given a descriptor that can write */
+	unsigned n_pins;       /* not over */
+	LIST_ENTRY(use) of_client;
+	LIST_ENTRY(use) of_file;
+};
+
+/*
+ * One holder. It lives as long as its process, whatever becomes of its connections, or, when that has
+ * died, as long as its pins; without pins it ends with its last connection.
+ */
+struct client {
+	uint64_t id;
+	struct broker *broker;  /* broker::clients */
+	struct user *user;      /* reference; one LIMIT_CLIENTS */
+	struct process process; /* owned */
+	char *name;             /* owned; NULL: none given */
+	char *bus_name;         /* owned; NULL: none */
+	bool bus_name_verified; /* seen on the bus as this process's */
+	bool dead;              /* the process has ended */
+	char token[CLIENT_TOKEN_SIZE];
+	LIST_HEAD(, use) uses;         /* owned */
+	LIST_HEAD(, context) contexts; /* owned */
+	LIST_HEAD(, peer) peers;       /* rpc's; connections that speak for it or watch for it */
+	unsigned n_files, n_contexts, n_pins;
+	uint64_t pinned_bytes;
+	sd_event_source *death;
+	RB_ENTRY(client) by_id; /* broker::clients */
+};
+
+/* Takes the described process over on success. Charges LIMIT_CLIENTS: REFUSED with ret_refusal. */
+int client_new(struct broker *broker, struct user *user, struct process *process,
+	       struct client **ret, struct refusal *ret_refusal);
+struct client *client_free(struct client *client);
+
+/* The last connection has gone: frees it, unless it has pins. */
+void client_disconnected(struct client *client);
+/* Frees it if it is dead, or without a connection, and nothing is left of it. */
+void client_collect(struct client *client);
+
+bool client_check_token(const struct client *client, const char *token);
+
+struct use *client_find_use(struct client *client, const struct file *file);
+/* REFUSED if a limit of the user is reached. */
+int client_add_use(struct client *client, struct file *file, enum access access, bool writable,
+		   struct use **ret, struct refusal *ret_refusal);
+struct use *use_free(struct use *use);
+
+/* Reserves pins, all or none. REFUSED with what stands in the way. */
+int client_pin(struct client *client, uint64_t file_id, uint64_t context_id,
+	       const struct msg_range *ranges, size_t n_ranges, enum access access,
+	       const char *label, int64_t *ret_ids, struct refusal *ret_refusal);
+/* Lets pins go; ret_ended needs room for all, and gets those that were over. */
+int client_unpin(struct client *client, const int64_t *ids, size_t n_ids, int64_t *ret_ended,
+		 size_t *ret_n_ended, struct refusal *ret_refusal);
+
+/* The client's own objects; NULL with a refusal for what is not there or another's. */
+struct pin *client_find_pin(struct client *client, int64_t id, struct refusal *ret_refusal);
+struct context *client_find_context(struct client *client, int64_t id,
+				    struct refusal *ret_refusal);
+
+void client_info(const struct client *client, struct msg_client_info *ret);

@@ -1,0 +1,29 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#include <errno.h>
+#include <linux/if_xdp.h>
+#include <sys/socket.h>
+
+#include "context.h"
+
+/* An AF_XDP socket: its umem stays pinned until the last close, whatever is done to the socket. */
+
+static bool xdp_identify(int fd, const char *link)
+{
+	int domain;
+	socklen_t size = sizeof(domain);
+
+	return getsockopt(fd, SOL_SOCKET, SO_DOMAIN, &domain, &size) == 0 && domain == AF_XDP;
+}
+
+static int xdp_describe(int fd, struct context_description *ret)
+{
+	*ret = (struct context_description){ .proof = PROOF_CLAIMED };
+	return 0;
+}
+
+const struct context_ops context_af_xdp = {
+	.kind = "af_xdp",
+	.identify = xdp_identify,
+	.describe = xdp_describe,
+	.frees_late = true,
+};

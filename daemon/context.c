@@ -1,0 +1,500 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#include "context.h"
+
+#include <assert.h>
+#include <fcntl.h>
+#include <inttypes.h>
+#include <limits.h>
+#include <linux/stat.h>
+#include <signal.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/pidfd.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+
+#include "broker.h"
+#include "log.h"
+#include "macro.h"
+#include "pin-counter.h"
+
+/* How long stopping a holder may take before a forced detach is given up. */
+#define STOP_TIMEOUT_USEC (200 * USEC_PER_MSEC)
+
+#define CHECK_FIRST_USEC (1 * USEC_PER_MSEC)
+#define CHECK_LAST_USEC  (64 * USEC_PER_MSEC)
+
+static const struct context_ops *const kinds[] = {
+	&context_io_uring,
+	&context_af_xdp,
+	&context_opaque, /* last: takes what the others leave */
+};
+
+int context_identify(int fd, const struct context_ops **ret, struct refusal *ret_refusal)
+{
+	char path[64], link[PATH_MAX];
+	struct statx stx;
+	int domain, flags;
+	socklen_t size = sizeof(domain);
+	ssize_t n;
+
+	flags = fcntl(fd, F_GETFL);
+	if (flags < 0)
+		return -errno;
+	/* see access.c: whatever else could wait for a FUSE server */
+	if (syscall(SYS_statx, fd, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, STATX_TYPE, &stx) < 0)
+		return -errno;
+	if (flags & O_PATH || S_ISREG(stx.stx_mode) || S_ISDIR(stx.stx_mode) ||
+	    S_ISFIFO(stx.stx_mode) || S_ISLNK(stx.stx_mode))
+		return refuse(ret_refusal, REFUSAL_NOT_SUPPORTED, "descriptor",
+			      "A file, directory or pipe holds no pins.");
+	if (S_ISSOCK(stx.stx_mode) &&
+	    getsockopt(fd, SOL_SOCKET, SO_DOMAIN, &domain, &size) == 0 && domain == AF_UNIX)
+		return refuse(ret_refusal, REFUSAL_NOT_SUPPORTED, "unixSocket",
+			      "An AF_UNIX socket holds no pins, but could hold this connection.");
+
+	snprintf(path, sizeof(path), "/proc/self/fd/%d", fd);
+	n = readlink(path, link, sizeof(link) - 1);
+	if (n < 0)
+		return -errno;
+	link[n] = 0;
+	for (size_t i = 0; i < ELEMENTS(kinds); i++)
+		if (kinds[i]->identify(fd, link)) {
+			*ret = kinds[i];
+			return 0;
+		}
+	return -EINVAL;
+}
+
+int context_new(struct client *client, const struct context_ops *ops,
+		const struct context_description *description, int fd, const char *label,
+		struct context **ret, struct refusal *ret_refusal)
+{
+	struct context *context;
+
+	if (user_charge(client->user, LIMIT_CONTEXTS, 1) < 0)
+		return refuse_limit(ret_refusal, client->user, LIMIT_CONTEXTS);
+	context = calloc(1, sizeof(*context));
+	if (!context)
+		goto no_memory;
+	if (label) {
+		context->label = strdup(label);
+		if (!context->label)
+			goto no_memory;
+	}
+	context->ops = ops;
+	context->fd = fd;
+	context->description = *description;
+	context->user = user_ref(client->user);
+	context->client = client;
+	LIST_INIT(&context->pins);
+	LIST_INSERT_HEAD(&client->contexts, context, of_client);
+	client->n_contexts++;
+	context->id = broker_next_id(client->broker);
+	broker_add_context(client->broker, context);
+	*ret = context;
+	return 0;
+
+no_memory:
+	free(context);
+	user_discharge(client->user, LIMIT_CONTEXTS, 1);
+	return -ENOMEM;
+}
+
+/* Its last reference: neither a client nor a job has it any more. */
+static void context_destroy(struct context *context, struct offload *offload)
+{
+	offload_close(offload, context->user, TAKE_FD(context->fd));
+	user_discharge(context->user, LIMIT_CONTEXTS, 1);
+	user_unref(context->user);
+	free(context->label);
+	free(context);
+}
+
+struct context *context_free(struct context *context)
+{
+	struct broker *broker;
+	struct pin *pin;
+
+	if (!context)
+		return NULL;
+	broker = context->client->broker;
+	while ((pin = LIST_FIRST(&context->pins)))
+		pin_free(pin);
+	sd_event_source_disable_unref(context->recheck);
+	context->recheck = NULL;
+	broker_remove_context(broker, context);
+	LIST_REMOVE(context, of_client);
+	context->client->n_contexts--;
+	context->client = NULL;
+	if (context->n_jobs == 0)
+		context_destroy(context, broker->offload);
+	return NULL;
+}
+
+/*
+ * Work on a context's descriptor, which stays open until the job has come back. The context may have
+ * lost its client by then.
+ */
+struct context_job {
+	struct job job;
+	struct broker *broker;
+	struct context *context;
+	const struct context_ops *ops;
+	int fd;
+	struct process holder; /* a copy */
+	bool holder_dead;
+	uint64_t revocation; /* 0: none */
+	uint64_t n_pages;    /* reap: that should be freed */
+	pid_t found;         /* reap: somebody else who holds it */
+	int result;
+	size_t n_handles;
+	struct handle handles[];
+};
+
+static struct context_job *context_job_new(struct context *context, size_t n_handles)
+{
+	struct context_job *j = calloc(1, sizeof(*j) + n_handles * sizeof(struct handle));
+
+	if (!j)
+		return NULL;
+	if (process_copy(&context->client->process, &j->holder) < 0) {
+		free(j);
+		return NULL;
+	}
+	j->broker = context->client->broker;
+	j->context = context_hold(context);
+	j->ops = context->ops;
+	j->fd = context->fd;
+	j->holder_dead = context->client->dead;
+	return j;
+}
+
+static void start_reap(struct context *context);
+
+struct context *context_hold(struct context *context)
+{
+	context->n_jobs++;
+	return context;
+}
+
+bool context_release(struct context *context, struct broker *broker)
+{
+	context->n_jobs--;
+	if (context->client) {
+		if (context->reaping && context->n_jobs == 0)
+			start_reap(context);
+		return true;
+	}
+	if (context->n_jobs == 0)
+		context_destroy(context, broker->offload);
+	return false;
+}
+
+static void context_job_free(struct context_job *j)
+{
+	process_clear(&j->holder);
+	free(j);
+}
+
+/* Ends the pins whose handles were seen to be gone. */
+static void end_gone(struct context_job *j)
+{
+	for (size_t i = 0; i < j->n_handles; i++) {
+		struct pin *pin;
+
+		if (!j->handles[i].gone)
+			continue;
+		pin = broker_find_pin(j->broker, j->handles[i].pin);
+		/* It may have ended, or been bound anew, while the job ran. */
+		if (pin && !pin->over && pin->handle == j->handles[i].handle &&
+		    pin->identity.address == j->handles[i].identity.address &&
+		    pin->identity.length == j->handles[i].identity.length)
+			pin_end(pin, j->context->description.proof);
+	}
+}
+
+static struct handle handle_of(const struct pin *pin)
+{
+	return (struct handle){ .pin = pin->id, .handle = pin->handle, .identity = pin->identity };
+}
+
+static void check_run(struct job *job)
+{
+	struct context_job *j = container_of(job, struct context_job, job);
+
+	j->result = j->ops->check(j->fd, j->handles, j->n_handles);
+}
+
+static int on_recheck(sd_event_source *source, uint64_t usec, void *userdata)
+{
+	context_check(userdata);
+	return 0;
+}
+
+static void check_later(struct context *context)
+{
+	sd_event *event = context->client->broker->event;
+	int r;
+
+	context->check_usec = context->check_usec == 0 ? CHECK_FIRST_USEC
+						       : context->check_usec * 2;
+	if (context->check_usec > CHECK_LAST_USEC)
+		context->check_usec = CHECK_LAST_USEC;
+	if (!context->recheck)
+		r = sd_event_add_time(event, &context->recheck, CLOCK_MONOTONIC,
+				      now_usec() + context->check_usec, 1, on_recheck, context);
+	else {
+		r = sd_event_source_set_time(context->recheck, now_usec() + context->check_usec);
+		if (r >= 0)
+			r = sd_event_source_set_enabled(context->recheck, SD_EVENT_ONESHOT);
+	}
+	/* Without a timer the ladder's own deadline brings the matter on. */
+	if (r < 0)
+		log_errno(LOG_WARNING, r, "Cannot look again whether pins are gone");
+}
+
+static bool is_awaited(const struct pin *pin)
+{
+	return !pin->over && pin->state == PIN_LEAVING && !LIST_EMPTY(&pin->targets);
+}
+
+static void check_done(struct job *job)
+{
+	struct context_job *j = container_of(job, struct context_job, job);
+	struct context *context = j->context;
+	bool again;
+
+	context->checking = false;
+	again = context->check_again;
+	context->check_again = false;
+	if (context->client) {
+		bool left = false;
+
+		if (j->result >= 0)
+			end_gone(j);
+		for (struct pin *pin = LIST_FIRST(&context->pins); pin && !left;
+		     pin = LIST_NEXT(pin, of_context))
+			left = is_awaited(pin);
+		if (left && again)
+			context_check(context);
+		else if (left)
+			check_later(context);
+		else
+			context->check_usec = 0;
+	}
+	context_release(context, j->broker);
+	context_job_free(j);
+}
+
+void context_check(struct context *context)
+{
+	struct context_job *j;
+	struct pin *pin;
+	size_t n = 0;
+
+	if (context->checking) {
+		context->check_again = true;
+		return;
+	}
+	LIST_FOREACH(pin, &context->pins, of_context)
+		n += is_awaited(pin);
+	if (n == 0 || context->fd < 0 || context->reaping)
+		return;
+	j = context_job_new(context, n);
+	if (!j) {
+		check_later(context);
+		return;
+	}
+	LIST_FOREACH(pin, &context->pins, of_context)
+		if (is_awaited(pin))
+			j->handles[j->n_handles++] = handle_of(pin);
+	j->job.run = check_run;
+	j->job.done = check_done;
+	context->checking = true;
+	offload_submit_force(context->client->broker->offload, context->user, &j->job);
+}
+
+static void reap_run(struct job *job)
+{
+	struct context_job *j = container_of(job, struct context_job, job);
+	struct pin_counter counter;
+
+	j->found = process_find_holder(j->fd);
+	if (j->found != 0)
+		return;
+	pin_counter_start(&counter);
+	close(j->fd);
+	if (j->ops->frees_late)
+		pin_counter_wait(&counter, j->n_pages);
+}
+
+static void reap_done(struct job *job)
+{
+	struct context_job *j = container_of(job, struct context_job, job);
+	struct context *context = j->context;
+	struct pin *pin, *next;
+
+	context->reaping = false;
+	if (j->found == 0)
+		context->fd = -1;
+	else if (j->found < 0)
+		log_errno(LOG_WARNING, j->found, "Cannot find out who else holds context %" PRIu64,
+			  context->id);
+	else
+		log_info("Context %" PRIu64 " of a holder is still held by process %d.",
+			 context->id, j->found);
+	if (context_release(context, j->broker)) {
+		struct client *client = context->client;
+		uint64_t client_id = client->id;
+
+		for (pin = LIST_FIRST(&context->pins); pin && j->found == 0; pin = next) {
+			next = LIST_NEXT(pin, of_context);
+			if (!pin->over)
+				pin_end(pin, PROOF_PRESUMED);
+		}
+		client = broker_find_client(j->broker, client_id);
+		if (j->found != 0)
+			revocation_check_reachable(j->broker);
+		if (j->revocation != 0)
+			revocation_job_done(j->broker, j->revocation, REVOCATION_DETACHING, false);
+		if (client)
+			client_collect(client);
+	} else if (j->revocation != 0) {
+		revocation_job_done(j->broker, j->revocation, REVOCATION_DETACHING, false);
+	}
+	context_job_free(j);
+}
+
+static void start_reap(struct context *context)
+{
+	struct context_job *j;
+	struct pin *pin;
+
+	j = context_job_new(context, 0);
+	if (!j) {
+		/* No memory: the audit comes back to it. */
+		context->reaping = false;
+		return;
+	}
+	j->revocation = context->reap_revocation;
+	context->reap_revocation = 0;
+	LIST_FOREACH(pin, &context->pins, of_context)
+		if (!pin->over)
+			j->n_pages += pin->length / (uint64_t)sysconf(_SC_PAGESIZE);
+	j->job.run = reap_run;
+	j->job.done = reap_done;
+	offload_submit_force(context->client->broker->offload, context->user, &j->job);
+}
+
+void context_reap(struct context *context)
+{
+	if (context->reaping || context->fd < 0)
+		return;
+	/* Our copy may be closed: no other job may be using it. */
+	context->reaping = true;
+	if (context->n_jobs == 0)
+		start_reap(context);
+}
+
+static void detach_run(struct job *job)
+{
+	struct context_job *j = container_of(job, struct context_job, job);
+	int stopped = 0;
+
+	/*
+	 * Between looking at a handle and destroying it its holder must not reuse it. One that has
+	 * ended, or become another user's, cannot be stopped and need not be: what it registered is
+	 * all that this context holds.
+	 */
+	if (!j->holder_dead && process_is_same(&j->holder)) {
+		stopped = process_stop(&j->holder, STOP_TIMEOUT_USEC);
+		if (stopped < 0 && stopped != -ESRCH) {
+			j->result = stopped;
+			return;
+		}
+	}
+	j->result = j->ops->detach(j->fd, &j->holder, j->handles, j->n_handles);
+	if (stopped > 0)
+		(void)pidfd_send_signal(j->holder.pidfd, SIGCONT, NULL, 0);
+}
+
+static void detach_done(struct job *job)
+{
+	struct context_job *j = container_of(job, struct context_job, job);
+
+	if (j->result < 0) {
+		struct log_fields fields = {
+			.revocation = j->revocation,
+			.pid = j->holder.pid,
+			.error = -j->result,
+		};
+
+		log_event(LOG_NOTICE, MESSAGE_REVOKE_ESCALATED, &fields,
+			  "%s of %s[%d] could not be detached for sure: %s.", j->ops->kind,
+			  j->holder.comm, j->holder.pid, strerror(-j->result));
+	}
+	if (j->context->client)
+		end_gone(j);
+	context_release(j->context, j->broker);
+	revocation_job_done(j->broker, j->revocation, REVOCATION_DETACHING, false);
+	context_job_free(j);
+}
+
+static bool is_wanted(const struct pin *pin, const struct revocation *revocation)
+{
+	struct target *target;
+
+	LIST_FOREACH(target, &pin->targets, of_pin)
+		if (target->revocation == revocation)
+			return true;
+	return false;
+}
+
+int context_detach(struct context *context, struct revocation *revocation)
+{
+	struct context_job *j;
+	struct pin *pin;
+	size_t n = 0;
+
+	LIST_FOREACH(pin, &context->pins, of_context)
+		n += pin->handle != INT_NULL && is_wanted(pin, revocation);
+	if (!context->description.forcible || !context->ops->detach || n == 0) {
+		if (context->fd < 0)
+			return 0;
+		if (context->reap_revocation == 0 && !context->reaping) {
+			context->reap_revocation = revocation->id;
+			context_reap(context);
+			return context->reaping ? 1 : -ENOMEM;
+		}
+		return 0;
+	}
+	if (context->fd < 0 || context->reaping)
+		return 0;
+	j = context_job_new(context, n);
+	if (!j)
+		return -ENOMEM;
+	LIST_FOREACH(pin, &context->pins, of_context)
+		if (pin->handle != INT_NULL && is_wanted(pin, revocation))
+			j->handles[j->n_handles++] = handle_of(pin);
+	j->revocation = revocation->id;
+	j->job.run = detach_run;
+	j->job.done = detach_done;
+	offload_submit_force(context->client->broker->offload, context->user, &j->job);
+	return 1;
+}
+
+void context_info(const struct context *context, struct msg_context_info *ret)
+{
+	*ret = (struct msg_context_info){
+		.context = (int64_t)context->id,
+		.client = (int64_t)context->client->id,
+		.kind = context->ops->kind,
+		.device = context->description.device[0] ? context->description.device : NULL,
+		.label = context->label,
+		.forcible = context->description.forcible,
+		.proof = context->description.proof,
+		.pins = context->n_pins,
+	};
+}

@@ -1,0 +1,118 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#pragma once
+
+#include <bsd/sys/tree.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/queue.h>
+#include <systemd/sd-event.h>
+
+#include "pin.h"
+#include "process.h"
+#include "protocol/interface.h"
+#include "refusal.h"
+
+struct broker;
+struct client;
+struct revocation;
+struct user;
+
+/*
+ * What holds page pins, known by a descriptor. One kind, one file, one table of operations. All
+ * operations run on the offload pool and touch nothing but their arguments.
+ */
+
+struct handle {
+	uint64_t pin;
+	int64_t handle;
+	struct handle_identity identity;
+	bool gone; /* out: it was seen not to be there any more */
+};
+
+struct context_description {
+	char device[64]; /* empty: none */
+	bool forcible;
+	enum proof proof;
+};
+
+struct context_ops {
+	const char *kind;
+
+	/* Is the descriptor, whose /proc/self/fd link reads `link`, of this kind? */
+	bool (*identify)(int fd, const char *link);
+
+	/* Finds out, doing no harm, what can be done through it. */
+	int (*describe)(int fd, struct context_description *ret);
+
+	/* What the handle is at present; -ENOENT: there is none. Default: -EOPNOTSUPP, no handle is
+	 * ever checked. */
+	int (*read_handle)(int fd, int64_t handle, struct handle_identity *ret);
+
+	/* Detaches what the handles name by force, where they are still what they were, and sets `gone`
+	 * on those that are seen to be gone with the proof of the kind. Default: -EOPNOTSUPP. */
+	int (*detach)(int fd, const struct process *holder, struct handle *handles,
+		      size_t n_handles);
+
+	/* Sets `gone` on the handles that are no longer there, after their holder said so. Default:
+	 * the holder is believed. */
+	int (*check)(int fd, struct handle *handles, size_t n_handles);
+
+	/* The kernel frees the pages some time after the last close. Default: at once. */
+	bool frees_late;
+};
+
+extern const struct context_ops context_io_uring;
+extern const struct context_ops context_af_xdp;
+extern const struct context_ops context_opaque;
+
+struct context {
+	uint64_t id;
+	struct client *client; /* client::contexts; NULL: removed, and kept for a job's sake */
+	struct user *user;     /* reference; one LIMIT_CONTEXTS */
+	const struct context_ops *ops;
+	int fd; /* owned; a client's: closed by offload; -1: closed already, the holder being dead */
+	char *label;
+	struct context_description description;
+	LIST_HEAD(, pin) pins; /* owned; of the client's */
+	unsigned n_pins;       /* those that are not over */
+	unsigned n_jobs;       /* jobs on the pool that use fd: it stays open meanwhile */
+	bool checking;         /* a job looks whether leaving pins are gone */
+	bool check_again;
+	bool reaping; /* a job looks who else holds it, or waits for the others to come back */
+	uint64_t detached_by;     /* the revocation that last had its pins detached */
+	uint64_t reap_revocation; /* the one that waits for it, or 0 */
+	uint64_t check_usec;      /* the back-off of the next look */
+	sd_event_source *recheck; /* its timer */
+	LIST_ENTRY(context) of_client;
+	RB_ENTRY(context) by_id; /* broker::contexts */
+};
+
+/* The kind of a descriptor; REFUSED if it cannot be a context. (offload) */
+int context_identify(int fd, const struct context_ops **ret, struct refusal *ret_refusal);
+
+/* Takes the descriptor over on success. REFUSED if LIMIT_CONTEXTS is reached. */
+int context_new(struct client *client, const struct context_ops *ops,
+		const struct context_description *description, int fd, const char *label,
+		struct context **ret, struct refusal *ret_refusal);
+/* Frees its pins, too, without a word: see that it has none that live. */
+struct context *context_free(struct context *context);
+
+/* Keeps its descriptor open, for a job; release returns false if the context is no more. */
+struct context *context_hold(struct context *context);
+bool context_release(struct context *context, struct broker *broker);
+
+/* Looks whether the pins that are leaving are gone, and goes on looking until they are. */
+void context_check(struct context *context);
+
+/*
+ * Looks whether any other process holds it. If none does, our own copy is closed, and its pins end
+ * with PROOF_PRESUMED. Otherwise they stay.
+ */
+void context_reap(struct context *context);
+
+/* Detaches the revocation's pins by force, or, where that cannot be done, reaps the context; calls
+ * revocation_job_done() afterwards. */
+int context_detach(struct context *context, struct revocation *revocation);
+
+void context_info(const struct context *context, struct msg_context_info *ret);

@@ -1,0 +1,438 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#include "file.h"
+
+#include <assert.h>
+#include <fcntl.h>
+#include <inttypes.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/stat.h>
+
+#include "blame.h"
+#include "broker.h"
+#include "log.h"
+#include "macro.h"
+#include "open.h"
+#include "watch.h"
+
+/* The back-off of taking the lease again, the event that should bring it on coming too early. */
+#define RETRY_FIRST_USEC   (1 * USEC_PER_MSEC)
+#define RETRY_EXPOSED_USEC (1 * USEC_PER_SEC)
+#define RETRY_LAST_USEC    (10 * USEC_PER_SEC)
+
+/* The kernel counts its break time in ticks. */
+#define SETTLE_SLACK_USEC (20 * USEC_PER_MSEC)
+#define SETTLE_RETRY_USEC (100 * USEC_PER_MSEC)
+
+static struct log_fields file_fields(const struct file *file)
+{
+	return (struct log_fields){ .file = file->id, .path = file->path };
+}
+
+static void set_fd(struct file *file, int fd)
+{
+	if (file->lease.fd >= 0)
+		broker_remove_lease_fd(file->broker, file);
+	file->lease.fd = fd;
+	if (fd >= 0)
+		broker_add_lease_fd(file->broker, file);
+}
+
+static int on_timer(sd_event_source *source, uint64_t usec, void *userdata);
+
+int file_new(struct broker *broker, struct inode_key key, const char *path,
+	     const char *file_system, struct file **ret)
+{
+	struct file *file;
+	int r;
+
+	file = calloc(1, sizeof(*file));
+	if (!file)
+		return -ENOMEM;
+	file->broker = broker;
+	file->key = key;
+	file->lease.fd = -1;
+	file->opening = true;
+	file->watch = -1;
+	STAILQ_INIT(&file->waiting);
+	RB_INIT(&file->pins);
+	LIST_INIT(&file->uses);
+	snprintf(file->file_system, sizeof(file->file_system), "%s", file_system);
+	file->path = strdup(path);
+	r = file->path ? sd_event_add_time(broker->event, &file->timer, CLOCK_MONOTONIC, 0, 1,
+					   on_timer, file)
+		       : -ENOMEM;
+	if (r < 0) {
+		free(file->path);
+		free(file);
+		return r;
+	}
+	(void)sd_event_source_set_enabled(file->timer, SD_EVENT_OFF);
+	file->id = broker_next_id(broker);
+	broker_add_file(broker, file);
+	*ret = file;
+	return 0;
+}
+
+struct file *file_free(struct file *file)
+{
+	if (!file)
+		return NULL;
+	assert(file->n_uses == 0 && file->n_pins == 0 && STAILQ_EMPTY(&file->waiting));
+	offload_close(file->broker->offload, NULL, file_take_description(file));
+	broker_remove_file(file->broker, file);
+	sd_event_source_disable_unref(file->timer);
+	free(file->path);
+	free(file);
+	return NULL;
+}
+
+void file_collect(struct file *file)
+{
+	if (file->n_uses == 0 && !file->opening && STAILQ_EMPTY(&file->waiting))
+		file_free(file);
+}
+
+int64_t file_size(const struct file *file)
+{
+	struct stat st;
+
+	return fstat(file->lease.fd, &st) < 0 ? -errno : st.st_size;
+}
+
+static void arm(struct file *file, uint64_t usec)
+{
+	int r = sd_event_source_set_time(file->timer, usec);
+
+	if (r >= 0)
+		r = sd_event_source_set_enabled(file->timer, SD_EVENT_ONESHOT);
+	if (r < 0)
+		log_errno(LOG_ERR, r, "Cannot arm the timer of %s", file->path);
+}
+
+static void disarm(struct file *file)
+{
+	(void)sd_event_source_set_enabled(file->timer, SD_EVENT_OFF);
+}
+
+static void set_exposed(struct file *file)
+{
+	bool exposed = file->n_pins > 0 && file->lease.state == LEASE_NONE;
+	struct log_fields fields = file_fields(file);
+
+	if (exposed == file->exposed)
+		return;
+	file->exposed = exposed;
+	file->emergency_size = UINT64_MAX;
+	if (exposed)
+		log_event(LOG_WARNING, MESSAGE_LEASE_EXPOSED, &fields,
+			  "%s is exposed: it has %u pins, and its lease cannot be held at present.",
+			  file->path, file->n_pins);
+}
+
+/* Opening the file as a reader would: it provokes the break that settles a write lease, and later
+ * shows that it has settled. */
+struct settle_job {
+	struct job job;
+	struct broker *broker;
+	uint64_t file;
+	int fd; /* owned; a dup */
+	bool opened;
+};
+
+static void settle_run(struct job *job)
+{
+	struct settle_job *j = container_of(job, struct settle_job, job);
+	char path[64];
+	int fd;
+
+	snprintf(path, sizeof(path), "/proc/self/fd/%d", j->fd);
+	fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC | O_NOCTTY);
+	j->opened = fd >= 0;
+	safe_close(fd);
+	j->fd = safe_close(j->fd);
+}
+
+static void settle_done(struct job *job)
+{
+	struct settle_job *j = container_of(job, struct settle_job, job);
+	struct file *file = broker_find_file(j->broker, j->file);
+
+	safe_close(j->fd);
+	if (file) {
+		file->settle_running = false;
+		if (j->opened && file->lease.state == LEASE_SETTLING) {
+			struct log_fields fields = file_fields(file);
+
+			lease_settled(&file->lease);
+			log_event(LOG_INFO, MESSAGE_LEASE_SETTLED, &fields,
+				  "Lease of %s settled: readers come and go freely.", file->path);
+		} else if (file->lease.state == LEASE_SETTLING) {
+			uint64_t again = now_usec() + SETTLE_RETRY_USEC,
+				 due = file->lease.settled_usec + SETTLE_SLACK_USEC;
+
+			arm(file, again > due ? again : due);
+		}
+		file_update(file);
+	}
+	free(j);
+}
+
+static void settle(struct file *file)
+{
+	struct settle_job *j;
+
+	if (file->settle_running)
+		return;
+	j = calloc(1, sizeof(*j));
+	if (!j || (j->fd = fcntl(file->lease.fd, F_DUPFD_CLOEXEC, 3)) < 0) {
+		log_errno(LOG_WARNING, errno, "Cannot settle the lease of %s yet", file->path);
+		free(j);
+		arm(file, now_usec() + RETRY_EXPOSED_USEC);
+		return;
+	}
+	j->job.run = settle_run;
+	j->job.done = settle_done;
+	j->broker = file->broker;
+	j->file = file->id;
+	file->settle_running = true;
+	offload_submit_force(file->broker->offload, NULL, &j->job);
+}
+
+static void retry_later(struct file *file)
+{
+	uint64_t last = file->n_pins > 0 ? RETRY_EXPOSED_USEC : RETRY_LAST_USEC;
+
+	file->retry_usec = file->retry_usec == 0 ? RETRY_FIRST_USEC : file->retry_usec * 2;
+	if (file->retry_usec > last)
+		file->retry_usec = last;
+	arm(file, now_usec() + file->retry_usec);
+}
+
+static void check_shrunk(struct file *file)
+{
+	_cleanup_(freep) struct pin **pins = NULL;
+	struct conflict conflict = conflict_new(CAUSE_SHRINK);
+	int64_t size = file_size(file);
+	struct pin *pin = NULL;
+	size_t n = 0;
+	int r;
+
+	if (!file->exposed || size < 0 || (uint64_t)size >= pin_ranges_end(&file->pins) ||
+	    (uint64_t)size >= file->emergency_size)
+		return;
+	pins = calloc(file->n_pins, sizeof(*pins));
+	if (!pins)
+		return; /* the next retry of the lease comes by here again */
+	while ((pin = pin_ranges_find(&file->pins, (uint64_t)size, UINT64_MAX, pin)))
+		pins[n++] = pin;
+	conflict.offset = (uint64_t)size;
+	conflict.size = size;
+	file->emergency_size = (uint64_t)size;
+	log_event(LOG_CRIT, MESSAGE_LEASE_LOST, &(struct log_fields){ .file = file->id,
+								      .path = file->path },
+		  "%s was truncated to %" PRIi64 " bytes while it was exposed, under %zu pins: they "
+		  "are revoked by force.",
+		  file->path, size, n);
+	r = revocation_start(file->broker, file, false, &conflict, pins, n, 0, true, NULL);
+	if (r < 0) {
+		file->emergency_size = UINT64_MAX;
+		log_errno(LOG_ERR, r, "Cannot revoke the pins of %s", file->path);
+	}
+}
+
+static int take(struct file *file)
+{
+	struct log_fields fields = file_fields(file);
+	int r;
+
+	r = lease_take(&file->lease);
+	if (r < 0)
+		return r;
+	/* What happened before the lease was there again counts. */
+	check_shrunk(file);
+	watch_remove(file->broker->watch, file);
+	disarm(file);
+	file->retry_usec = 0;
+	set_exposed(file);
+	log_event(LOG_INFO, MESSAGE_LEASE_TAKEN, &fields, "Lease of %s taken (%s).", file->path,
+		  enumeration_name(&enumeration_lease_state, file->lease.state));
+	if (file->lease.state == LEASE_WRITE && file->broker->config.readers == READERS_WAIT)
+		settle(file);
+	return 0;
+}
+
+static void release(struct file *file)
+{
+	struct log_fields fields = file_fields(file);
+
+	if (lease_give(&file->lease) < 0 && file->n_pins > 0)
+		log_event(LOG_CRIT, MESSAGE_LEASE_LOST, &fields,
+			  "The lease of %s was lost, with %u pins alive.", file->path,
+			  file->n_pins);
+	else
+		log_event(LOG_INFO, MESSAGE_LEASE_RELEASED, &fields, "Lease of %s released.",
+			  file->path);
+	watch_add(file->broker->watch, file);
+	set_exposed(file);
+	file->retry_usec = 0;
+	retry_later(file);
+}
+
+static void break_by_reader(struct file *file)
+{
+	struct log_fields fields = file_fields(file);
+
+	if (file->broker->config.readers == READERS_ADMIT) {
+		log_event(LOG_INFO, MESSAGE_LEASE_BROKEN, &fields,
+			  "Lease of %s broken by a reader, who is admitted.", file->path);
+		release(file);
+		return;
+	}
+	lease_settle(&file->lease, lease_break_usec());
+	arm(file, file->lease.settled_usec + SETTLE_SLACK_USEC);
+}
+
+static void break_by_writer(struct file *file)
+{
+	_cleanup_(freep) struct pin **pins = NULL;
+	struct conflict conflict = conflict_new(CAUSE_MODIFY);
+	struct log_fields fields = file_fields(file);
+	struct pin *pin = NULL;
+	size_t n = 0;
+	int r;
+
+	if (file->n_pins == 0) {
+		log_event(LOG_INFO, MESSAGE_LEASE_BROKEN, &fields,
+			  "Lease of %s broken, with nothing pinned.", file->path);
+		release(file);
+		return;
+	}
+	log_event(LOG_NOTICE, MESSAGE_LEASE_BROKEN, &fields,
+		  "Lease of %s broken: somebody opens it for writing or truncates it, %u pins are "
+		  "in the way.",
+		  file->path, file->n_pins);
+	pins = calloc(file->n_pins, sizeof(*pins));
+	while (pins && (pin = pin_ranges_find(&file->pins, 0, UINT64_MAX, pin)))
+		pins[n++] = pin;
+	r = pins ? revocation_start(file->broker, file, true, &conflict, pins, n, UINT64_MAX, false,
+				    NULL)
+		 : -ENOMEM;
+	if (r < 0) {
+		log_errno(LOG_ERR, r, "Cannot revoke the pins of %s, trying again", file->path);
+		arm(file, now_usec() + SETTLE_RETRY_USEC);
+		return;
+	}
+	blame_request(file->broker->blame, file);
+}
+
+void file_update(struct file *file)
+{
+	if (file->lease.fd < 0 || file->opening)
+		return;
+	switch (lease_look(&file->lease)) {
+	case LEASE_READER:
+		break_by_reader(file);
+		break;
+	case LEASE_WRITER:
+		break_by_writer(file);
+		break;
+	case LEASE_INTACT:
+		/* Could not be acted on the last time? */
+		if (file->lease.state == LEASE_BREAKING && !file->revocation)
+			break_by_writer(file);
+		break;
+	}
+	set_exposed(file);
+}
+
+static int on_timer(sd_event_source *source, uint64_t usec, void *userdata)
+{
+	struct file *file = userdata;
+
+	if (file->opening)
+		return 0;
+	if (file->lease.state == LEASE_NONE) {
+		check_shrunk(file);
+		if (take(file) < 0)
+			retry_later(file);
+	} else if (file->lease.state == LEASE_WRITE || file->lease.state == LEASE_SETTLING) {
+		settle(file);
+	}
+	file_update(file);
+	return 0;
+}
+
+void file_touched(struct file *file)
+{
+	if (file->lease.state != LEASE_NONE || file->opening)
+		return;
+	check_shrunk(file);
+	/* The event comes before the close is complete. */
+	file->retry_usec = 0;
+	if (take(file) < 0)
+		retry_later(file);
+}
+
+void file_revocation_ended(struct file *file, bool lost)
+{
+	if (lost || file->n_pins == 0)
+		release(file);
+	else
+		file_update(file);
+}
+
+bool file_ensure_lease(struct file *file)
+{
+	file_update(file);
+	if (file->lease.state == LEASE_NONE && !file->opening)
+		(void)take(file);
+	return lease_is_held(&file->lease);
+}
+
+int file_set_description(struct file *file, int fd, enum access access)
+{
+	assert(file->lease.fd < 0);
+
+	set_fd(file, fd);
+	file->lease.access = access;
+	return take(file);
+}
+
+int file_try_lease(struct file *file)
+{
+	return file->lease.state == LEASE_NONE ? take(file) : 0;
+}
+
+int file_take_description(struct file *file)
+{
+	int fd = file->lease.fd;
+
+	(void)lease_give(&file->lease);
+	watch_remove(file->broker->watch, file);
+	disarm(file);
+	set_fd(file, -1);
+	return fd;
+}
+
+void file_info(const struct file *file, struct msg_file_info *ret)
+{
+	int64_t size = file->lease.fd >= 0 ? file_size(file) : 0;
+
+	*ret = (struct msg_file_info){
+		.file = (int64_t)file->id,
+		.path = file->path,
+		.fileSystem = file->file_system,
+		.device = (int64_t)file->key.device,
+		.inode = (int64_t)file->key.inode,
+		.size = size >= 0 ? size : 0,
+		.access = file->lease.access,
+		.lease = file->lease.state,
+		.settledUSec = file->lease.state == LEASE_SETTLING
+				       ? (int64_t)file->lease.settled_usec
+				       : INT_NULL,
+		.exposed = file->exposed,
+		.clients = file->n_uses,
+		.pins = file->n_pins,
+	};
+}

@@ -1,0 +1,84 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#pragma once
+
+#include <bsd/sys/tree.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <sys/queue.h>
+#include <sys/types.h>
+#include <systemd/sd-event.h>
+
+#include "lease.h"
+#include "pin.h"
+#include "protocol/interface.h"
+
+struct broker;
+struct open_request;
+struct revocation;
+struct use;
+
+/* (st_dev, st_ino) */
+struct inode_key {
+	uint64_t device, inode;
+};
+
+/*
+ * A data file: one inode, the broker's own description of it, and the lease on that. It lives while
+ * somebody uses it. file_update() is the one place that decides what becomes of the lease.
+ */
+struct file {
+	uint64_t id;
+	struct broker *broker; /* broker::files, by id and inode; by the lease's fd, if it has one */
+	struct inode_key key;
+	char *path; /* owned; as it was when opened, for people */
+	char file_system[32];
+	struct lease lease; /* its fd < 0: being opened */
+	bool opening;       /* an open request is at work on it; others wait */
+	STAILQ_HEAD(, open_request) waiting; /* for that one */
+
+	struct pin_ranges pins;
+	unsigned n_pins;
+	LIST_HEAD(, use) uses; /* owned by the clients */
+	unsigned n_uses;
+
+	struct revocation *revocation; /* the one that a break of the lease has started, or NULL */
+	bool exposed;                  /* pinned, without a lease */
+	uint64_t emergency_size;       /* exposed: a shrink to this has been dealt with already */
+	bool settle_running;           /* a job opens the file as a reader would */
+	int watch;                     /* inotify's watch descriptor while there is no lease, or -1 */
+	uint64_t retry_usec;           /* the present back-off */
+	sd_event_source *timer;        /* settling, or taking the lease again */
+
+	RB_ENTRY(file) by_id, by_inode, by_fd;
+	RB_ENTRY(file) by_watch; /* watch.c's, while watch >= 0 */
+};
+
+/* A file that is being opened. */
+int file_new(struct broker *broker, struct inode_key key, const char *path,
+	     const char *file_system, struct file **ret);
+struct file *file_free(struct file *file);
+/* Frees it if nobody uses it any more. */
+void file_collect(struct file *file);
+
+/* Gives it a description to carry the lease, taken over, and tries the lease: 0, or what lease_take()
+ * says, with the description in place all the same. */
+int file_set_description(struct file *file, int fd, enum access access);
+/* Tries once more. */
+int file_try_lease(struct file *file);
+/* Takes the description away, lease and all, and returns it. */
+int file_take_description(struct file *file);
+
+/* Looks at the lease and does what follows. To be called whenever anything may have changed. */
+void file_update(struct file *file);
+/* inotify saw something while there was no lease. */
+void file_touched(struct file *file);
+/* The revocation that a break started has ended: the lease may go. lost: with pins alive. */
+void file_revocation_ended(struct file *file, bool lost);
+
+/* Tries to have the lease, now. */
+bool file_ensure_lease(struct file *file);
+
+/* Its size, or negative errno. */
+int64_t file_size(const struct file *file);
+
+void file_info(const struct file *file, struct msg_file_info *ret);

@@ -1,0 +1,79 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#include "lease.h"
+
+#include <assert.h>
+#include <fcntl.h>
+#include <signal.h>
+
+#include "macro.h"
+
+int lease_take(struct lease *lease)
+{
+	assert(lease->state == LEASE_NONE);
+
+	/* The owner would be the calling thread otherwise; and F_UNLCK clears F_SETSIG. */
+	if (fcntl(lease->fd, F_SETOWN, getpid()) < 0 ||
+	    fcntl(lease->fd, F_SETSIG, LEASE_SIGNAL) < 0 ||
+	    fcntl(lease->fd, F_SETLEASE, lease->access == ACCESS_WRITE ? F_WRLCK : F_RDLCK) < 0)
+		return -errno;
+	lease->state = lease->access == ACCESS_WRITE ? LEASE_WRITE : LEASE_READ;
+	return 0;
+}
+
+enum lease_event lease_look(struct lease *lease)
+{
+	int type;
+
+	if (!lease_is_held(lease))
+		return LEASE_INTACT;
+	/* Under break F_GETLEASE tells what the breaker wants it to become. */
+	type = fcntl(lease->fd, F_GETLEASE);
+	if (type == F_UNLCK || type < 0) {
+		lease->state = LEASE_BREAKING;
+		lease->broken_usec = now_usec();
+		return LEASE_WRITER;
+	}
+	return lease->state == LEASE_WRITE && type == F_RDLCK ? LEASE_READER : LEASE_INTACT;
+}
+
+void lease_settle(struct lease *lease, uint64_t break_usec)
+{
+	assert(lease->state == LEASE_WRITE);
+
+	lease->state = LEASE_SETTLING;
+	lease->settled_usec = now_usec() + break_usec;
+}
+
+void lease_settled(struct lease *lease)
+{
+	if (lease->state == LEASE_SETTLING)
+		lease->state = LEASE_SETTLED;
+}
+
+int lease_give(struct lease *lease)
+{
+	if (lease->state == LEASE_NONE)
+		return 0;
+	lease->state = LEASE_NONE;
+	return fcntl(lease->fd, F_SETLEASE, F_UNLCK) < 0 ? -errno : 0;
+}
+
+uint64_t lease_break_usec(void)
+{
+	char buffer[32];
+	uint64_t usec = 45 * USEC_PER_SEC;
+	int fd;
+
+	/* Read each time, it can be changed at any time. */
+	fd = open("/proc/sys/fs/lease-break-time", O_RDONLY | O_CLOEXEC);
+	if (fd >= 0) {
+		ssize_t n = read(fd, buffer, sizeof(buffer) - 1);
+
+		if (n > 0) {
+			buffer[n] = 0;
+			usec = strtoull(buffer, NULL, 10) * USEC_PER_SEC;
+		}
+		close(fd);
+	}
+	return usec;
+}

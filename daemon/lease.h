@@ -1,0 +1,52 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#pragma once
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "protocol/interface.h"
+
+/*
+ * The file lease on the broker's own description of a data file. Nothing else calls F_SETLEASE, and
+ * nothing else assigns `state`.
+ */
+
+struct lease {
+	int fd; /* owned; the description that carries the lease */
+	enum access access;
+	enum lease_state state;
+	uint64_t settled_usec; /* LEASE_SETTLING: when the kernel will have turned it into a read lease */
+	uint64_t broken_usec;  /* LEASE_BREAKING: when the break was seen */
+};
+
+enum lease_event {
+	LEASE_INTACT,
+	LEASE_READER, /* a reader waits for a write lease */
+	LEASE_WRITER, /* somebody opens for writing or truncates; or the lease is gone */
+};
+
+/* A break is signalled with this and, in si_fd, the lease's descriptor; SIGIO if the queue is full. */
+#define LEASE_SIGNAL SIGRTMIN
+
+/* Puts the lease on: F_RDLCK or F_WRLCK as `access` has it. -EAGAIN: others have the file open;
+ * -EACCES: it takes CAP_LEASE; -EINVAL: the file system has no leases. On the loop's process only. */
+int lease_take(struct lease *lease);
+
+/* Looks (F_GETLEASE) and moves to LEASE_BREAKING if a writer broke it. */
+enum lease_event lease_look(struct lease *lease);
+
+/* After LEASE_READER: let the kernel's time run out, after which it leaves a read lease. */
+void lease_settle(struct lease *lease, uint64_t lease_break_usec);
+/* A reader was seen to get in: it has settled. */
+void lease_settled(struct lease *lease);
+
+/* Lets it go. Returns -EAGAIN if the kernel had taken it away before, 0 otherwise. */
+int lease_give(struct lease *lease);
+
+static inline bool lease_is_held(const struct lease *lease)
+{
+	return lease->state != LEASE_NONE && lease->state != LEASE_BREAKING;
+}
+
+/* /proc/sys/fs/lease-break-time, in microseconds */
+uint64_t lease_break_usec(void);

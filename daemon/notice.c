@@ -1,0 +1,107 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#include "notice.h"
+
+#include <errno.h>
+#include <inttypes.h>
+
+#include "broker.h"
+#include "bus.h"
+#include "log.h"
+#include "macro.h"
+#include "rpc.h"
+
+/* The targets are ordered by client and file: fills in the notice for those from *i on that have both
+ * in common, and moves *i past them. Returns 0 if none is left. */
+static int next_notice(const struct revocation *rev, size_t *i, int64_t *ids,
+		       struct client **ret_client, struct msg_notice *ret)
+{
+	const struct pin *first = NULL;
+	size_t n = 0;
+
+	for (; rev->targets && *i < rev->n_targets; (*i)++) {
+		const struct pin *pin = rev->targets[*i].pin;
+
+		if (!pin)
+			continue;
+		if (first && (pin->context->client != first->context->client ||
+			      pin->use->file != first->use->file))
+			break;
+		if (!first)
+			first = pin;
+		ids[n++] = (int64_t)pin->id;
+	}
+	if (!first)
+		return 0;
+	*ret_client = first->context->client;
+	*ret = (struct msg_notice){
+		.revocation = (int64_t)rev->id,
+		.client = (int64_t)first->context->client->id,
+		.file = (int64_t)first->use->file->id,
+		.path = first->use->file->path,
+		.pins = { ids, n },
+		.deadlineUSec = (int64_t)rev->deadline_usec,
+	};
+	conflict_message(&rev->conflict, &ret->conflict);
+	return 1;
+}
+
+void notice_send(const struct revocation *rev)
+{
+	_cleanup_(freep) int64_t *ids = calloc(rev->n_targets + 1, sizeof(int64_t));
+	struct msg_notice notice;
+	struct client *client;
+	size_t i = 0;
+
+	if (!ids) {
+		/* The ladder goes on; a holder that asks (Resume, Watch) is told. */
+		log_errno(LOG_ERR, ENOMEM, "Cannot tell the holders of revocation %" PRIu64,
+			  rev->id);
+		return;
+	}
+	while (next_notice(rev, &i, ids, &client, &notice)) {
+		rpc_send_notice(client, &notice);
+		if (rev->broker->bus)
+			bus_send_notice(rev->broker->bus, client, &notice);
+	}
+}
+
+int notice_for_each(struct client *client,
+		    int (*f)(const struct msg_notice *notice, void *userdata), void *userdata)
+{
+	struct broker *broker = client->broker;
+	struct revocation *rev;
+	uint64_t after = 0;
+	int r = 0;
+
+	while (r >= 0 && (rev = broker_next_revocation(broker, after))) {
+		_cleanup_(freep) int64_t *ids = NULL;
+		struct msg_notice notice;
+		struct client *of;
+		size_t i = 0;
+
+		after = rev->id;
+		if (!revocation_is_running(rev))
+			continue;
+		ids = calloc(rev->n_targets + 1, sizeof(int64_t));
+		if (!ids)
+			return -ENOMEM;
+		while (r >= 0 && next_notice(rev, &i, ids, &of, &notice))
+			if (of == client)
+				r = f(&notice, userdata);
+	}
+	return r < 0 ? r : 0;
+}
+
+static int send_bus(const struct msg_notice *notice, void *userdata)
+{
+	struct client *client = userdata;
+
+	bus_send_notice(client->broker->bus, client, notice);
+	return 0;
+}
+
+void notice_send_bus(struct client *client)
+{
+	if (client->broker->bus && notice_for_each(client, send_bus, client) < 0)
+		log_errno(LOG_ERR, ENOMEM, "Cannot send client %" PRIu64 " its notices", client->id);
+}

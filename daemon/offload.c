@@ -1,0 +1,497 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#include "offload.h"
+
+#include <assert.h>
+#include <pthread.h>
+#include <signal.h>
+#include <sys/eventfd.h>
+
+#include "log.h"
+#include "macro.h"
+#include "user.h"
+
+#define STACK_SIZE    (256U * 1024)
+#define IDLE_SEC      10
+#define RETRY_USEC    (100 * USEC_PER_MSEC)
+#define DONE_PER_TURN 64U
+#define SPARE_CLOSES  16U
+
+struct close_job {
+	struct job job;
+	int fd;
+	bool spare;
+	bool taken; /* of a spare one */
+};
+
+struct lane;
+
+struct thread {
+	struct offload *offload; /* a reference, while `taken` */
+	struct lane *lane;
+	struct job *running;
+	bool taken;
+};
+
+struct lane {
+	pthread_cond_t work;
+	struct thread *threads; /* offload::threads */
+	unsigned n_threads_max;
+	unsigned n_threads;
+	unsigned n_idle;    /* waiting, and not yet promised to a job */
+	unsigned n_wakeups; /* idle threads that were promised and have not noticed */
+};
+
+/* Lives until the pool is freed and the last thread has come back. */
+struct offload {
+	pthread_mutex_t lock; /* all down to `closed` */
+	unsigned n_refs;      /* the loop's, and each thread's */
+	struct lane clients, system;
+	struct thread threads[OFFLOAD_CLIENT_THREADS + OFFLOAD_SYSTEM_THREADS];
+	TAILQ_HEAD(user_list, user) ready; /* users with a job that may start, in turn */
+	struct job_list system_jobs;
+	struct job_list
+		completed; /* ran, done() not called; done_fd is readable while there are any */
+	int done_fd;
+	bool closed; /* written by the loop */
+
+	/* never changes */
+	int (*thread_init)(void);
+	pthread_attr_t attributes;
+
+	/* the loop's */
+	sd_event_source *done_source;
+	sd_event_source *retry_source;
+	unsigned n_unfinished;
+	struct close_job spares[SPARE_CLOSES];
+};
+
+static void offload_unlock_and_unref(struct offload *o)
+{
+	bool last = --o->n_refs == 0;
+
+	pthread_mutex_unlock(&o->lock);
+	if (!last)
+		return;
+	pthread_attr_destroy(&o->attributes);
+	pthread_cond_destroy(&o->clients.work);
+	pthread_cond_destroy(&o->system.work);
+	pthread_mutex_destroy(&o->lock);
+	free(o);
+}
+
+static void user_make_ready(struct offload *o, struct user *user)
+{
+	struct offload_queue *q = &user->queue;
+
+	if (q->queued || STAILQ_EMPTY(&q->jobs) || q->n_running >= OFFLOAD_RUNNING_PER_USER)
+		return;
+	TAILQ_INSERT_TAIL(&o->ready, user, queue.link);
+	q->queued = true;
+}
+
+static struct job *job_take(struct offload *o, const struct lane *lane)
+{
+	struct job_list *jobs = &o->system_jobs;
+	struct user *user = NULL;
+	struct job *job;
+
+	if (lane == &o->clients) {
+		user = TAILQ_FIRST(&o->ready);
+		if (!user)
+			return NULL;
+		TAILQ_REMOVE(&o->ready, user, queue.link);
+		user->queue.queued = false;
+		user->queue.n_running++;
+		jobs = &user->queue.jobs;
+	}
+	job = STAILQ_FIRST(jobs);
+	if (job)
+		STAILQ_REMOVE_HEAD(jobs, link);
+	if (user)
+		user_make_ready(o, user);
+	return job;
+}
+
+static void job_complete(struct offload *o, struct job *job)
+{
+	if (job->user) {
+		job->user->queue.n_running--;
+		user_make_ready(o, job->user);
+	}
+	if (STAILQ_EMPTY(&o->completed))
+		(void)eventfd_write(o->done_fd, 1);
+	STAILQ_INSERT_TAIL(&o->completed, job, link);
+}
+
+/* Returns whether there may be work: false when none came for a while, or the pool is gone. */
+static bool lane_wait(struct offload *o, struct lane *lane)
+{
+	struct timespec until;
+	int r = 0;
+
+	clock_gettime(CLOCK_MONOTONIC, &until);
+	until.tv_sec += IDLE_SEC;
+	lane->n_idle++;
+	while (!o->closed && lane->n_wakeups == 0 && r == 0)
+		r = pthread_cond_clockwait(&lane->work, &o->lock, CLOCK_MONOTONIC, &until);
+	if (o->closed)
+		return false;
+	if (lane->n_wakeups == 0) {
+		lane->n_idle--;
+		return false;
+	}
+	lane->n_wakeups--; /* who promised has taken this thread off n_idle */
+	return true;
+}
+
+static void *thread_main(void *userdata)
+{
+	struct thread *thread = userdata;
+	struct offload *o = thread->offload;
+	struct lane *lane = thread->lane;
+
+	if (lane == &o->clients && o->thread_init && o->thread_init() < 0)
+		abort();
+
+	pthread_mutex_lock(&o->lock);
+	do {
+		struct job *job;
+
+		while (!o->closed && (job = job_take(o, lane))) {
+			thread->running = job;
+			pthread_mutex_unlock(&o->lock);
+			job->run(job);
+			pthread_mutex_lock(&o->lock);
+			thread->running = NULL;
+			/* offload_free() did not wait for the job: nobody is left to take it. */
+			if (!o->closed)
+				job_complete(o, job);
+		}
+	} while (!o->closed && lane_wait(o, lane));
+	thread->taken = false;
+	lane->n_threads--;
+	offload_unlock_and_unref(o);
+	return NULL;
+}
+
+static int lane_start_thread(struct offload *o, struct lane *lane)
+{
+	struct thread *thread = lane->threads;
+	pthread_t id;
+	int r;
+
+	while (thread->taken)
+		thread++;
+	thread->offload = o;
+	thread->lane = lane;
+	r = pthread_create(&id, &o->attributes, thread_main, thread);
+	if (r != 0)
+		return -r;
+	thread->taken = true;
+	lane->n_threads++;
+	o->n_refs++;
+	return 0;
+}
+
+/* Finds a thread for one more job that may start. Returns negative errno if one is missing. */
+static int lane_wake(struct offload *o, struct lane *lane)
+{
+	if (lane->n_idle > 0) {
+		/* Promised at once: two jobs in a row must not count on the same thread. */
+		lane->n_idle--;
+		lane->n_wakeups++;
+		pthread_cond_signal(&lane->work);
+		return 0;
+	}
+	if (lane->n_threads < lane->n_threads_max)
+		return lane_start_thread(o, lane);
+	return 0;
+}
+
+static int retry_arm(struct offload *o)
+{
+	int r = sd_event_source_set_time_relative(o->retry_source, RETRY_USEC);
+
+	return r < 0 ? r : sd_event_source_set_enabled(o->retry_source, SD_EVENT_ONESHOT);
+}
+
+static bool lane_retry(struct offload *o, struct lane *lane, bool waiting)
+{
+	if (!waiting || lane->n_threads >= lane->n_threads_max)
+		return false;
+	(void)lane_wake(o, lane);
+	return true;
+}
+
+/* No thread could be started when a job came, and those that exist may hang. */
+static int retry_dispatch(sd_event_source *source, uint64_t usec, void *userdata)
+{
+	struct offload *o = userdata;
+	bool again;
+
+	pthread_mutex_lock(&o->lock);
+	again = lane_retry(o, &o->clients, !TAILQ_EMPTY(&o->ready));
+	again |= lane_retry(o, &o->system, !STAILQ_EMPTY(&o->system_jobs));
+	pthread_mutex_unlock(&o->lock);
+	return again ? retry_arm(o) : 0;
+}
+
+static bool queue_may_start_last(const struct offload_queue *q)
+{
+	unsigned n = q->n_running;
+	struct job *job;
+
+	STAILQ_FOREACH (job, &q->jobs, link)
+		if (++n > OFFLOAD_RUNNING_PER_USER)
+			return false;
+	return true;
+}
+
+static void job_queue(struct offload *o, struct user *user, struct job *job)
+{
+	int r = 0;
+
+	job->user = user ? user_ref(user) : NULL;
+	o->n_unfinished++;
+
+	pthread_mutex_lock(&o->lock);
+	if (o->closed) {
+		STAILQ_INSERT_TAIL(&o->completed, job, link);
+	} else if (user) {
+		struct offload_queue *q = &user->queue;
+
+		if (!q->jobs.stqh_last)
+			STAILQ_INIT(&q->jobs);
+		STAILQ_INSERT_TAIL(&q->jobs, job, link);
+		user_make_ready(o, user);
+		if (queue_may_start_last(q))
+			r = lane_wake(o, &o->clients);
+	} else {
+		STAILQ_INSERT_TAIL(&o->system_jobs, job, link);
+		r = lane_wake(o, &o->system);
+	}
+	pthread_mutex_unlock(&o->lock);
+
+	if (r < 0 && sd_event_source_get_enabled(o->retry_source, NULL) <= 0) {
+		log_errno(LOG_WARNING, r, "Cannot start a thread, trying again");
+		(void)retry_arm(o);
+	}
+}
+
+int offload_submit(struct offload *o, struct user *user, struct job *job)
+{
+	if (user) {
+		int r = user_charge(user, LIMIT_UNFINISHED, 1);
+
+		if (r < 0)
+			return r;
+	}
+	job_queue(o, user, job);
+	return 0;
+}
+
+void offload_submit_force(struct offload *o, struct user *user, struct job *job)
+{
+	if (user)
+		user_charge_force(user, LIMIT_UNFINISHED, 1);
+	job_queue(o, user, job);
+}
+
+unsigned offload_unfinished(const struct offload *o)
+{
+	return o->n_unfinished;
+}
+
+static void close_run(struct job *job)
+{
+	close(container_of(job, struct close_job, job)->fd);
+}
+
+/* When the pool ends before the job began, the descriptor is left to the process's exit: closing it
+ * here could wait. */
+static void close_done(struct job *job)
+{
+	struct close_job *c = container_of(job, struct close_job, job);
+
+	if (c->spare)
+		c->taken = false;
+	else
+		free(c);
+}
+
+static struct close_job *close_job_new(struct offload *o)
+{
+	struct close_job *c = calloc(1, sizeof(*c));
+
+	for (size_t i = 0; !c && i < SPARE_CLOSES; i++)
+		if (!o->spares[i].taken) {
+			c = &o->spares[i];
+			c->spare = c->taken = true;
+		}
+	return c;
+}
+
+int offload_close(struct offload *o, struct user *user, int fd)
+{
+	struct close_job *c;
+
+	if (fd < 0)
+		return -1;
+	c = close_job_new(o);
+	if (!c)
+		return safe_close(fd);
+	c->fd = fd;
+	c->job.run = close_run;
+	c->job.done = close_done;
+	offload_submit_force(o, user, &c->job);
+	return -1;
+}
+
+static bool job_finish_next(struct offload *o)
+{
+	struct user *user;
+	struct job *job;
+
+	pthread_mutex_lock(&o->lock);
+	job = STAILQ_FIRST(&o->completed);
+	if (job) {
+		STAILQ_REMOVE_HEAD(&o->completed, link);
+		if (STAILQ_EMPTY(&o->completed)) {
+			eventfd_t count;
+
+			(void)eventfd_read(o->done_fd, &count);
+		}
+	}
+	pthread_mutex_unlock(&o->lock);
+	if (!job)
+		return false;
+
+	/* Not charged any more when done() runs: it may want to submit the next. */
+	user = TAKE_PTR(job->user);
+	if (user)
+		user_discharge(user, LIMIT_UNFINISHED, 1);
+	o->n_unfinished--;
+	job->done(job);
+	user_unref(user);
+	return true;
+}
+
+static int done_dispatch(sd_event_source *source, int fd, uint32_t revents, void *userdata)
+{
+	struct offload *o = userdata;
+
+	for (unsigned i = 0; i < DONE_PER_TURN && job_finish_next(o); i++)
+		;
+	return 0;
+}
+
+static void lane_init(struct lane *lane, struct thread *threads, unsigned n_threads_max)
+{
+	pthread_cond_init(&lane->work, NULL);
+	lane->threads = threads;
+	lane->n_threads_max = n_threads_max;
+}
+
+static int attributes_init(pthread_attr_t *attributes)
+{
+	sigset_t all;
+	int r;
+
+	sigfillset(&all);
+	r = pthread_attr_setsigmask_np(attributes, &all);
+	if (r == 0)
+		r = pthread_attr_setdetachstate(attributes, PTHREAD_CREATE_DETACHED);
+	if (r == 0)
+		r = pthread_attr_setstacksize(attributes, STACK_SIZE);
+	return -r;
+}
+
+static void offload_freep(struct offload **o)
+{
+	offload_free(*o);
+}
+
+int offload_new(sd_event *event, int (*thread_init)(void), struct offload **ret)
+{
+	_cleanup_(offload_freep) struct offload *o = calloc(1, sizeof(*o));
+	int r;
+
+	if (!o)
+		return -ENOMEM;
+	o->n_refs = 1;
+	o->thread_init = thread_init;
+	o->done_fd = -1;
+	pthread_mutex_init(&o->lock, NULL);
+	pthread_attr_init(&o->attributes);
+	lane_init(&o->clients, o->threads, OFFLOAD_CLIENT_THREADS);
+	lane_init(&o->system, o->threads + OFFLOAD_CLIENT_THREADS, OFFLOAD_SYSTEM_THREADS);
+	TAILQ_INIT(&o->ready);
+	STAILQ_INIT(&o->system_jobs);
+	STAILQ_INIT(&o->completed);
+
+	r = attributes_init(&o->attributes);
+	if (r < 0)
+		return r;
+	o->done_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	if (o->done_fd < 0)
+		return -errno;
+	r = sd_event_add_io(event, &o->done_source, o->done_fd, EPOLLIN, done_dispatch, o);
+	if (r < 0)
+		return r;
+	r = sd_event_add_time_relative(
+		event, &o->retry_source, CLOCK_MONOTONIC, 0, 0, retry_dispatch, o);
+	if (r < 0)
+		return r;
+	r = sd_event_source_set_enabled(o->retry_source, SD_EVENT_OFF);
+	if (r < 0)
+		return r;
+	*ret = TAKE_PTR(o);
+	return 0;
+}
+
+/* A user has jobs waiting only while it is ready or some of its jobs run. */
+static void drop_waiting(struct offload *o)
+{
+	struct user *user;
+
+	while ((user = TAILQ_FIRST(&o->ready))) {
+		TAILQ_REMOVE(&o->ready, user, queue.link);
+		user->queue.queued = false;
+		STAILQ_CONCAT(&o->completed, &user->queue.jobs);
+	}
+	for (size_t i = 0; i < ELEMENTS(o->threads); i++) {
+		struct job *job = o->threads[i].running;
+
+		if (!job || !job->user)
+			continue;
+		user = TAKE_PTR(job->user);
+		STAILQ_CONCAT(&o->completed, &user->queue.jobs);
+		user->queue.n_running--;
+		user_discharge(user, LIMIT_UNFINISHED, 1);
+		user_unref(user);
+	}
+	STAILQ_CONCAT(&o->completed, &o->system_jobs);
+}
+
+struct offload *offload_free(struct offload *o)
+{
+	if (!o)
+		return NULL;
+	sd_event_source_disable_unref(o->done_source);
+	sd_event_source_disable_unref(o->retry_source);
+
+	pthread_mutex_lock(&o->lock);
+	o->closed = true;
+	pthread_cond_broadcast(&o->clients.work);
+	pthread_cond_broadcast(&o->system.work);
+	drop_waiting(o);
+	pthread_mutex_unlock(&o->lock);
+
+	while (job_finish_next(o))
+		;
+
+	pthread_mutex_lock(&o->lock);
+	o->done_fd = safe_close(o->done_fd);
+	offload_unlock_and_unref(o);
+	return NULL;
+}

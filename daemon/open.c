@@ -1,0 +1,379 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#include "open.h"
+
+#include <assert.h>
+#include <fcntl.h>
+#include <inttypes.h>
+#include <string.h>
+
+#include "broker.h"
+#include "log.h"
+#include "macro.h"
+
+/* A file that was just closed by somebody takes a moment until the kernel knows. */
+#define LEASE_TRIES      6
+#define LEASE_RETRY_USEC (2 * USEC_PER_MSEC)
+
+enum step {
+	STEP_PROBE,  /* what is it? */
+	STEP_OPEN,   /* nobody has it: open it, both the description for the lease and the reader's */
+	STEP_REOPEN, /* one more read-only description for a file that is leased */
+	STEP_CHECK,  /* may the client have a copy of the leased description? */
+};
+
+struct open_request {
+	struct job job;
+	struct broker *broker;
+	struct user *user;  /* reference */
+	uint64_t client_id; /* it may end meanwhile */
+	struct process process; /* a copy */
+	int fd;                 /* owned; what the client sent */
+	enum access access;
+	enum step step;
+	struct probe probe; /* owned */
+	bool owns_file;     /* file->opening is ours */
+	uint64_t file;
+	int leased_fd, client_fd; /* owned; opened by the pool */
+	unsigned n_tries;
+	sd_event_source *retry;
+	struct open_result result;
+	void (*done)(struct open_result *result, void *userdata);
+	void *userdata;
+	STAILQ_ENTRY(open_request) waiting;
+};
+
+static void request_free(struct open_request *q)
+{
+	struct offload *offload = q->broker->offload;
+
+	sd_event_source_disable_unref(q->retry);
+	offload_close(offload, q->user, q->fd);
+	offload_close(offload, q->user, q->leased_fd);
+	offload_close(offload, q->user, q->client_fd);
+	probe_clear(&q->probe);
+	process_clear(&q->process);
+	user_unref(q->user);
+	free(q);
+}
+
+static void finish(struct open_request *q, int r)
+{
+	struct file *file = q->owns_file ? broker_find_file(q->broker, q->file) : NULL;
+
+	q->result.r = r;
+	q->result.fd = r == 0 ? TAKE_FD(q->client_fd) : -1;
+	q->result.file = q->file;
+	if (file) {
+		file->opening = false;
+		if (r != 0)
+			file_touched(file); /* a conversion that failed: go on trying for the lease */
+		file_update(file);
+		open_wake(file);
+		file_collect(file);
+	}
+	q->done(&q->result, q->userdata);
+	request_free(q);
+}
+
+static void run(struct job *job)
+{
+	struct open_request *q = container_of(job, struct open_request, job);
+	const struct config *config = &q->broker->config; /* does not change */
+	struct refusal *refusal = &q->result.refusal;
+	int r = 0;
+
+	switch (q->step) {
+	case STEP_PROBE:
+		r = access_probe(q->fd, &q->process, config->file_systems, &q->probe, refusal);
+		if (r == 0 && config->require_open_descriptor)
+			r = access_check_descriptor(q->fd, q->access, refusal);
+		if (r == 0)
+			r = access_check_open(q->fd, &q->process, q->access, refusal);
+		if (r == 0)
+			r = access_check_lease(q->fd, &q->process, &q->probe, config->leases,
+					       refusal);
+		break;
+	case STEP_OPEN:
+		r = access_open(q->fd, &q->process, q->access, &q->probe, &q->leased_fd, refusal);
+		if (r == 0 && q->access == ACCESS_READ)
+			r = access_open(q->fd, &q->process, ACCESS_READ, &q->probe, &q->client_fd,
+					refusal);
+		break;
+	case STEP_REOPEN:
+		r = access_open(q->fd, &q->process, ACCESS_READ, &q->probe, &q->client_fd, refusal);
+		break;
+	case STEP_CHECK:
+		r = access_check_open(q->fd, &q->process, ACCESS_WRITE, refusal);
+		break;
+	}
+	q->result.r = r;
+}
+
+static void go_on(struct open_request *q);
+
+static void submit(struct open_request *q, enum step step)
+{
+	q->step = step;
+	q->result.r = 0;
+	offload_submit_force(q->broker->offload, q->user, &q->job);
+}
+
+/* The client's part: its hold on the file. */
+static int add_use(struct open_request *q, struct file *file, bool writable)
+{
+	struct client *client = broker_find_client(q->broker, q->client_id);
+	struct use *use;
+	int r;
+
+	if (!client || client->dead)
+		return -ECONNRESET;
+	use = client_find_use(client, file);
+	if (!use) {
+		r = client_add_use(client, file, q->access, writable, &use, &q->result.refusal);
+		if (r != 0)
+			return r;
+	}
+	use->writable |= writable;
+	if (q->access == ACCESS_WRITE)
+		use->access = ACCESS_WRITE;
+	q->file = file->id;
+	return 0;
+}
+
+static int share_description(struct open_request *q, struct file *file)
+{
+	q->client_fd = fcntl(file->lease.fd, F_DUPFD_CLOEXEC, 3);
+	return q->client_fd < 0 ? -errno : add_use(q, file, true);
+}
+
+static int refuse_lease(struct open_request *q, int error)
+{
+	struct refusal *refusal = &q->result.refusal;
+
+	switch (error) {
+	case -EAGAIN:
+		return refuse(refusal, REFUSAL_BUSY, "openElsewhere",
+			      "%s is open elsewhere%s, which is in the way of a lease.",
+			      q->probe.path, q->access == ACCESS_READ ? " for writing" : "");
+	case -EACCES:
+		return refuse(refusal, REFUSAL_NOT_ALLOWED, "notOwner",
+			      "This broker has no CAP_LEASE, and can lease only what it owns.");
+	case -EINVAL:
+	case -EOPNOTSUPP:
+		refuse(refusal, REFUSAL_NOT_LEASABLE, "kernel",
+		       "The kernel grants no leases on this file system.");
+		memcpy(refusal->file_system, q->probe.file_system, sizeof(refusal->file_system));
+		return REFUSED;
+	default:
+		return error;
+	}
+}
+
+static int on_retry(sd_event_source *source, uint64_t usec, void *userdata)
+{
+	go_on(userdata);
+	return 0;
+}
+
+/* Waits a moment. Returns 0, or -EAGAIN when that has been done often enough. */
+static int wait_for_lease(struct open_request *q)
+{
+	uint64_t usec;
+
+	if (q->n_tries++ == LEASE_TRIES)
+		return -EAGAIN;
+	usec = now_usec() + (LEASE_RETRY_USEC << q->n_tries) / 2;
+	q->retry = sd_event_source_disable_unref(q->retry);
+	return sd_event_add_time(q->broker->event, &q->retry, CLOCK_MONOTONIC, usec, 1, on_retry,
+				 q);
+}
+
+/* STEP_OPEN has come back: the lease. */
+static void lease_file(struct open_request *q)
+{
+	struct file *file = broker_find_file(q->broker, q->file);
+	int r;
+
+	if (file->lease.fd < 0)
+		r = file_set_description(file, TAKE_FD(q->leased_fd), q->access);
+	else
+		r = file_try_lease(file);
+	if (r == -EAGAIN) {
+		r = wait_for_lease(q);
+		if (r >= 0)
+			return;
+	}
+	if (r == 0)
+		r = q->access == ACCESS_WRITE ? share_description(q, file)
+					      : add_use(q, file, false);
+	else
+		r = refuse_lease(q, r);
+	if (r != 0 && file->n_uses == 0) /* nothing of it is to be kept */
+		offload_close(q->broker->offload, NULL, file_take_description(file));
+	finish(q, r);
+}
+
+/* Nobody has it open here. */
+static void open_first(struct open_request *q, struct inode_key key)
+{
+	struct file *file;
+	int r;
+
+	r = file_new(q->broker, key, q->probe.path, q->probe.file_system, &file);
+	if (r < 0) {
+		finish(q, r);
+		return;
+	}
+	q->owns_file = true;
+	q->file = file->id;
+	submit(q, STEP_OPEN);
+}
+
+static int refuse_settling(struct open_request *q, const struct file *file)
+{
+	refuse(&q->result.refusal, REFUSAL_BUSY, "settling",
+	       "%s is leased for writing, and readers cannot be let in yet.", file->path);
+	if (file->lease.state == LEASE_SETTLING)
+		q->result.refusal.until_usec = (int64_t)file->lease.settled_usec;
+	return REFUSED;
+}
+
+/* It is leased for reading, and wanted for writing: possible if it is the only client's own, and
+ * nothing is pinned. */
+static void convert(struct open_request *q, struct file *file)
+{
+	struct client *client = broker_find_client(q->broker, q->client_id);
+
+	if (file->n_pins > 0 || file->n_uses != 1 || !client || !client_find_use(client, file)) {
+		finish(q, refuse(&q->result.refusal, REFUSAL_BUSY, "heldForReading",
+				 "%s is held for reading by %u clients with %u pins.", file->path,
+				 file->n_uses, file->n_pins));
+		return;
+	}
+	q->owns_file = true;
+	q->file = file->id;
+	file->opening = true;
+	offload_close(q->broker->offload, NULL, file_take_description(file));
+	submit(q, STEP_OPEN);
+}
+
+/* What the broker knows of the inode decides how the client gets its descriptor. */
+static void find_way(struct open_request *q)
+{
+	struct inode_key key = { q->probe.device, q->probe.inode };
+	struct file *file = broker_find_inode(q->broker, key);
+	const struct lease *lease;
+
+	if (!file) {
+		open_first(q, key);
+		return;
+	}
+	if (file->opening) {
+		STAILQ_INSERT_TAIL(&file->waiting, q, waiting);
+		return;
+	}
+	file_update(file);
+	lease = &file->lease;
+	q->file = file->id;
+	if (lease->state == LEASE_BREAKING)
+		finish(q, refuse(&q->result.refusal, REFUSAL_BUSY, "revoking",
+				 "%s is being revoked.", file->path));
+	else if (lease->access == ACCESS_WRITE)
+		submit(q, STEP_CHECK);
+	else if (q->access == ACCESS_READ)
+		submit(q, STEP_REOPEN);
+	else
+		convert(q, file);
+}
+
+/* The step's work has been done. */
+static void go_on(struct open_request *q)
+{
+	struct file *file = broker_find_file(q->broker, q->file);
+	int r = q->result.r;
+
+	switch (q->step) {
+	case STEP_PROBE:
+		if (r == 0)
+			find_way(q);
+		else
+			finish(q, r);
+		break;
+	case STEP_OPEN:
+		if (r == 0)
+			lease_file(q);
+		else
+			finish(q, r);
+		break;
+	case STEP_CHECK:
+		if (!file || file->opening || file->lease.access != ACCESS_WRITE) {
+			find_way(q); /* it has changed meanwhile */
+		} else if (r == 0) {
+			finish(q, share_description(q, file));
+		} else if (r != REFUSED || q->access == ACCESS_WRITE) {
+			finish(q, r);
+		} else if (file->lease.state == LEASE_SETTLED) {
+			submit(q, STEP_REOPEN);
+		} else {
+			finish(q, refuse_settling(q, file));
+		}
+		break;
+	case STEP_REOPEN:
+		if (!file || file->opening)
+			find_way(q);
+		else
+			finish(q, r == 0 ? add_use(q, file, false) : r);
+		break;
+	}
+}
+
+static void on_done(struct job *job)
+{
+	go_on(container_of(job, struct open_request, job));
+}
+
+void open_wake(struct file *file)
+{
+	STAILQ_HEAD(, open_request) woken = STAILQ_HEAD_INITIALIZER(woken);
+	struct open_request *q;
+
+	STAILQ_CONCAT(&woken, &file->waiting);
+	while ((q = STAILQ_FIRST(&woken))) {
+		STAILQ_REMOVE_HEAD(&woken, waiting);
+		find_way(q);
+	}
+}
+
+int open_start(struct client *client, int fd, enum access access,
+	       void (*done)(struct open_result *result, void *userdata), void *userdata,
+	       struct refusal *ret_refusal)
+{
+	struct open_request *q;
+	int r;
+
+	q = calloc(1, sizeof(*q));
+	if (!q)
+		return -ENOMEM;
+	r = process_copy(&client->process, &q->process);
+	if (r < 0) {
+		free(q);
+		return r;
+	}
+	q->broker = client->broker;
+	q->user = user_ref(client->user);
+	q->client_id = client->id;
+	q->fd = fd;
+	q->leased_fd = q->client_fd = -1;
+	q->access = access;
+	q->done = done;
+	q->userdata = userdata;
+	q->job.run = run;
+	q->job.done = on_done;
+	q->step = STEP_PROBE;
+	if (offload_submit(q->broker->offload, q->user, &q->job) < 0) {
+		q->fd = -1;
+		request_free(q);
+		return refuse_limit(ret_refusal, client->user, LIMIT_UNFINISHED);
+	}
+	return 0;
+}

@@ -1,0 +1,406 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#include "peer.h"
+
+#include <assert.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/epoll.h>
+
+#include "broker.h"
+#include "log.h"
+#include "macro.h"
+#include "protocol/service.h"
+#include "rpc.h"
+
+/* One turn of the loop: calls answered for one connection, and what a stream queues ahead. */
+#define CALLS_PER_TURN   16
+#define STREAM_QUEUE_MAX (256U * 1024U)
+
+struct peer_private {
+	struct peer peer;
+	peer_handler handler;
+};
+
+static void close_fd(int fd, void *userdata)
+{
+	struct peer *peer = userdata;
+
+	offload_close(peer->broker->offload, peer->user, fd);
+}
+
+struct peer *peer_ref(struct peer *peer)
+{
+	peer->n_refs++;
+	return peer;
+}
+
+struct peer *peer_unref(struct peer *peer)
+{
+	if (!peer || --peer->n_refs > 0)
+		return NULL;
+	assert(!peer->connection && !peer->client);
+	process_clear(&peer->process);
+	user_discharge(peer->user, LIMIT_CLIENTS, 1);
+	user_unref(peer->user);
+	free(container_of(peer, struct peer_private, peer));
+	return NULL;
+}
+
+void peer_forget_client(struct peer *peer)
+{
+	LIST_REMOVE(peer, of_client);
+	peer->client = NULL;
+	peer->watching = false;
+}
+
+void peer_set_client(struct peer *peer, struct client *client)
+{
+	peer->client = client;
+	LIST_INSERT_HEAD(&client->peers, peer, of_client);
+}
+
+void peer_close(struct peer *peer)
+{
+	struct client *client = peer->client;
+
+	if (!peer->connection)
+		return;
+	LIST_REMOVE(peer, of_rpc);
+	peer->io = sd_event_source_disable_unref(peer->io);
+	peer->later = sd_event_source_disable_unref(peer->later);
+	peer->connection = connection_free(peer->connection);
+	if (client) {
+		peer_forget_client(peer);
+		if (LIST_EMPTY(&client->peers))
+			client_disconnected(client);
+	}
+	peer_unref(peer);
+}
+
+static void fail(struct peer *peer)
+{
+	peer->failed = true;
+	if (peer->later)
+		(void)sd_event_source_set_enabled(peer->later, SD_EVENT_ONESHOT);
+}
+
+static void log_bad_input(struct peer *peer, int error)
+{
+	struct log_fields fields = {
+		.client = peer->client ? peer->client->id : 0,
+		.pid = peer->process.pid,
+		.uid = &peer->process.uid,
+		.error = -error,
+	};
+
+	log_event(LOG_NOTICE, MESSAGE_BAD_INPUT, &fields,
+		  "Process %d of uid %u sent what is no message, connection closed: %s.",
+		  peer->process.pid, peer->process.uid, strerror(-error));
+}
+
+/* What to wait for on the socket. */
+static void set_events(struct peer *peer)
+{
+	uint32_t events = 0;
+
+	if (!peer->connection)
+		return;
+	if (!peer->pending)
+		events |= EPOLLIN;
+	if (connection_queued(peer->connection) > 0)
+		events |= EPOLLOUT;
+	if (sd_event_source_set_io_events(peer->io, events) < 0)
+		fail(peer);
+}
+
+static void flush(struct peer *peer)
+{
+	if (peer->failed || !peer->connection)
+		return;
+	if (connection_flush(peer->connection) < 0)
+		fail(peer);
+}
+
+static void go_on_later(struct peer *peer)
+{
+	if (sd_event_source_set_enabled(peer->later, SD_EVENT_ONESHOT) < 0)
+		fail(peer);
+}
+
+/* Answers what has arrived, some of it each turn. */
+static int answer(struct peer *peer)
+{
+	struct peer_private *p = container_of(peer, struct peer_private, peer);
+	int r;
+
+	for (unsigned n = 0; peer->connection && !peer->pending && !peer->failed; n++) {
+		json_object *message;
+		struct fds fds;
+
+		if (n == CALLS_PER_TURN) {
+			if (connection_has_message(peer->connection))
+				go_on_later(peer);
+			break;
+		}
+		r = connection_receive(peer->connection, &message, &fds);
+		if (r <= 0)
+			return r;
+		r = p->handler(peer, message, &fds);
+		json_object_put(message);
+		for (size_t i = 0; i < fds.n_fds; i++)
+			offload_close(peer->broker->offload, peer->user, fds.fds[i]);
+		if (r < 0)
+			return r;
+	}
+	return 0;
+}
+
+static void stream(struct peer *peer)
+{
+	int r;
+
+	while (peer->list && !peer->failed) {
+		if (connection_queued(peer->connection) > STREAM_QUEUE_MAX)
+			return; /* until the socket has taken it */
+		r = peer->list(peer);
+		flush(peer);
+		if (r > 0) {
+			go_on_later(peer);
+			return;
+		}
+		peer->list = NULL;
+		peer_done(peer);
+	}
+}
+
+static void turn(struct peer *peer, int r)
+{
+	if (r >= 0 && !peer->failed && !peer->pending)
+		r = answer(peer);
+	if (r < 0 && r != -EPIPE && r != -ECONNRESET)
+		log_bad_input(peer, r);
+	if (r >= 0 && peer->connection) {
+		flush(peer);
+		stream(peer);
+		set_events(peer);
+	}
+	if (r < 0 || peer->failed)
+		peer_close(peer);
+}
+
+static int on_io(sd_event_source *source, int fd, uint32_t revents, void *userdata)
+{
+	struct peer *peer = peer_ref(userdata);
+	int r = 0;
+
+	if (revents & EPOLLIN && !peer->pending) {
+		r = connection_read(peer->connection);
+		if (r == 0)
+			r = -EPIPE; /* the end of the stream */
+		else if (r == -EAGAIN)
+			r = 0;
+	} else if (revents & (EPOLLHUP | EPOLLERR)) {
+		r = -EPIPE;
+	}
+	turn(peer, r);
+	peer_unref(peer);
+	return 0;
+}
+
+static int on_later(sd_event_source *source, void *userdata)
+{
+	struct peer *peer = peer_ref(userdata);
+
+	turn(peer, 0);
+	peer_unref(peer);
+	return 0;
+}
+
+void peer_done(struct peer *peer)
+{
+	peer->pending = false;
+	if (!peer->connection)
+		return;
+	if (connection_has_message(peer->connection))
+		go_on_later(peer);
+	set_events(peer);
+}
+
+static int peer_start(struct peer *peer, int fd)
+{
+	int r;
+
+	r = sd_event_add_io(peer->broker->event, &peer->io, fd, EPOLLIN, on_io, peer);
+	if (r >= 0)
+		r = sd_event_add_defer(peer->broker->event, &peer->later, on_later, peer);
+	if (r >= 0)
+		r = sd_event_source_set_enabled(peer->later, SD_EVENT_OFF);
+	if (r >= 0)
+		r = connection_new(fd, close_fd, peer, &peer->connection);
+	return r;
+}
+
+int peer_new(struct rpc *rpc, struct broker *broker, struct peer_list *peers, int fd,
+	     peer_handler handler, struct peer **ret)
+{
+	struct process process;
+	struct peer_private *p;
+	struct peer *peer;
+	struct user *user;
+	int r;
+
+	r = process_from_socket(fd, &process);
+	if (r < 0)
+		return r;
+	p = calloc(1, sizeof(*p));
+	if (!p || user_get(broker->users, process.uid, &user) < 0) {
+		process_clear(&process);
+		free(p);
+		return -ENOMEM;
+	}
+	if (user_charge(user, LIMIT_CLIENTS, 1) < 0) {
+		process_clear(&process);
+		user_unref(user);
+		free(p);
+		return -EDQUOT;
+	}
+	p->handler = handler;
+	peer = &p->peer;
+	peer->rpc = rpc;
+	peer->broker = broker;
+	peer->user = user;
+	peer->process = process;
+	peer->n_refs = 1;
+	r = peer_start(peer, fd);
+	if (r < 0) {
+		peer->io = sd_event_source_disable_unref(peer->io);
+		peer->later = sd_event_source_disable_unref(peer->later);
+		peer_unref(peer);
+		return r;
+	}
+	LIST_INSERT_HEAD(peers, peer, of_rpc);
+	*ret = peer;
+	return 0;
+}
+
+static int add_string(json_object *message, const char *key, const char *value)
+{
+	json_object *s = json_object_new_string(value);
+
+	if (!s)
+		return -ENOMEM;
+	if (json_object_object_add(message, key, s) < 0) {
+		json_object_put(s);
+		return -ENOMEM;
+	}
+	return 0;
+}
+
+static void send_message(struct peer *peer, const char *error, bool more,
+			 const struct schema *schema, const void *out, const int *fds, size_t n_fds)
+{
+	json_object *message, *parameters = NULL;
+	int r;
+
+	if (!peer->connection || peer->oneway || peer->failed) {
+		for (size_t i = 0; i < n_fds; i++)
+			offload_close(peer->broker->offload, peer->user, fds[i]);
+		return;
+	}
+	message = json_object_new_object();
+	r = message ? schema_write(schema, out, &parameters) : -ENOMEM;
+	if (r >= 0 && json_object_object_add(message, "parameters", parameters) < 0) {
+		json_object_put(parameters);
+		r = -ENOMEM;
+	}
+	if (r >= 0 && error)
+		r = add_string(message, "error", error);
+	if (r >= 0 && more)
+		r = json_object_object_add(message, "continues", json_object_new_boolean(true)) < 0
+			    ? -ENOMEM
+			    : 0;
+	if (r >= 0)
+		r = connection_send(peer->connection, message, fds, n_fds);
+	json_object_put(message);
+	if (r < 0) {
+		for (size_t i = 0; i < n_fds; i++)
+			offload_close(peer->broker->offload, peer->user, fds[i]);
+		log_errno(LOG_NOTICE, r, "Cannot answer process %d, closing its connection",
+			  peer->process.pid);
+		fail(peer);
+		return;
+	}
+	flush(peer);
+	if (connection_queued(peer->connection) > 0)
+		set_events(peer);
+}
+
+void peer_reply(struct peer *peer, const struct schema *schema, const void *out, const int *fds,
+		size_t n_fds)
+{
+	send_message(peer, NULL, false, schema, out, fds, n_fds);
+}
+
+void peer_reply_more(struct peer *peer, const struct schema *schema, const void *out)
+{
+	send_message(peer, NULL, true, schema, out, NULL, 0);
+}
+
+void peer_error(struct peer *peer, const char *interface, const struct schema *schema,
+		const void *out)
+{
+	char name[96];
+
+	snprintf(name, sizeof(name), "%s.%s", interface, schema->name);
+	send_message(peer, name, false, schema, out, NULL, 0);
+}
+
+#define ERROR(tag, ...)                                                                            \
+	peer_error(peer, INTERFACE_NAME, &schema_##tag, &(struct tag){ __VA_ARGS__ })
+
+void peer_refuse(struct peer *peer, int r, const struct refusal *f)
+{
+	if (r < 0) {
+		ERROR(msg_busy, .cause = "system", .untilUSec = INT_NULL, .message = strerror(-r));
+		return;
+	}
+	switch (f->kind) {
+	case REFUSAL_NOT_LEASABLE:
+		ERROR(msg_not_leasable, .cause = f->cause,
+		      .fileSystem = f->file_system[0] ? f->file_system : NULL,
+		      .message = f->message);
+		break;
+	case REFUSAL_BUSY:
+		ERROR(msg_busy, .cause = f->cause, .untilUSec = f->until_usec,
+		      .message = f->message);
+		break;
+	case REFUSAL_NOT_ALLOWED:
+		ERROR(msg_not_allowed, .cause = f->cause, .message = f->message);
+		break;
+	case REFUSAL_NO_SUCH_OBJECT:
+		ERROR(msg_no_such_object, .type = f->cause, .id = f->id);
+		break;
+	case REFUSAL_LIMIT_EXCEEDED:
+		ERROR(msg_limit_exceeded, .limit = f->cause, .maximum = f->maximum,
+		      .used = f->used);
+		break;
+	case REFUSAL_REVOKED:
+		ERROR(msg_revoked, .revocation = f->id, .pins = { (int64_t[]){ f->pin }, 1 });
+		break;
+	case REFUSAL_RANGE_CONFLICT:
+		ERROR(msg_range_conflict, .revocation = f->id, .offset = f->offset,
+		      .length = f->length);
+		break;
+	case REFUSAL_BEYOND_END_OF_FILE:
+		ERROR(msg_beyond_end_of_file, .offset = f->offset, .length = f->length,
+		      .size = f->size);
+		break;
+	case REFUSAL_NOT_SUPPORTED:
+		ERROR(msg_not_supported, .cause = f->cause, .message = f->message);
+		break;
+	case REFUSAL_INVALID_PARAMETER:
+		peer_error(peer, SERVICE_NAME, &schema_msg_invalid_parameter,
+			   &(struct msg_invalid_parameter){ .parameter = f->cause });
+		break;
+	}
+}

@@ -1,0 +1,71 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#pragma once
+
+#include <stdbool.h>
+#include <stdint.h>
+#include <sys/queue.h>
+#include <systemd/sd-event.h>
+
+#include "process.h"
+#include "protocol/connection.h"
+#include "protocol/interface.h"
+#include "refusal.h"
+
+struct broker;
+struct client;
+struct rpc;
+struct user;
+
+/*
+ * One connection to the socket. It answers one call after the other: while one is under way on the
+ * offload pool, or streams, nothing more is read from it.
+ */
+struct peer {
+	struct rpc *rpc; /* rpc::peers */
+	struct broker *broker;
+	struct user *user;             /* reference; one LIMIT_CLIENTS */
+	struct process process;        /* owned; who connected */
+	struct connection *connection; /* owned; NULL: closed, kept for a job's sake */
+	sd_event_source *io, *later;   /* later: more to do without waiting for the socket */
+	struct client *client;         /* client::peers; NULL: no Hello yet */
+	bool pending;                  /* a call is under way */
+	bool watching;                 /* the call is Watch */
+	bool oneway;                   /* the call wants no reply */
+	bool failed;                   /* to be closed on its next turn */
+
+	/* a List call that is under way */
+	int (*list)(struct peer *peer); /* sends the next few; 0 when that was all, 1 if there is more */
+	uint64_t list_after, list_file, list_client;
+
+	unsigned n_refs; /* the registry's, and one for each job */
+	LIST_ENTRY(peer) of_rpc;
+	LIST_ENTRY(peer) of_client;
+};
+
+LIST_HEAD(peer_list, peer);
+
+/* What handles calls: returns negative errno if the connection must end. */
+typedef int (*peer_handler)(struct peer *peer, json_object *message, struct fds *fds);
+
+/* Takes the accepted descriptor over, on success. */
+int peer_new(struct rpc *rpc, struct broker *broker, struct peer_list *peers, int fd,
+	     peer_handler handler, struct peer **ret);
+struct peer *peer_ref(struct peer *peer);
+struct peer *peer_unref(struct peer *peer);
+/* Ends the connection, at once. The caller's reference, if it has one, stays. */
+void peer_close(struct peer *peer);
+
+void peer_set_client(struct peer *peer, struct client *client);
+/* The client is being freed. */
+void peer_forget_client(struct peer *peer);
+
+/* Replies to the call under way; fds are taken over. A failure ends the connection on its next turn. */
+void peer_reply(struct peer *peer, const struct schema *schema, const void *out, const int *fds,
+		size_t n_fds);
+void peer_reply_more(struct peer *peer, const struct schema *schema, const void *out);
+void peer_error(struct peer *peer, const char *interface, const struct schema *schema,
+		const void *out);
+void peer_refuse(struct peer *peer, int r, const struct refusal *refusal);
+
+/* A call that was pending has been answered: goes on with the next. */
+void peer_done(struct peer *peer);

@@ -1,0 +1,152 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#include "pin.h"
+
+#include <assert.h>
+#include <errno.h>
+#include <stdlib.h>
+
+#include "broker.h"
+#include "label.h"
+
+int pin_new(struct context *context, struct use *use, const struct msg_range *range,
+	    enum access access, struct label *label, struct pin **ret)
+{
+	struct client *client = context->client;
+	struct pin *pin;
+
+	pin = calloc(1, sizeof(*pin));
+	if (!pin)
+		return -ENOMEM;
+	pin->id = broker_next_id(client->broker);
+	pin->use = use;
+	pin->context = context;
+	pin->offset = (uint64_t)range->offset;
+	pin->length = (uint64_t)range->length;
+	pin->access = access;
+	pin->state = PIN_RESERVED;
+	pin->handle = INT_NULL;
+	pin->label = label_ref(label);
+	LIST_INIT(&pin->targets);
+
+	LIST_INSERT_HEAD(&context->pins, pin, of_context);
+	context->n_pins++;
+	pin_ranges_insert(&use->file->pins, pin);
+	use->file->n_pins++;
+	use->n_pins++;
+	client->n_pins++;
+	client->pinned_bytes += pin->length;
+	broker_add_pin(client->broker, pin);
+	*ret = pin;
+	return 0;
+}
+
+/* Takes it out of its file: from here on it holds nothing up. */
+static void leave_file(struct pin *pin)
+{
+	struct use *use = pin->use;
+
+	pin_ranges_remove(&use->file->pins, pin);
+	use->file->n_pins--;
+	use->n_pins--;
+	use->client->n_pins--;
+	use->client->pinned_bytes -= pin->length;
+	pin->context->n_pins--;
+	user_discharge(pin->context->user, LIMIT_PINNED_BYTES, pin->length);
+	pin->use = NULL;
+}
+
+struct pin *pin_free(struct pin *pin)
+{
+	if (!pin)
+		return NULL;
+	assert(LIST_EMPTY(&pin->targets));
+	if (pin->use)
+		leave_file(pin);
+	LIST_REMOVE(pin, of_context);
+	user_discharge(pin->context->user, LIMIT_PINS, 1);
+	broker_remove_pin(pin->context->client->broker, pin);
+	label_unref(pin->label);
+	free(pin);
+	return NULL;
+}
+
+int pin_bind(struct pin *pin, int64_t handle, const struct handle_identity *identity,
+	     struct refusal *ret_refusal)
+{
+	if (pin->over) {
+		*ret_refusal = (struct refusal){
+			.kind = REFUSAL_REVOKED,
+			.id = (int64_t)pin->revocation,
+			.pin = (int64_t)pin->id,
+		};
+		return REFUSED;
+	}
+	if (pin->state == PIN_LEAVING)
+		return refuse_no_such(ret_refusal, "pin", pin->id);
+	pin->handle = handle;
+	pin->identity = *identity;
+	pin->state = PIN_BOUND;
+	return 0;
+}
+
+void pin_leave(struct pin *pin)
+{
+	bool bound = pin->state == PIN_BOUND;
+
+	if (pin->state == PIN_LEAVING)
+		return;
+	pin->state = PIN_LEAVING;
+	if (!LIST_EMPTY(&pin->targets) && bound && pin->context->ops->check)
+		context_check(pin->context);
+	else
+		pin_end(pin, PROOF_CLAIMED);
+}
+
+void pin_end(struct pin *pin, enum proof proof)
+{
+	struct file *file = pin->use->file;
+	bool known = pin->state == PIN_LEAVING || pin->context->client->dead;
+	uint64_t file_id = file->id;
+	struct broker *broker = file->broker;
+	struct target *targets = LIST_FIRST(&pin->targets);
+
+	leave_file(pin);
+	if (targets)
+		pin->revocation = targets->revocation->id;
+	LIST_INIT(&pin->targets);
+	if (known)
+		pin_free(pin);
+	else
+		pin->over = true;
+
+	/* With the pin out of the way, whoever waited for it may go on. */
+	while (targets) {
+		struct target *next = LIST_NEXT(targets, of_pin);
+
+		revocation_target_gone(targets, proof);
+		targets = next;
+	}
+	file = broker_find_file(broker, file_id);
+	if (file && file->n_pins == 0)
+		file_update(file);
+}
+
+void pin_info(const struct pin *pin, struct msg_pin_info *ret)
+{
+	*ret = (struct msg_pin_info){
+		.pin = (int64_t)pin->id,
+		.client = (int64_t)pin->context->client->id,
+		.file = (int64_t)pin->use->file->id,
+		.context = (int64_t)pin->context->id,
+		.path = pin->use->file->path,
+		.offset = (int64_t)pin->offset,
+		.length = (int64_t)pin->length,
+		.access = pin->access,
+		.handle = pin->handle,
+		.label = label_text(pin->label),
+		.state = pin->state,
+		.revocation = INT_NULL,
+	};
+	if (!LIST_EMPTY(&pin->targets))
+		ret->revocation = (int64_t)LIST_FIRST(&pin->targets)->revocation->id;
+}

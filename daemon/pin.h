@@ -1,0 +1,84 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#pragma once
+
+#include <bsd/sys/tree.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <sys/queue.h>
+
+#include "protocol/interface.h"
+#include "refusal.h"
+
+struct context;
+struct file;
+struct label;
+struct target;
+struct use;
+
+/* What a pin's handle was seen to be when it was bound; see context.h. */
+struct handle_identity {
+	uint64_t address;
+	uint64_t length;
+};
+
+/*
+ * One byte range of a file, pinned through a context. `over`: it has ended without its holder's
+ * word, and is kept only to tell him so when he next names it.
+ */
+struct pin {
+	uint64_t id;
+	struct use *use;         /* its file's file::pins; NULL once over */
+	struct context *context; /* context::pins, which owns it */
+	uint64_t offset, length;
+	enum access access : 8;
+	enum pin_state state : 8;
+	bool over;
+	int64_t handle; /* INT_NULL: not bound */
+	struct handle_identity identity;
+	struct label *label; /* shared by the pins of one call; NULL: none */
+	uint64_t revocation; /* over: the one that ended it */
+	LIST_HEAD(, target) targets; /* revocation::targets, one for each that wants it gone */
+
+	uint64_t subtree_end; /* the interval tree's: the furthest end below this node */
+	RB_ENTRY(pin) by_range;   /* file::pins */
+	RB_ENTRY(pin) by_id;      /* broker::pins */
+	LIST_ENTRY(pin) of_context;
+};
+
+RB_HEAD(pin_ranges, pin);
+
+static inline uint64_t pin_end_offset(const struct pin *pin)
+{
+	return pin->offset + pin->length;
+}
+
+/*
+ * Reserves a range of the use's file. LIMIT_PINS and LIMIT_PINNED_BYTES have been charged by the
+ * caller and go with the pin. -ENOMEM.
+ */
+int pin_new(struct context *context, struct use *use, const struct msg_range *range,
+	    enum access access, struct label *label, struct pin **ret);
+/* Takes it out of everything, whatever its state, without a word to anybody. */
+struct pin *pin_free(struct pin *pin);
+
+/* Its handle is known, or known anew. REFUSED if it is over, or has been let go. */
+int pin_bind(struct pin *pin, int64_t handle, const struct handle_identity *identity,
+	     struct refusal *ret_refusal);
+
+/* Its holder lets it go. It ends at once unless it is wanted gone: then it must be seen to be. */
+void pin_leave(struct pin *pin);
+/* It has ended. Frees it if its holder knows, else keeps it as over. */
+void pin_end(struct pin *pin, enum proof proof);
+
+void pin_info(const struct pin *pin, struct msg_pin_info *ret);
+
+/* pin-ranges.c: the pins of a file by range */
+
+void pin_ranges_insert(struct pin_ranges *ranges, struct pin *pin);
+void pin_ranges_remove(struct pin_ranges *ranges, struct pin *pin);
+
+/* The first pin, by offset, that overlaps [start, end), after `after` if that is not NULL. */
+struct pin *pin_ranges_find(struct pin_ranges *ranges, uint64_t start, uint64_t end,
+			    struct pin *after);
+/* The furthest end of all, 0 if there are none. */
+uint64_t pin_ranges_end(const struct pin_ranges *ranges);

@@ -1,0 +1,423 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#include "process.h"
+
+#include <dirent.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <linux/kcmp.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/pidfd.h>
+#include <sys/socket.h>
+#include <sys/syscall.h>
+#include <systemd/sd-login.h>
+
+#include "macro.h"
+
+#ifndef SO_PEERPIDFD
+#define SO_PEERPIDFD 77 /* Linux 6.5 */
+#endif
+
+static void closedirp(DIR **d)
+{
+	if (*d)
+		closedir(*d);
+}
+
+int proc_read(char **ret, const char *format, ...)
+{
+	_cleanup_(close_fdp) int fd = -1;
+	_cleanup_(freep) char *buffer = NULL;
+	size_t n = 0, size = 4096;
+	char path[128];
+	va_list ap;
+
+	va_start(ap, format);
+	vsnprintf(path, sizeof(path), format, ap);
+	va_end(ap);
+
+	fd = open(path, O_RDONLY | O_CLOEXEC | O_NOCTTY);
+	if (fd < 0)
+		return -errno;
+	for (;;) {
+		ssize_t k;
+
+		if (!buffer || n + 1 == size) {
+			char *p;
+
+			if (buffer)
+				size *= 4;
+			if (size > 65536)
+				return -EFBIG;
+			p = realloc(buffer, size);
+			if (!p)
+				return -ENOMEM;
+			buffer = p;
+		}
+		k = read(fd, buffer + n, size - n - 1);
+		if (k < 0)
+			return -errno;
+		if (k == 0)
+			break;
+		n += (size_t)k;
+	}
+	buffer[n] = 0;
+	*ret = TAKE_PTR(buffer);
+	return (int)n;
+}
+
+static int peer_groups(int fd, gid_t **ret, size_t *ret_n)
+{
+	socklen_t size = 64 * sizeof(gid_t);
+	_cleanup_(freep) gid_t *groups = NULL;
+
+	for (;;) {
+		gid_t *p = realloc(groups, size);
+
+		if (!p)
+			return -ENOMEM;
+		groups = p;
+		if (getsockopt(fd, SOL_SOCKET, SO_PEERGROUPS, groups, &size) == 0)
+			break;
+		if (errno != ERANGE)
+			return -errno;
+	}
+	*ret_n = size / sizeof(gid_t);
+	*ret = TAKE_PTR(groups);
+	return 0;
+}
+
+int process_from_socket(int fd, struct process *ret)
+{
+	struct process p = { .pidfd = -1 };
+	struct ucred ucred;
+	socklen_t size = sizeof(ucred);
+	int r;
+
+	if (getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &ucred, &size) < 0)
+		return -errno;
+	p.pid = ucred.pid;
+	p.uid = ucred.uid;
+	p.gid = ucred.gid;
+
+	size = sizeof(p.pidfd);
+	if (getsockopt(fd, SOL_SOCKET, SO_PEERPIDFD, &p.pidfd, &size) < 0) {
+		if (errno != ENOPROTOOPT)
+			return -errno;
+		p.pidfd = pidfd_open(p.pid, 0);
+		if (p.pidfd < 0)
+			return -errno;
+	}
+	r = peer_groups(fd, &p.groups, &p.n_groups);
+	if (r < 0) {
+		process_clear(&p);
+		return r;
+	}
+	*ret = p;
+	return 0;
+}
+
+int process_copy(const struct process *p, struct process *ret)
+{
+	struct process q = *p;
+
+	q.groups = NULL;
+	q.unit = NULL;
+	q.pidfd = fcntl(p->pidfd, F_DUPFD_CLOEXEC, 3);
+	if (q.pidfd < 0)
+		return -errno;
+	q.groups = malloc((p->n_groups + 1) * sizeof(gid_t));
+	if (p->unit)
+		q.unit = strdup(p->unit);
+	if (!q.groups || (p->unit && !q.unit)) {
+		process_clear(&q);
+		return -ENOMEM;
+	}
+	if (p->n_groups > 0)
+		memcpy(q.groups, p->groups, p->n_groups * sizeof(gid_t));
+	*ret = q;
+	return 0;
+}
+
+void process_clear(struct process *p)
+{
+	p->pidfd = safe_close(p->pidfd);
+	free(p->groups);
+	p->groups = NULL;
+	free(p->unit);
+	p->unit = NULL;
+}
+
+bool process_is_alive(const struct process *p)
+{
+	struct pollfd pfd = { .fd = p->pidfd, .events = POLLIN };
+
+	return poll(&pfd, 1, 0) == 0;
+}
+
+/* state: the letter in /proc/PID/stat */
+static int read_stat(char *stat, char *ret_state, uint64_t *ret_start_time)
+{
+	/* The name may hold blanks and parentheses: count from the last one. */
+	char *p = strrchr(stat, ')');
+
+	if (!p || p[1] != ' ')
+		return -EBADMSG;
+	p += 2;
+	if (ret_state)
+		*ret_state = *p;
+	/* field 3 is the state, field 22 the start time */
+	for (int field = 3; field < 22; field++) {
+		p = strchr(p, ' ');
+		if (!p)
+			return -EBADMSG;
+		p++;
+	}
+	*ret_start_time = strtoull(p, NULL, 10);
+	return 0;
+}
+
+static int process_stat(const struct process *p, uint64_t *ret_start_time)
+{
+	_cleanup_(freep) char *stat = NULL;
+	int r;
+
+	r = proc_read(&stat, "/proc/%d/stat", p->pid);
+	if (r < 0)
+		return r == -ENOENT ? -ESRCH : r;
+	r = read_stat(stat, NULL, ret_start_time);
+	if (r < 0)
+		return r;
+	/* The number can have been another's only if ours was dead by then. */
+	return process_is_alive(p) ? 0 : -ESRCH;
+}
+
+int process_describe(struct process *p)
+{
+	_cleanup_(freep) char *comm = NULL;
+	_cleanup_(freep) char *unit = NULL;
+	uint64_t start_time;
+	int r;
+
+	r = proc_read(&comm, "/proc/%d/comm", p->pid);
+	if (r < 0)
+		return r == -ENOENT ? -ESRCH : r;
+	comm[strcspn(comm, "\n")] = 0;
+	(void)sd_pid_get_unit(p->pid, &unit);
+	r = process_stat(p, &start_time);
+	if (r < 0)
+		return r;
+
+	p->start_time = start_time;
+	snprintf(p->comm, sizeof(p->comm), "%s", comm);
+	free(p->unit);
+	p->unit = TAKE_PTR(unit);
+	return 0;
+}
+
+bool process_is_same(const struct process *p)
+{
+	_cleanup_(freep) char *status = NULL;
+	unsigned real, effective, saved, fs;
+	uint64_t start_time;
+	char *line;
+
+	if (proc_read(&status, "/proc/%d/status", p->pid) < 0)
+		return false;
+	line = strstr(status, "\nUid:");
+	if (!line || sscanf(line, "\nUid: %u %u %u %u", &real, &effective, &saved, &fs) != 4)
+		return false;
+	if (real != p->uid || effective != p->uid || saved != p->uid || fs != p->uid)
+		return false;
+	return process_stat(p, &start_time) >= 0 && start_time == p->start_time;
+}
+
+static int kcmp_file(pid_t pid1, pid_t pid2, int fd1, int fd2)
+{
+	return (int)syscall(SYS_kcmp, pid1, pid2, KCMP_FILE, fd1, fd2);
+}
+
+static int fd_link(pid_t pid, int fd, char *ret, size_t size)
+{
+	char path[64];
+	ssize_t n;
+
+	snprintf(path, sizeof(path), "/proc/%d/fd/%d", pid, fd);
+	n = readlink(path, ret, size - 1);
+	if (n < 0)
+		return -errno;
+	ret[n] = 0;
+	return 0;
+}
+
+/* Calls f for each descriptor of the process whose link reads `link`. */
+static int for_each_fd_of(pid_t pid, const char *link,
+			  int (*f)(pid_t pid, int fd, void *userdata), void *userdata)
+{
+	_cleanup_(closedirp) DIR *dir = NULL;
+	char path[64], target[PATH_MAX];
+	struct dirent *de;
+	int r;
+
+	snprintf(path, sizeof(path), "/proc/%d/fd", pid);
+	dir = opendir(path);
+	if (!dir)
+		return -errno;
+	while ((de = readdir(dir))) {
+		int fd;
+
+		if (de->d_name[0] < '0' || de->d_name[0] > '9')
+			continue;
+		fd = atoi(de->d_name);
+		if (fd_link(pid, fd, target, sizeof(target)) < 0 || strcmp(target, link) != 0)
+			continue;
+		r = f(pid, fd, userdata);
+		if (r != 0)
+			return r;
+	}
+	return 0;
+}
+
+static int is_same_description(pid_t pid, int fd, void *userdata)
+{
+	const int *ours = userdata;
+
+	return kcmp_file(getpid(), pid, *ours, fd) == 0 ? pid : 0;
+}
+
+bool process_holds(pid_t pid, int fd)
+{
+	char link[PATH_MAX];
+
+	return fd_link(getpid(), fd, link, sizeof(link)) >= 0 &&
+	       for_each_fd_of(pid, link, is_same_description, &fd) > 0;
+}
+
+static int for_each_process(int (*f)(pid_t pid, void *userdata), void *userdata)
+{
+	_cleanup_(closedirp) DIR *dir = opendir("/proc");
+	struct dirent *de;
+	int r;
+
+	if (!dir)
+		return -errno;
+	while ((de = readdir(dir))) {
+		pid_t pid = atoi(de->d_name);
+
+		if (pid <= 0 || pid == getpid())
+			continue;
+		r = f(pid, userdata);
+		if (r > 0)
+			return r;
+	}
+	return 0;
+}
+
+struct fd_search {
+	const char *link;
+	uid_t uid; /* (uid_t)-1: any */
+	int (*f)(pid_t pid, int fd, void *userdata);
+	void *userdata;
+};
+
+static int search_process(pid_t pid, void *userdata)
+{
+	struct fd_search *s = userdata;
+
+	if (s->uid != (uid_t)-1) {
+		_cleanup_(freep) char *status = NULL;
+		unsigned uid;
+		char *line;
+
+		if (proc_read(&status, "/proc/%d/status", pid) < 0)
+			return 0;
+		line = strstr(status, "\nUid:");
+		if (!line || sscanf(line, "\nUid: %u", &uid) != 1 || uid != s->uid)
+			return 0;
+	}
+	/* A process that has ended, or that we may not look into, is passed over. */
+	return for_each_fd_of(pid, s->link, s->f, s->userdata);
+}
+
+pid_t process_find_holder(int fd)
+{
+	char link[PATH_MAX];
+	struct fd_search s = {
+		.link = link,
+		.uid = (uid_t)-1,
+		.f = is_same_description,
+		.userdata = &fd,
+	};
+	int r;
+
+	r = fd_link(getpid(), fd, link, sizeof(link));
+	if (r < 0)
+		return r;
+	return for_each_process(search_process, &s);
+}
+
+int process_for_each_fd(uid_t uid, const char *link, int (*f)(pid_t pid, int fd, void *userdata),
+			void *userdata)
+{
+	struct fd_search s = { .link = link, .uid = uid, .f = f, .userdata = userdata };
+
+	return for_each_process(search_process, &s);
+}
+
+/* Returns 1 if every thread is stopped (or ending), 0 if not yet. */
+static int all_stopped(pid_t pid)
+{
+	_cleanup_(closedirp) DIR *dir = NULL;
+	char path[64];
+	struct dirent *de;
+
+	snprintf(path, sizeof(path), "/proc/%d/task", pid);
+	dir = opendir(path);
+	if (!dir)
+		return errno == ENOENT ? -ESRCH : -errno;
+	while ((de = readdir(dir))) {
+		_cleanup_(freep) char *stat = NULL;
+		uint64_t start_time;
+		char state;
+
+		if (de->d_name[0] == '.')
+			continue;
+		if (proc_read(&stat, "/proc/%d/task/%s/stat", pid, de->d_name) < 0)
+			continue;
+		if (read_stat(stat, &state, &start_time) < 0)
+			return -EBADMSG;
+		if (!strchr("TtZXx", state))
+			return 0;
+	}
+	return 1;
+}
+
+int process_stop(const struct process *p, uint64_t timeout_usec)
+{
+	uint64_t end = now_usec() + timeout_usec;
+	int r;
+
+	r = all_stopped(p->pid);
+	if (r != 0)
+		return r < 0 ? r : 0;
+	if (pidfd_send_signal(p->pidfd, SIGSTOP, NULL, 0) < 0)
+		return -errno;
+	for (;;) {
+		struct timespec ts = { .tv_nsec = 100000 };
+
+		r = all_stopped(p->pid);
+		if (r > 0)
+			return 1;
+		if (r == 0 && now_usec() >= end)
+			r = -ETIMEDOUT;
+		if (r < 0) {
+			(void)pidfd_send_signal(p->pidfd, SIGCONT, NULL, 0);
+			return r;
+		}
+		/* No event tells of a stop to anyone but the parent. */
+		nanosleep(&ts, NULL);
+	}
+}

@@ -1,0 +1,603 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#include "revocation.h"
+
+#include <assert.h>
+#include <inttypes.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/pidfd.h>
+
+#include "broker.h"
+#include "bus.h"
+#include "log.h"
+#include "macro.h"
+#include "notice.h"
+
+/* How long forced detaches, and dying, may take. */
+#define DETACH_USEC (1 * USEC_PER_SEC)
+#define KILL_USEC   (2 * USEC_PER_SEC)
+
+/* What is left unused of the kernel's lease-break-time, as a fraction, and at most. */
+#define MARGIN_PART 10
+#define MARGIN_USEC (1 * USEC_PER_SEC)
+
+struct conflict conflict_new(enum cause cause)
+{
+	return (struct conflict){ .cause = cause, .size = INT_NULL, .uid = INT_NULL };
+}
+
+void conflict_message(const struct conflict *conflict, struct msg_conflict *ret)
+{
+	*ret = (struct msg_conflict){
+		.cause = conflict->cause,
+		.offset = (int64_t)conflict->offset,
+		.length = (int64_t)conflict->length,
+		.size = conflict->size,
+		.pid = conflict->pid > 0 ? conflict->pid : INT_NULL,
+		.uid = conflict->uid,
+		.comm = conflict->comm[0] ? conflict->comm : NULL,
+		.reason = conflict->reason[0] ? conflict->reason : NULL,
+	};
+}
+
+static struct log_fields revocation_fields(const struct revocation *rev)
+{
+	return (struct log_fields){
+		.revocation = rev->id,
+		.file = rev->file,
+		.path = rev->path,
+		.breaker_pid = rev->conflict.pid,
+		.breaker_comm = rev->conflict.comm[0] ? rev->conflict.comm : NULL,
+		.cause = enumeration_name(&enumeration_cause, rev->conflict.cause),
+	};
+}
+
+static const char *revocation_path(const struct revocation *rev)
+{
+	return rev->path ? rev->path : "several files";
+}
+
+/* The whole ladder has to fit before the kernel takes the lease. */
+static void plan(struct revocation *rev, uint64_t grace_usec)
+{
+	const struct config *config = &rev->broker->config;
+	uint64_t later, total, budget = lease_break_usec();
+
+	if (grace_usec == UINT64_MAX)
+		grace_usec = config->revoke_grace_usec;
+	rev->detach_usec = DETACH_USEC;
+	rev->signal_usec = config->signal_on_timeout > 0 ? config->signal_grace_usec : 0;
+	rev->kill_usec = KILL_USEC;
+	later = rev->detach_usec + rev->signal_usec + rev->kill_usec;
+	budget -= budget / MARGIN_PART < MARGIN_USEC ? budget / MARGIN_PART : MARGIN_USEC;
+	if (__builtin_add_overflow(grace_usec, later, &total))
+		total = UINT64_MAX;
+
+	if (rev->by_break && total > budget) {
+		double scale = (double)budget / (double)total;
+		struct log_fields fields = revocation_fields(rev);
+
+		grace_usec = (uint64_t)((double)grace_usec * scale);
+		rev->detach_usec = (uint64_t)((double)rev->detach_usec * scale);
+		rev->signal_usec = (uint64_t)((double)rev->signal_usec * scale);
+		rev->kill_usec = (uint64_t)((double)rev->kill_usec * scale);
+		later = rev->detach_usec + rev->signal_usec + rev->kill_usec;
+		log_event(LOG_WARNING, NULL, &fields,
+			  "The kernel's lease-break-time of %.1f s is too short for the configured "
+			  "%.1f s: all steps shortened to %.0f%%.",
+			  (double)lease_break_usec() / 1e6, (double)total / 1e6, scale * 100);
+	}
+	if (__builtin_add_overflow(rev->start_usec, grace_usec, &rev->deadline_usec))
+		rev->deadline_usec = UINT64_MAX / 2;
+	rev->latest_usec = rev->by_break ? rev->start_usec + budget - later
+					 : rev->deadline_usec + budget;
+}
+
+static int on_timer(sd_event_source *source, uint64_t usec, void *userdata)
+{
+	revocation_event(userdata, REVOKE_TIMEOUT);
+	return 0;
+}
+
+static void arm(struct revocation *rev, unsigned actions)
+{
+	uint64_t usec, now = now_usec();
+	int r;
+
+	if (actions & REVOKE_ARM_GRACE)
+		usec = rev->deadline_usec;
+	else if (actions & REVOKE_ARM_DETACH)
+		usec = now + rev->detach_usec;
+	else if (actions & REVOKE_ARM_SIGNAL)
+		usec = now + rev->signal_usec;
+	else
+		usec = now + rev->kill_usec;
+	rev->deadline_usec = usec;
+	r = sd_event_source_set_time(rev->timer, usec);
+	if (r >= 0)
+		r = sd_event_source_set_enabled(rev->timer, SD_EVENT_ONESHOT);
+	if (r < 0) /* epoll and timerfd exist already: it takes no memory */
+		log_errno(LOG_ERR, r, "Cannot arm the timer of revocation %" PRIu64, rev->id);
+}
+
+/* Forgets the targets: what is still pinned stays so. */
+static void drop_targets(struct revocation *rev)
+{
+	for (size_t i = 0; i < rev->n_targets; i++)
+		if (rev->targets[i].pin)
+			LIST_REMOVE(&rev->targets[i], of_pin);
+	free(rev->targets);
+	rev->targets = NULL;
+}
+
+static void log_remaining(struct revocation *rev)
+{
+	const struct client *last = NULL;
+
+	for (size_t i = 0; i < rev->n_targets; i++) {
+		struct pin *pin = rev->targets[i].pin;
+		struct log_fields fields = revocation_fields(rev);
+		struct client *client;
+
+		if (!pin || pin->context->client == last)
+			continue;
+		last = client = pin->context->client;
+		fields.client = client->id;
+		fields.pid = client->process.pid;
+		fields.uid = &client->process.uid;
+		fields.unit = client->process.unit;
+		log_event(LOG_CRIT, MESSAGE_LEASE_LOST, &fields,
+			  "Pages of %s are still pinned by %s[%d] through %s while they are taken "
+			  "away: what its hardware writes there is lost.",
+			  revocation_path(rev), client->process.comm, client->process.pid,
+			  pin->context->ops->kind);
+	}
+}
+
+static void report_end(struct revocation *rev)
+{
+	struct log_fields fields = revocation_fields(rev);
+	const char *outcome = enumeration_name(&enumeration_revocation_state, rev->state);
+
+	fields.outcome = outcome;
+	if (rev->has_proof)
+		fields.proof = enumeration_name(&enumeration_proof, rev->weakest);
+	log_event(rev->state == REVOCATION_LOST ? LOG_CRIT : LOG_NOTICE, MESSAGE_REVOKE_ENDED,
+		  &fields, "Revocation %" PRIu64 " of %s %s after %.3f s, %zu of %zu pins gone%s%s.",
+		  rev->id, revocation_path(rev), outcome,
+		  (double)(rev->end_usec - rev->start_usec) / 1e6, rev->n_targets - rev->n_remaining,
+		  rev->n_targets, fields.proof ? ", " : "", fields.proof ? fields.proof : "");
+}
+
+static void end(struct revocation *rev)
+{
+	struct broker *broker = rev->broker;
+	struct file *file = rev->file != 0 ? broker_find_file(broker, rev->file) : NULL;
+	bool lost = rev->state == REVOCATION_LOST;
+
+	rev->end_usec = now_usec();
+	report_end(rev);
+	drop_targets(rev);
+	if (file && file->revocation == rev) {
+		file->revocation = NULL;
+		file_revocation_ended(file, lost);
+	}
+	if (broker->bus)
+		bus_revocation_ended(broker->bus, rev);
+	broker_retire_revocation(broker, rev);
+	broker_check_stopped(broker);
+}
+
+struct signal_job {
+	struct job job;
+	struct broker *broker;
+	uint64_t revocation;
+	enum revocation_state rung;
+	int signal;
+	bool reached;
+	struct process process; /* a copy */
+	size_t n_fds;
+	struct signal_fd {
+		struct context *context; /* whose descriptor it is, and which waits for the job */
+		int fd;
+	} fds[];
+};
+
+static void signal_run(struct job *job)
+{
+	struct signal_job *j = container_of(job, struct signal_job, job);
+
+	/* Only who connected, as whom it connected, and only if it has the context still. */
+	if (!process_is_same(&j->process))
+		return;
+	for (size_t i = 0; i < j->n_fds; i++)
+		if (process_holds(j->process.pid, j->fds[i].fd)) {
+			j->reached = pidfd_send_signal(j->process.pidfd, j->signal, NULL, 0) >= 0;
+			return;
+		}
+}
+
+static void signal_done(struct job *job)
+{
+	struct signal_job *j = container_of(job, struct signal_job, job);
+	struct log_fields fields = {
+		.revocation = j->revocation,
+		.pid = j->process.pid,
+		.uid = &j->process.uid,
+		.unit = j->process.unit,
+	};
+
+	if (j->reached)
+		log_event(LOG_WARNING, MESSAGE_REVOKE_ESCALATED, &fields,
+			  "Sent SIG%s to %s[%d], which did not let go of its pins.",
+			  sigabbrev_np(j->signal), j->process.comm, j->process.pid);
+	else
+		log_event(LOG_WARNING, MESSAGE_REVOKE_ESCALATED, &fields,
+			  "%s[%d] did not let go of its pins, and was sent no signal: it is not "
+			  "the process that connected any more, or does not hold the context.",
+			  j->process.comm, j->process.pid);
+	for (size_t i = 0; i < j->n_fds; i++)
+		context_release(j->fds[i].context, j->broker);
+	revocation_job_done(j->broker, j->revocation, j->rung, j->reached);
+	process_clear(&j->process);
+	free(j);
+}
+
+static int signal_client(struct revocation *rev, struct client *client, int sig)
+{
+	struct signal_job *j;
+	struct context *context;
+
+	j = calloc(1, sizeof(*j) + client->n_contexts * sizeof(struct signal_fd));
+	if (!j)
+		return -ENOMEM;
+	if (process_copy(&client->process, &j->process) < 0) {
+		free(j);
+		return -ENOMEM;
+	}
+	j->broker = rev->broker;
+	j->revocation = rev->id;
+	j->rung = rev->state;
+	j->signal = sig;
+	LIST_FOREACH(context, &client->contexts, of_client)
+		if (context->n_pins > 0 && context->fd >= 0 && !context->reaping)
+			j->fds[j->n_fds++] = (struct signal_fd){ context_hold(context),
+								 context->fd };
+	j->job.run = signal_run;
+	j->job.done = signal_done;
+	offload_submit_force(rev->broker->offload, NULL, &j->job);
+	return 0;
+}
+
+/* The jobs of a rung: for sig 0 one for each context, else one for each client that has pins left. */
+static void start_jobs(struct revocation *rev, int sig)
+{
+	const void *last = NULL;
+
+	rev->n_jobs = 1; /* ours, so that none that comes back at once ends the rung */
+	rev->n_reached = 0;
+	for (size_t i = 0; i < rev->n_targets; i++) {
+		struct pin *pin = rev->targets[i].pin;
+		struct client *client;
+
+		if (!pin)
+			continue;
+		client = pin->context->client;
+		if (sig == 0 && pin->context->detached_by != rev->id) {
+			pin->context->detached_by = rev->id;
+			rev->n_jobs += context_detach(pin->context, rev) > 0;
+		} else if (sig != 0 && client != last && !client->dead) {
+			last = client;
+			rev->n_jobs += signal_client(rev, client, sig) >= 0;
+		}
+	}
+	revocation_job_done(rev->broker, rev->id, rev->state, false);
+}
+
+static bool is_reaping(const struct revocation *rev)
+{
+	for (size_t i = 0; i < rev->n_targets; i++)
+		if (rev->targets[i].pin && rev->targets[i].pin->context->reaping)
+			return true;
+	return false;
+}
+
+void revocation_job_done(struct broker *broker, uint64_t id, enum revocation_state rung,
+			 bool reached)
+{
+	struct revocation *rev = broker_find_revocation(broker, id);
+
+	/* What a rung that is over has started does not count any more. */
+	if (!rev || rev->state != rung)
+		return;
+	rev->n_reached += reached;
+	if (--rev->n_jobs > 0)
+		return;
+	if (rev->state == REVOCATION_DETACHING)
+		revocation_event(rev, REVOKE_DETACHED);
+	else if (rev->n_reached == 0 && !is_reaping(rev))
+		revocation_event(rev, REVOKE_UNREACHABLE);
+}
+
+static void announce(struct revocation *rev)
+{
+	struct log_fields fields = revocation_fields(rev);
+
+	log_event(LOG_NOTICE, MESSAGE_REVOKE_STARTED, &fields,
+		  "Revocation %" PRIu64 " of %zu pins of %s started (%s%s%s), %.3f s to let go.",
+		  rev->id, rev->n_targets, revocation_path(rev), fields.cause,
+		  rev->conflict.reason[0] ? ": " : "", rev->conflict.reason,
+		  rev->state == REVOCATION_NOTIFIED
+			  ? (double)(rev->deadline_usec - rev->start_usec) / 1e6
+			  : 0.0);
+	if (rev->broker->bus)
+		bus_revocation_started(rev->broker->bus, rev);
+	notice_send(rev);
+}
+
+static void step(struct revocation *rev, struct revocation_step step)
+{
+	unsigned actions = step.actions;
+
+	rev->state = step.state;
+	if (actions & REVOKE_ARM)
+		arm(rev, actions);
+	if (actions & REVOKE_DISARM)
+		(void)sd_event_source_set_enabled(rev->timer, SD_EVENT_OFF);
+	if (actions & REVOKE_NOTIFY)
+		announce(rev);
+	if (actions & REVOKE_REPORT)
+		log_remaining(rev);
+	/* These may bring on the next event before they return, and free the revocation. */
+	if (actions & REVOKE_END)
+		end(rev);
+	else if (actions & REVOKE_DETACH)
+		start_jobs(rev, 0);
+	else if (actions & REVOKE_SIGNAL && rev->broker->config.signal_on_timeout == 0)
+		revocation_event(rev, REVOKE_UNREACHABLE);
+	else if (actions & REVOKE_SIGNAL)
+		start_jobs(rev, rev->broker->config.signal_on_timeout);
+	else if (actions & REVOKE_KILL)
+		start_jobs(rev, SIGKILL);
+}
+
+void revocation_event(struct revocation *rev, enum revocation_event event)
+{
+	struct revocation_step next = revocation_next(rev->state, event);
+
+	if (next.actions == 0)
+		return;
+	step(rev, next);
+}
+
+static int compare_target(const void *a, const void *b)
+{
+	const struct target *ta = a, *tb = b;
+	const uint64_t ka[] = { ta->pin->context->client->id, ta->pin->use->file->id,
+				ta->pin->context->id, ta->pin->id },
+		       kb[] = { tb->pin->context->client->id, tb->pin->use->file->id,
+				tb->pin->context->id, tb->pin->id };
+
+	for (size_t i = 0; i < ELEMENTS(ka); i++)
+		if (ka[i] != kb[i])
+			return ka[i] < kb[i] ? -1 : 1;
+	return 0;
+}
+
+static int set_targets(struct revocation *rev, struct pin **pins, size_t n_pins)
+{
+	rev->targets = calloc(n_pins + 1, sizeof(struct target));
+	if (!rev->targets)
+		return -ENOMEM;
+	for (size_t i = 0; i < n_pins; i++)
+		rev->targets[i] = (struct target){ .revocation = rev, .pin = pins[i] };
+	qsort(rev->targets, n_pins, sizeof(struct target), compare_target);
+	for (size_t i = 0; i < n_pins; i++) {
+		/* named twice: once is enough */
+		if (rev->n_targets > 0 && rev->targets[rev->n_targets - 1].pin == rev->targets[i].pin)
+			continue;
+		rev->targets[rev->n_targets++] = rev->targets[i];
+	}
+	rev->n_remaining = rev->n_targets;
+	return 0;
+}
+
+static void add_uid(struct revocation *rev, uid_t uid)
+{
+	for (size_t i = 0; i < rev->n_uids; i++)
+		if (rev->uids[i] == uid)
+			return;
+	if (rev->n_uids < REVOCATION_UIDS_MAX)
+		rev->uids[rev->n_uids++] = uid;
+}
+
+static int set_path(struct revocation *rev, struct file *file)
+{
+	for (size_t i = 0; !file && i < rev->n_targets; i++)
+		if (rev->targets[i].pin->use->file != rev->targets[0].pin->use->file)
+			return 0;
+	if (!file && rev->n_targets > 0)
+		file = rev->targets[0].pin->use->file;
+	if (!file)
+		return 0;
+	rev->file = file->id;
+	rev->path = strdup(file->path);
+	return rev->path ? 0 : -ENOMEM;
+}
+
+int revocation_start(struct broker *broker, struct file *file, bool by_break,
+		     const struct conflict *conflict, struct pin **pins, size_t n_pins,
+		     uint64_t grace_usec, bool forced, uint64_t *ret_id)
+{
+	struct revocation *rev;
+	bool alive = false;
+	int r;
+
+	rev = calloc(1, sizeof(*rev));
+	if (!rev)
+		return -ENOMEM;
+	rev->broker = broker;
+	rev->conflict = *conflict;
+	rev->by_break = by_break;
+	rev->start_usec = now_usec();
+	r = set_targets(rev, pins, n_pins);
+	if (r >= 0)
+		r = set_path(rev, file);
+	if (r >= 0)
+		r = sd_event_add_time(broker->event, &rev->timer, CLOCK_MONOTONIC, 0, 1, on_timer,
+				      rev);
+	if (r < 0) {
+		free(rev->targets);
+		free(rev->path);
+		free(rev);
+		return r;
+	}
+	(void)sd_event_source_set_enabled(rev->timer, SD_EVENT_OFF);
+	rev->id = broker_next_id(broker);
+	broker_add_revocation(broker, rev);
+	for (size_t i = 0; i < rev->n_targets; i++) {
+		struct pin *pin = rev->targets[i].pin;
+
+		LIST_INSERT_HEAD(&pin->targets, &rev->targets[i], of_pin);
+		alive |= !pin->context->client->dead;
+		add_uid(rev, pin->context->client->process.uid);
+	}
+	if (file && by_break)
+		file->revocation = rev;
+	if (ret_id)
+		*ret_id = rev->id;
+
+	plan(rev, grace_usec);
+	/* The dead are given no time to think. */
+	step(rev, revocation_begin(forced || (n_pins > 0 && !alive)));
+	if (n_pins == 0 && revocation_is_running(rev))
+		revocation_event(rev, REVOKE_GONE);
+	return 0;
+}
+
+struct revocation *revocation_free(struct revocation *rev)
+{
+	if (!rev)
+		return NULL;
+	if (rev->targets)
+		drop_targets(rev);
+	broker_remove_revocation(rev->broker, rev);
+	sd_event_source_disable_unref(rev->timer);
+	free(rev->path);
+	free(rev);
+	return NULL;
+}
+
+void revocation_target_gone(struct target *target, enum proof proof)
+{
+	struct revocation *rev = target->revocation;
+
+	target->pin = NULL;
+	rev->n_remaining--;
+	if (!rev->has_proof || proof > rev->weakest)
+		rev->weakest = proof;
+	rev->has_proof = true;
+	if (rev->n_remaining == 0)
+		revocation_event(rev, REVOKE_GONE);
+}
+
+static bool is_holder(const struct revocation *rev, pid_t pid)
+{
+	for (size_t i = 0; i < rev->n_targets; i++)
+		if (rev->targets[i].pin &&
+		    rev->targets[i].pin->context->client->process.pid == pid)
+			return true;
+	return false;
+}
+
+void revocation_blame(struct revocation *rev, const struct conflict *who, const pid_t *breakers,
+		      size_t n_breakers)
+{
+	struct log_fields fields;
+	char size[40] = "";
+
+	if (!revocation_is_running(rev) || rev->conflict.pid != 0)
+		return;
+	rev->conflict = *who;
+	fields = revocation_fields(rev);
+	if (who->size != INT_NULL)
+		snprintf(size, sizeof(size), " to %" PRIi64 " bytes", who->size);
+	log_event(LOG_NOTICE, MESSAGE_REVOKE_BLAMED, &fields,
+		  "Revocation %" PRIu64 " of %s is on behalf of %s[%d] (%s%s).", rev->id,
+		  revocation_path(rev), who->comm, who->pid, fields.cause, size);
+	notice_send(rev);
+
+	/* One that waits for itself cannot answer a notice. */
+	for (size_t i = 0; i < n_breakers; i++)
+		if (is_holder(rev, breakers[i])) {
+			revocation_event(rev, REVOKE_FORCE);
+			return;
+		}
+}
+
+static bool has_living(const struct revocation *rev)
+{
+	for (size_t i = 0; i < rev->n_targets; i++)
+		if (rev->targets[i].pin && !rev->targets[i].pin->context->client->dead)
+			return true;
+	return false;
+}
+
+void revocation_check_reachable(struct broker *broker)
+{
+	uint64_t after = 0;
+	struct revocation *rev;
+
+	while ((rev = broker_next_revocation(broker, after))) {
+		after = rev->id;
+		if (!revocation_is_running(rev) || has_living(rev) || is_reaping(rev))
+			continue;
+		if (rev->state == REVOCATION_NOTIFIED)
+			revocation_event(rev, REVOKE_FORCE);
+		else
+			revocation_event(rev, REVOKE_UNREACHABLE);
+	}
+}
+
+int revocation_extend(struct revocation *rev, const struct client *client, uint64_t by_usec,
+		      uint64_t *ret_deadline_usec, struct refusal *ret_refusal)
+{
+	uint64_t deadline;
+	bool takes_part = false;
+
+	for (size_t i = 0; i < rev->n_targets && !takes_part && rev->targets; i++)
+		takes_part = rev->targets[i].pin && rev->targets[i].pin->context->client == client;
+	if (!takes_part)
+		return refuse_no_such(ret_refusal, "revocation", rev->id);
+	if (rev->state != REVOCATION_NOTIFIED)
+		return refuse(ret_refusal, REFUSAL_BUSY, "forced",
+			      "The time to let go is over, the pins are being detached by force.");
+	if (__builtin_add_overflow(rev->deadline_usec, by_usec, &deadline) ||
+	    deadline > rev->latest_usec)
+		deadline = rev->latest_usec;
+	if (deadline > rev->deadline_usec) {
+		rev->deadline_usec = deadline;
+		revocation_event(rev, REVOKE_EXTENDED);
+	}
+	*ret_deadline_usec = rev->deadline_usec;
+	return 0;
+}
+
+void revocation_info(const struct revocation *rev, struct msg_revocation_info *ret)
+{
+	*ret = (struct msg_revocation_info){
+		.revocation = (int64_t)rev->id,
+		.file = rev->file != 0 ? (int64_t)rev->file : INT_NULL,
+		.path = rev->path,
+		.state = rev->state,
+		.startUSec = (int64_t)rev->start_usec,
+		.deadlineUSec = (int64_t)rev->deadline_usec,
+		.endUSec = revocation_is_running(rev) ? INT_NULL : (int64_t)rev->end_usec,
+		.pins = (int64_t)rev->n_targets,
+		.remaining = (int64_t)rev->n_remaining,
+		.proof = rev->has_proof ? (int)rev->weakest : ENUM_NULL,
+	};
+	conflict_message(&rev->conflict, &ret->conflict);
+}

@@ -1,0 +1,110 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#pragma once
+
+#include <bsd/sys/tree.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <sys/queue.h>
+#include <sys/types.h>
+#include <systemd/sd-event.h>
+
+#include "protocol/interface.h"
+#include "refusal.h"
+#include "revocation-table.h"
+
+struct broker;
+struct client;
+struct context;
+struct file;
+struct pin;
+
+/* What somebody does that cannot go ahead while pins live. A value. */
+struct conflict {
+	enum cause cause;
+	uint64_t offset, length; /* length 0: to the end */
+	int64_t size;            /* being truncated to, or INT_NULL */
+	pid_t pid;               /* 0: not known */
+	int64_t uid;             /* INT_NULL: not known */
+	char comm[16];
+	char reason[256]; /* an administrator's words, or empty */
+};
+
+#define REVOCATION_UIDS_MAX 8
+
+/* A pin that a revocation wants gone. */
+struct target {
+	struct revocation *revocation; /* revocation::targets, which owns it */
+	struct pin *pin;               /* pin::targets; NULL once it is gone */
+	LIST_ENTRY(target) of_pin;
+};
+
+struct revocation {
+	uint64_t id;
+	struct broker *broker; /* broker::revocations */
+	uint64_t file;         /* id; 0: several */
+	char *path;            /* owned; NULL: several files */
+	bool by_break;         /* a lease is under break meanwhile */
+	struct conflict conflict;
+	enum revocation_state state; /* assigned by revocation.c's step() only */
+	struct target *targets;      /* owned; ordered by client and file; freed at the end */
+	size_t n_targets, n_remaining;
+	enum proof weakest; /* of the pins that ended */
+	bool has_proof;     /* at least one did */
+	uid_t uids[REVOCATION_UIDS_MAX]; /* of the holders, the first few: who may see it */
+	size_t n_uids;
+
+	/* CLOCK_MONOTONIC; every rung has its place from the beginning */
+	uint64_t start_usec, deadline_usec, end_usec;
+	uint64_t latest_usec; /* the deadline can be extended to this */
+	uint64_t detach_usec, signal_usec, kill_usec; /* how long each rung may take */
+	sd_event_source *timer;
+	unsigned n_jobs;    /* of the present rung */
+	unsigned n_reached; /* processes that the present rung's signal reached */
+
+	RB_ENTRY(revocation) by_id;
+	TAILQ_ENTRY(revocation) of_ended;
+};
+
+TAILQ_HEAD(revocation_list, revocation);
+
+struct conflict conflict_new(enum cause cause);
+
+/*
+ * Starts a revocation of these pins, none of them over. file: the one whose lease is under break or
+ * that has been shrunk, NULL for an administrator's or a shutdown. grace_usec: UINT64_MAX for the
+ * configured one. The pins may be none: it then ends at once.
+ */
+int revocation_start(struct broker *broker, struct file *file, bool by_break,
+		     const struct conflict *conflict, struct pin **pins, size_t n_pins,
+		     uint64_t grace_usec, bool forced, uint64_t *ret_id);
+struct revocation *revocation_free(struct revocation *revocation);
+
+void revocation_event(struct revocation *revocation, enum revocation_event event);
+
+/* It has been found out who is behind it: the first of those who wait for the lease, what it does,
+ * and all of them. */
+#define BREAKERS_MAX 8
+void revocation_blame(struct revocation *revocation, const struct conflict *who,
+		      const pid_t *breakers, size_t n_breakers);
+
+/* A pin has ended; called by pin_end() for each of the pin's targets. */
+void revocation_target_gone(struct target *target, enum proof proof);
+
+/* A job that a rung started has come back; reached: a signal was delivered. */
+void revocation_job_done(struct broker *broker, uint64_t id, enum revocation_state rung,
+			 bool reached);
+
+/* A dead holder's context was found with another process: is there anybody left to turn to? */
+void revocation_check_reachable(struct broker *broker);
+
+/* REFUSED if it is not running, or the client has no pin in it. */
+int revocation_extend(struct revocation *revocation, const struct client *client,
+		      uint64_t by_usec, uint64_t *ret_deadline_usec, struct refusal *ret_refusal);
+
+void revocation_info(const struct revocation *revocation, struct msg_revocation_info *ret);
+void conflict_message(const struct conflict *conflict, struct msg_conflict *ret);
+
+static inline bool revocation_is_running(const struct revocation *revocation)
+{
+	return !revocation_state_is_end(revocation->state);
+}

@@ -1,0 +1,287 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#include "rpc.h"
+
+#include <inttypes.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/socket.h>
+
+#include "broker.h"
+#include "call.h"
+#include "log.h"
+#include "macro.h"
+#include "peer.h"
+#include "protocol/service.h"
+
+#define ACCEPTS_PER_TURN  16
+#define ACCEPT_PAUSE_USEC (500 * USEC_PER_MSEC)
+
+struct listener {
+	struct rpc *rpc;
+	int fd; /* owned */
+	sd_event_source *io, *pause;
+	LIST_ENTRY(listener) listeners;
+};
+
+struct rpc {
+	struct broker *broker;
+	LIST_HEAD(, listener) listeners;
+	struct peer_list peers;
+};
+
+static void refuse_interface(struct peer *peer, const char *name)
+{
+	peer_error(peer, SERVICE_NAME, &schema_msg_interface_not_found,
+		   &(struct msg_interface_not_found){ .interface = name });
+}
+
+static void refuse_parameter_name(struct peer *peer, const char *name)
+{
+	peer_error(peer, SERVICE_NAME, &schema_msg_invalid_parameter,
+		   &(struct msg_invalid_parameter){ .parameter = name });
+}
+
+static void get_info(struct peer *peer)
+{
+	static const char *interfaces[] = { SERVICE_NAME, INTERFACE_NAME };
+	struct msg_get_info_out out = {
+		.vendor = "pinbroker",
+		.product = "pinbrokerd",
+		.version = PINBROKER_VERSION,
+		.url = "https://pinbroker.org",
+		.interfaces = { interfaces, ELEMENTS(interfaces) },
+	};
+
+	peer_reply(peer, &schema_msg_get_info_out, &out, NULL, 0);
+}
+
+static void get_interface_description(struct peer *peer, json_object *parameters)
+{
+	struct msg_get_interface_description_in in;
+	const struct interface *interface;
+	const char *field;
+
+	if (schema_read(&schema_msg_get_interface_description_in, parameters, 0, &in, &field) < 0) {
+		refuse_parameter_name(peer, field);
+		return;
+	}
+	if (strcmp(in.interface, INTERFACE_NAME) == 0) {
+		interface = &interface_pinbroker;
+	} else if (strcmp(in.interface, SERVICE_NAME) == 0) {
+		interface = &interface_service;
+	} else {
+		refuse_interface(peer, in.interface);
+		return;
+	}
+	peer_reply(peer, &schema_msg_get_interface_description_out,
+		   &(struct msg_get_interface_description_out){ interface->description }, NULL, 0);
+}
+
+static void handle_service_call(struct peer *peer, const char *name, json_object *parameters)
+{
+	const struct method *method = interface_find_method(&interface_service, name);
+
+	if (!method)
+		peer_error(peer, SERVICE_NAME, &schema_msg_method_not_found,
+			   &(struct msg_method_not_found){ .method = name });
+	else if (method - interface_service.methods == METHOD_GetInterfaceDescription)
+		get_interface_description(peer, parameters);
+	else if (parameters && json_object_object_length(parameters) > 0)
+		refuse_parameter_name(peer, "parameters");
+	else
+		get_info(peer);
+}
+
+static int handle_call(struct peer *peer, const struct method *method, bool more,
+		       json_object *parameters, struct fds *fds)
+{
+	struct call call = { .peer = peer, .fds = fds };
+	union call_in in;
+	const char *field;
+	int r;
+
+	if (method->more && !more) {
+		peer_error(peer, SERVICE_NAME, &schema_msg_expected_more,
+			   &(struct msg_expected_more){});
+		return 0;
+	}
+	r = schema_read(method->in, parameters, 0, &in, &field);
+	if (r == -EINVAL) {
+		refuse_parameter_name(peer, field);
+		return 0;
+	}
+	if (r == 0) {
+		peer->pending = true;
+		r = call_handlers[method - interface_pinbroker.methods](&call, &in);
+		schema_clear(method->in, &in);
+	}
+	if (r == CALL_PENDING)
+		return 0;
+	if (r != 0)
+		peer_refuse(peer, r, &call.refusal);
+	peer->pending = false;
+	return 0;
+}
+
+static bool is_true(json_object *message, const char *key)
+{
+	json_object *value;
+
+	return json_object_object_get_ex(message, key, &value) && json_object_get_boolean(value);
+}
+
+/* One message. What is no call ends the connection; what is a wrong call is answered. */
+static int on_message(struct peer *peer, json_object *message, struct fds *fds)
+{
+	json_object *value, *parameters = NULL;
+	const struct method *method;
+	char interface[64];
+	const char *name, *dot;
+
+	if (!json_object_object_get_ex(message, "method", &value) ||
+	    !json_object_is_type(value, json_type_string))
+		return -EBADMSG;
+	name = json_object_get_string(value);
+	if (json_object_object_get_ex(message, "parameters", &parameters) && parameters &&
+	    !json_object_is_type(parameters, json_type_object))
+		return -EBADMSG;
+	peer->oneway = is_true(message, "oneway");
+
+	dot = strrchr(name, '.');
+	if (!dot || (size_t)(dot - name) >= sizeof(interface)) {
+		refuse_interface(peer, name);
+		return 0;
+	}
+	memcpy(interface, name, (size_t)(dot - name));
+	interface[dot - name] = 0;
+	if (strcmp(interface, SERVICE_NAME) == 0) {
+		handle_service_call(peer, dot + 1, parameters);
+		return 0;
+	}
+	if (strcmp(interface, INTERFACE_NAME) != 0) {
+		refuse_interface(peer, interface);
+		return 0;
+	}
+	method = interface_find_method(&interface_pinbroker, dot + 1);
+	if (!method) {
+		peer_error(peer, SERVICE_NAME, &schema_msg_method_not_found,
+			   &(struct msg_method_not_found){ .method = dot + 1 });
+		return 0;
+	}
+	return handle_call(peer, method, is_true(message, "more"), parameters, fds);
+}
+
+static int on_resume_accepting(sd_event_source *source, uint64_t usec, void *userdata)
+{
+	struct listener *l = userdata;
+
+	return sd_event_source_set_enabled(l->io, SD_EVENT_ON);
+}
+
+/* Out of descriptors: the connection waits in the backlog, and we do not spin. */
+static void pause_accepting(struct listener *l)
+{
+	(void)sd_event_source_set_enabled(l->io, SD_EVENT_OFF);
+	(void)sd_event_source_set_time(l->pause, now_usec() + ACCEPT_PAUSE_USEC);
+	(void)sd_event_source_set_enabled(l->pause, SD_EVENT_ONESHOT);
+}
+
+static int on_connection(sd_event_source *source, int fd, uint32_t revents, void *userdata)
+{
+	struct listener *l = userdata;
+
+	for (unsigned n = 0; n < ACCEPTS_PER_TURN; n++) {
+		int r, s = accept4(fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
+		struct peer *peer;
+
+		if (s < 0 && (errno == EMFILE || errno == ENFILE || errno == ENOBUFS ||
+			      errno == ENOMEM)) {
+			log_errno(LOG_ERR, errno, "Cannot accept connections for the moment");
+			pause_accepting(l);
+		}
+		if (s < 0)
+			break;
+		r = peer_new(l->rpc, l->rpc->broker, &l->rpc->peers, s, on_message, &peer);
+		if (r < 0) {
+			log_errno(LOG_NOTICE, r, "Refused a connection");
+			/* it may have been sent descriptors already */
+			offload_close(l->rpc->broker->offload, NULL, s);
+		}
+	}
+	return 0;
+}
+
+static struct listener *listener_free(struct listener *l)
+{
+	if (!l)
+		return NULL;
+	sd_event_source_disable_unref(l->io);
+	sd_event_source_disable_unref(l->pause);
+	safe_close(l->fd);
+	free(l);
+	return NULL;
+}
+
+int rpc_listen(struct rpc *rpc, int fd)
+{
+	struct listener *l;
+	int r;
+
+	l = calloc(1, sizeof(*l));
+	if (!l)
+		return -ENOMEM;
+	l->rpc = rpc;
+	l->fd = -1;
+	r = sd_event_add_io(rpc->broker->event, &l->io, fd, EPOLLIN, on_connection, l);
+	if (r >= 0)
+		r = sd_event_add_time(rpc->broker->event, &l->pause, CLOCK_MONOTONIC, 0, 0,
+				      on_resume_accepting, l);
+	if (r >= 0)
+		r = sd_event_source_set_enabled(l->pause, SD_EVENT_OFF);
+	if (r < 0) {
+		listener_free(l);
+		return r;
+	}
+	l->fd = fd;
+	LIST_INSERT_HEAD(&rpc->listeners, l, listeners);
+	return 0;
+}
+
+int rpc_new(struct broker *broker, struct rpc **ret)
+{
+	struct rpc *rpc = calloc(1, sizeof(*rpc));
+
+	if (!rpc)
+		return -ENOMEM;
+	rpc->broker = broker;
+	LIST_INIT(&rpc->listeners);
+	LIST_INIT(&rpc->peers);
+	*ret = rpc;
+	return 0;
+}
+
+struct rpc *rpc_free(struct rpc *rpc)
+{
+	if (!rpc)
+		return NULL;
+	while (!LIST_EMPTY(&rpc->listeners)) {
+		struct listener *l = LIST_FIRST(&rpc->listeners);
+
+		LIST_REMOVE(l, listeners);
+		listener_free(l);
+	}
+	while (!LIST_EMPTY(&rpc->peers))
+		peer_close(LIST_FIRST(&rpc->peers));
+	free(rpc);
+	return NULL;
+}
+
+void rpc_send_notice(struct client *client, const struct msg_notice *notice)
+{
+	struct peer *peer;
+
+	LIST_FOREACH(peer, &client->peers, of_client)
+		if (peer->watching)
+			peer_reply_more(peer, &schema_msg_watch_out,
+					&(struct msg_watch_out){ *notice });
+}

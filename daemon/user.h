@@ -1,0 +1,54 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#pragma once
+
+#include <stdint.h>
+#include <sys/types.h>
+#include <uthash.h>
+
+#include "offload.h"
+
+/*
+ * What one uid uses of the broker. Everything that a client causes to be kept or done is charged to
+ * its uid before it is allocated, and discharged when it is gone.
+ */
+
+enum limit {
+	LIMIT_CLIENTS, /* connections and clients */
+	LIMIT_FILES,   /* (client, file) pairs */
+	LIMIT_CONTEXTS,
+	LIMIT_PINS,
+	LIMIT_PINNED_BYTES,
+	LIMIT_UNFINISHED, /* jobs on the offload pool: opens, closes, look-ups */
+	LIMIT_COUNT,
+};
+
+struct users; /* all of them, and the maximum of each limit */
+
+struct user {
+	uid_t uid;
+	unsigned n_refs;
+	uint64_t used[LIMIT_COUNT];
+	struct users *users;
+	struct offload_queue queue; /* offload's */
+	UT_hash_handle hh;          /* users */
+};
+
+/* The key in pinbroker.conf, e.g. "MaxPinsPerUser". */
+const char *limit_name(enum limit limit);
+
+/* maxima: LIMIT_COUNT values, UINT64_MAX for none; copied. */
+int users_new(const uint64_t maxima[LIMIT_COUNT], struct users **ret);
+struct users *users_free(struct users *users); /* asserts that no user is left */
+
+/* The user for a uid, made at need, with one reference for the caller. -ENOMEM. */
+int user_get(struct users *users, uid_t uid, struct user **ret);
+struct user *user_ref(struct user *user);
+struct user *user_unref(struct user *user); /* accepts NULL, returns NULL; frees with the last one,
+					       asserting that nothing is charged any more */
+
+/* Returns 0, or -EDQUOT and charges nothing. */
+int user_charge(struct user *user, enum limit limit, uint64_t amount);
+/* Charges past the maximum, for what must be done (closing a descriptor that is already there). */
+void user_charge_force(struct user *user, enum limit limit, uint64_t amount);
+void user_discharge(struct user *user, enum limit limit, uint64_t amount); /* asserts used >= amount */
+uint64_t user_maximum(const struct user *user, enum limit limit);

@@ -1,0 +1,112 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#include "watch.h"
+
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/epoll.h>
+#include <sys/inotify.h>
+#include <unistd.h>
+
+#include "broker.h"
+#include "log.h"
+#include "macro.h"
+
+RB_HEAD(watched, file);
+
+static int compare_watch(const struct file *a, const struct file *b)
+{
+	return a->watch < b->watch ? -1 : a->watch > b->watch;
+}
+
+RB_GENERATE_INTERNAL(watched, file, by_watch, compare_watch, static inline)
+
+struct watch {
+	struct broker *broker;
+	int fd;
+	struct watched files;
+	sd_event_source *source;
+};
+
+static int on_event(sd_event_source *source, int fd, uint32_t revents, void *userdata)
+{
+	struct watch *watch = userdata;
+	_Alignas(struct inotify_event) char buffer[4096];
+	ssize_t n;
+
+	n = read(fd, buffer, sizeof(buffer));
+	if (n < 0)
+		return 0;
+	for (char *p = buffer; p < buffer + n;) {
+		struct inotify_event *event = (struct inotify_event *)p;
+		struct file *file, *next;
+
+		p += sizeof(*event) + event->len;
+		if (event->mask & IN_Q_OVERFLOW) {
+			for (file = RB_MIN(watched, &watch->files); file; file = next) {
+				next = RB_NEXT(watched, &watch->files, file);
+				file_touched(file);
+			}
+			continue;
+		}
+		file = watched_RB_FIND(&watch->files, &(struct file){ .watch = event->wd });
+		if (file)
+			file_touched(file);
+	}
+	return 0;
+}
+
+int watch_new(struct broker *broker, struct watch **ret)
+{
+	struct watch *watch;
+	int r;
+
+	watch = calloc(1, sizeof(*watch));
+	if (!watch)
+		return -ENOMEM;
+	watch->broker = broker;
+	watch->fd = inotify_init1(IN_CLOEXEC | IN_NONBLOCK);
+	r = watch->fd < 0 ? -errno
+			  : sd_event_add_io(broker->event, &watch->source, watch->fd, EPOLLIN,
+					    on_event, watch);
+	if (r < 0) {
+		watch_free(watch);
+		return r;
+	}
+	*ret = watch;
+	return 0;
+}
+
+struct watch *watch_free(struct watch *watch)
+{
+	if (!watch)
+		return NULL;
+	sd_event_source_disable_unref(watch->source);
+	safe_close(watch->fd);
+	free(watch);
+	return NULL;
+}
+
+void watch_add(struct watch *watch, struct file *file)
+{
+	char path[64];
+
+	if (file->watch >= 0)
+		return;
+	snprintf(path, sizeof(path), "/proc/self/fd/%d", file->lease.fd);
+	file->watch = inotify_add_watch(watch->fd, path, IN_CLOSE | IN_MODIFY | IN_ATTRIB);
+	if (file->watch < 0)
+		log_errno(LOG_WARNING, errno, "Cannot watch %s, looking at it from time to time",
+			  file->path);
+	else
+		watched_RB_INSERT(&watch->files, file);
+}
+
+void watch_remove(struct watch *watch, struct file *file)
+{
+	if (file->watch < 0)
+		return;
+	watched_RB_REMOVE(&watch->files, file);
+	(void)inotify_rm_watch(watch->fd, file->watch);
+	file->watch = -1;
+}

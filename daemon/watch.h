@@ -1,0 +1,17 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#pragma once
+
+#include <systemd/sd-event.h>
+
+/* inotify on files whose lease cannot be held: who closes them, and what is done to them meanwhile. */
+
+struct broker;
+struct file;
+struct watch;
+
+int watch_new(struct broker *broker, struct watch **ret);
+struct watch *watch_free(struct watch *watch);
+
+/* Calls file_touched() on what happens to the file from now on. Best effort: a timer backs it up. */
+void watch_add(struct watch *watch, struct file *file);
+void watch_remove(struct watch *watch, struct file *file);

@@ -1,0 +1,403 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#include "connection.h"
+
+#include "daemon/macro.h"
+
+#include <limits.h>
+#include <string.h>
+#include <sys/queue.h>
+#include <sys/socket.h>
+#include <sys/uio.h>
+
+#define READ_MAX       (64U * 1024U)
+#define INPUT_MIN      4096U
+#define SEGMENT_MIN    4000U
+#define SEGMENTS_MAX   16  /* in one sendmsg() */
+#define KERNEL_FDS_MAX 253 /* SCM_MAX_FD: what one recvmsg() can bring */
+
+/* What is queued: one message with its descriptors, or any number without. */
+struct segment {
+	TAILQ_ENTRY(segment) next;
+	struct fds fds;
+	size_t start, end, size;
+	char bytes[];
+};
+
+/* Descriptors received, and where in the input their message starts. */
+struct arrival {
+	struct fds fds;
+	size_t message;
+};
+
+struct connection {
+	int fd;
+	void (*close_fd)(int fd, void *userdata);
+	void *userdata;
+	json_tokener *tokener;
+
+	char *input;
+	size_t input_size;
+	size_t start; /* of the first message */
+	size_t end;   /* of what has been read */
+	char *nul;    /* the end of the first message, NULL if that has not been read */
+
+	/*
+	 * Two are enough: nothing is read while a whole message waits, and a message gets its
+	 * descriptors from the one read that begins it. So there are those of a message read in
+	 * part and those of the read that completed it.
+	 */
+	struct arrival arrivals[2];
+	size_t n_arrivals;
+
+	TAILQ_HEAD(segments, segment) segments;
+	size_t queued;
+};
+
+static void connection_close_fd(struct connection *c, int fd)
+{
+	if (c->close_fd)
+		c->close_fd(fd, c->userdata);
+	else
+		safe_close(fd);
+}
+
+static void connection_close_fds(struct connection *c, const int *fds, size_t n_fds)
+{
+	for (size_t i = 0; i < n_fds; i++)
+		connection_close_fd(c, fds[i]);
+}
+
+int connection_new(
+	int fd, void (*close_fd)(int fd, void *userdata), void *userdata, struct connection **ret)
+{
+	struct connection *c;
+
+	c = calloc(1, sizeof(*c));
+	if (!c)
+		return -ENOMEM;
+	c->tokener = json_tokener_new_ex(CONNECTION_DEPTH_MAX);
+	c->input = malloc(INPUT_MIN);
+	if (!c->tokener || !c->input) {
+		if (c->tokener)
+			json_tokener_free(c->tokener);
+		free(c->input);
+		free(c);
+		return -ENOMEM;
+	}
+	json_tokener_set_flags(c->tokener, JSON_TOKENER_STRICT | JSON_TOKENER_VALIDATE_UTF8);
+	c->input_size = INPUT_MIN;
+	TAILQ_INIT(&c->segments);
+	c->close_fd = close_fd;
+	c->userdata = userdata;
+	c->fd = fd;
+	*ret = c;
+	return 0;
+}
+
+struct connection *connection_free(struct connection *c)
+{
+	struct segment *s;
+
+	if (!c)
+		return NULL;
+	for (size_t i = 0; i < c->n_arrivals; i++)
+		connection_close_fds(c, c->arrivals[i].fds.fds, c->arrivals[i].fds.n_fds);
+	while ((s = TAILQ_FIRST(&c->segments))) {
+		TAILQ_REMOVE(&c->segments, s, next);
+		connection_close_fds(c, s->fds.fds, s->fds.n_fds);
+		free(s);
+	}
+	json_tokener_free(c->tokener);
+	free(c->input);
+	connection_close_fd(c, c->fd);
+	free(c);
+	return NULL;
+}
+
+int connection_get_fd(const struct connection *c)
+{
+	return c->fd;
+}
+
+bool connection_has_message(const struct connection *c)
+{
+	return c->nul;
+}
+
+/* Moves the rest of a message to the front, and makes room behind it. */
+static int connection_make_room(struct connection *c)
+{
+	size_t size;
+	char *input;
+
+	if (c->start > 0) {
+		memmove(c->input, c->input + c->start, c->end - c->start);
+		for (size_t i = 0; i < c->n_arrivals; i++)
+			c->arrivals[i].message -= c->start;
+		c->end -= c->start;
+		c->start = 0;
+	}
+	if (c->end < c->input_size)
+		return 0;
+	if (c->input_size >= CONNECTION_MESSAGE_MAX)
+		return -EMSGSIZE;
+	size = c->input_size * 4;
+	input = realloc(c->input, size);
+	if (!input)
+		return -ENOMEM;
+	c->input = input;
+	c->input_size = size;
+	return 0;
+}
+
+/* Takes over the descriptors that came with the n bytes at c->end. */
+static int connection_take_fds(struct connection *c, struct msghdr *mh, size_t n)
+{
+	const char *bytes = c->input + c->end, *nul;
+	int fds[KERNEL_FDS_MAX];
+	struct cmsghdr *cmsg;
+	struct arrival *a;
+	size_t n_fds = 0;
+	bool begins;
+
+	for (cmsg = CMSG_FIRSTHDR(mh); cmsg; cmsg = CMSG_NXTHDR(mh, cmsg))
+		if (cmsg->cmsg_level == SOL_SOCKET && cmsg->cmsg_type == SCM_RIGHTS) {
+			n_fds = (cmsg->cmsg_len - CMSG_LEN(0)) / sizeof(int);
+			memcpy(fds, CMSG_DATA(cmsg), n_fds * sizeof(int));
+		}
+	if (n_fds == 0)
+		return mh->msg_flags & MSG_CTRUNC ? -EPROTO : 0;
+
+	nul = memrchr(bytes, 0, n - 1);
+	begins = nul || c->start == c->end;
+	if (mh->msg_flags & MSG_CTRUNC || n_fds > CONNECTION_FDS_MAX || !begins) {
+		connection_close_fds(c, fds, n_fds);
+		return -EPROTO;
+	}
+	a = &c->arrivals[c->n_arrivals++];
+	a->message = nul ? (size_t)(nul + 1 - c->input) : c->start;
+	a->fds.n_fds = n_fds;
+	memcpy(a->fds.fds, fds, n_fds * sizeof(int));
+	return 0;
+}
+
+int connection_read(struct connection *c)
+{
+	union {
+		char bytes[CMSG_SPACE(KERNEL_FDS_MAX * sizeof(int))];
+		struct cmsghdr align;
+	} control;
+	struct iovec iov;
+	struct msghdr mh = {
+		.msg_iov = &iov,
+		.msg_iovlen = 1,
+		.msg_control = &control,
+		.msg_controllen = sizeof(control),
+	};
+	size_t room;
+	ssize_t n;
+	int r;
+
+	if (c->nul)
+		return -EAGAIN;
+	r = connection_make_room(c);
+	if (r < 0)
+		return r;
+	room = c->input_size - c->end;
+	iov.iov_base = c->input + c->end;
+	iov.iov_len = room < READ_MAX ? room : READ_MAX;
+
+	n = recvmsg(c->fd, &mh, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
+	if (n < 0)
+		return errno == EINTR ? -EAGAIN : -errno;
+	if (n == 0)
+		return 0;
+	if (mh.msg_controllen > 0 || mh.msg_flags & MSG_CTRUNC) {
+		r = connection_take_fds(c, &mh, (size_t)n);
+		if (r < 0)
+			return r;
+	}
+	c->nul = memchr(c->input + c->end, 0, (size_t)n);
+	c->end += (size_t)n;
+	return 1;
+}
+
+/* Those in strings count too: the limit is far above any message of the interface. */
+static size_t count_brackets(const char *text, size_t size)
+{
+	size_t n = 0;
+
+	for (size_t i = 0; i < size; i++)
+		n += text[i] == '{' || text[i] == '[';
+	return n;
+}
+
+/* With the NUL, at which the tokener knows that nothing more comes. */
+static json_object *connection_parse(struct connection *c, const char *text, size_t size)
+{
+	json_object *o;
+
+	if (size > CONNECTION_BRACKETS_MAX && count_brackets(text, size) > CONNECTION_BRACKETS_MAX)
+		return NULL;
+	o = json_tokener_parse_ex(c->tokener, text, (int)size);
+	if (json_object_is_type(o, json_type_object))
+		return o;
+	json_object_put(o);
+	return NULL;
+}
+
+static void connection_shrink(struct connection *c)
+{
+	char *input;
+
+	c->start = c->end = 0;
+	if (c->input_size == INPUT_MIN)
+		return;
+	input = realloc(c->input, INPUT_MIN);
+	if (!input)
+		return;
+	c->input = input;
+	c->input_size = INPUT_MIN;
+}
+
+int connection_receive(struct connection *c, json_object **ret_message, struct fds *ret_fds)
+{
+	json_object *message;
+	size_t size;
+
+	if (!c->nul)
+		return 0;
+	size = (size_t)(c->nul - c->input) - c->start + 1;
+	message = connection_parse(c, c->input + c->start, size);
+	if (!message)
+		return -EBADMSG;
+
+	if (c->n_arrivals > 0 && c->arrivals[0].message == c->start) {
+		*ret_fds = c->arrivals[0].fds;
+		c->arrivals[0] = c->arrivals[1];
+		c->n_arrivals--;
+	} else {
+		ret_fds->n_fds = 0;
+	}
+	*ret_message = message;
+
+	c->start += size;
+	c->nul = memchr(c->input + c->start, 0, c->end - c->start);
+	if (c->start == c->end)
+		connection_shrink(c);
+	return 1;
+}
+
+/* A segment with room for n bytes: the last one, or a new one. */
+static struct segment *connection_get_segment(struct connection *c, size_t n, bool alone)
+{
+	struct segment *s = TAILQ_LAST(&c->segments, segments);
+	size_t size = n < SEGMENT_MIN && !alone ? SEGMENT_MIN : n;
+
+	/* One with descriptors never has any. */
+	if (s && !alone && s->size - s->end >= n)
+		return s;
+	s = malloc(sizeof(*s) + size);
+	if (!s)
+		return NULL;
+	s->fds.n_fds = s->start = s->end = 0;
+	s->size = size;
+	TAILQ_INSERT_TAIL(&c->segments, s, next);
+	return s;
+}
+
+int connection_send(struct connection *c, json_object *message, const int *fds, size_t n_fds)
+{
+	struct segment *s;
+	const char *text;
+	size_t n;
+
+	if (n_fds > CONNECTION_FDS_MAX)
+		return -EINVAL;
+	text = json_object_to_json_string_length(
+		message, JSON_C_TO_STRING_PLAIN | JSON_C_TO_STRING_NOSLASHESCAPE, &n);
+	if (!text)
+		return -ENOMEM;
+	n++;
+	if (n > CONNECTION_OUTPUT_MAX - c->queued)
+		return -ENOBUFS;
+	s = connection_get_segment(c, n, n_fds > 0);
+	if (!s)
+		return -ENOMEM;
+	memcpy(s->bytes + s->end, text, n);
+	s->end += n;
+	c->queued += n;
+	if (n_fds > 0)
+		memcpy(s->fds.fds, fds, n_fds * sizeof(int));
+	s->fds.n_fds = n_fds;
+	return 0;
+}
+
+static void connection_sent(struct connection *c, size_t n)
+{
+	struct segment *s;
+
+	c->queued -= n;
+	while ((s = TAILQ_FIRST(&c->segments))) {
+		size_t part = n < s->end - s->start ? n : s->end - s->start;
+
+		while (s->fds.n_fds > 0)
+			safe_close(s->fds.fds[--s->fds.n_fds]);
+		s->start += part;
+		n -= part;
+		if (s->start < s->end)
+			return;
+		TAILQ_REMOVE(&c->segments, s, next);
+		free(s);
+		if (n == 0)
+			return;
+	}
+}
+
+static ssize_t connection_write(struct connection *c)
+{
+	union {
+		char bytes[CMSG_SPACE(CONNECTION_FDS_MAX * sizeof(int))];
+		struct cmsghdr header;
+	} control = {};
+	struct segment *s = TAILQ_FIRST(&c->segments);
+	struct iovec iov[SEGMENTS_MAX];
+	struct msghdr mh = {.msg_iov = iov};
+
+	if (s->fds.n_fds > 0) {
+		size_t n = s->fds.n_fds * sizeof(int);
+
+		control.header.cmsg_level = SOL_SOCKET;
+		control.header.cmsg_type = SCM_RIGHTS;
+		control.header.cmsg_len = CMSG_LEN(n);
+		memcpy(CMSG_DATA(&control.header), s->fds.fds, n);
+		mh.msg_control = &control;
+		mh.msg_controllen = CMSG_SPACE(n);
+	}
+	do {
+		iov[mh.msg_iovlen].iov_base = s->bytes + s->start;
+		iov[mh.msg_iovlen++].iov_len = s->end - s->start;
+		s = TAILQ_NEXT(s, next);
+	} while (s && !mh.msg_control && s->fds.n_fds == 0 && mh.msg_iovlen < SEGMENTS_MAX);
+
+	return sendmsg(c->fd, &mh, MSG_DONTWAIT | MSG_NOSIGNAL);
+}
+
+int connection_flush(struct connection *c)
+{
+	while (c->queued > 0) {
+		ssize_t n = connection_write(c);
+
+		if (n < 0 && errno == EINTR)
+			continue;
+		if (n < 0)
+			return errno == EAGAIN ? 1 : -errno;
+		connection_sent(c, (size_t)n);
+	}
+	return 0;
+}
+
+size_t connection_queued(const struct connection *c)
+{
+	return c->queued;
+}

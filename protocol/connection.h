@@ -1,0 +1,75 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#pragma once
+
+#include <json-c/json.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+/*
+ * One end of a Varlink connection with descriptors: messages are JSON objects that end with a NUL
+ * byte, on a non-blocking AF_UNIX stream socket. It buffers, frames and limits; it knows nothing of
+ * methods and never blocks or waits.
+ *
+ * Because the kernel merges what was sent separately, a message with descriptors is sent alone, in
+ * one sendmsg(), and received descriptors belong to the last message begun in that read.
+ */
+
+#define CONNECTION_MESSAGE_MAX (1024U * 1024U) /* bytes of one message received, with the NUL */
+#define CONNECTION_OUTPUT_MAX  (32U * 1024U * 1024U) /* bytes queued for sending */
+#define CONNECTION_DEPTH_MAX   16                    /* of the JSON */
+#define CONNECTION_FDS_MAX     16                    /* descriptors with one message */
+/* { and [ in a message: json-c makes up to 800 bytes of each. */
+#define CONNECTION_BRACKETS_MAX 8192
+
+struct connection;
+
+struct fds {
+	int fds[CONNECTION_FDS_MAX];
+	size_t n_fds;
+};
+
+/*
+ * Takes the descriptor over, on success. close_fd, if not NULL, is called in place of close() for
+ * every descriptor that the connection gets rid of: those received and never handed out, and, last
+ * of all, its own (which may carry unread descriptors). fd_userdata is passed to it.
+ */
+int connection_new(
+	int fd, void (*close_fd)(int fd, void *userdata), void *userdata, struct connection **ret);
+struct connection *connection_free(struct connection *c); /* accepts NULL, returns NULL */
+
+int connection_get_fd(const struct connection *c);
+
+/*
+ * Reads once from the socket, at most 64 KiB. Returns 1 if there may be more to read; 0 at the end
+ * of the stream; -EAGAIN if there was nothing, or a whole message waits to be received first (a
+ * loop that cannot take it yet does not poll for input); -EMSGSIZE: a message over
+ * CONNECTION_MESSAGE_MAX; -EPROTO: descriptors against the rule, or some lost (MSG_CTRUNC); another
+ * negative errno from the socket. After any error but -EAGAIN the connection is of no use any more.
+ */
+int connection_read(struct connection *c);
+
+/*
+ * Takes the next whole message. Returns 1 and hands over the object and, in *ret_fds, the
+ * descriptors, both the caller's from then on; 0 if there is none yet; -EBADMSG if it is not a JSON
+ * object, not valid UTF-8, too deep, or has too many brackets; -ENOMEM. After an error the
+ * connection is of no use.
+ */
+int connection_receive(struct connection *c, json_object **ret_message, struct fds *ret_fds);
+
+/* True if connection_receive() would return something other than 0. */
+bool connection_has_message(const struct connection *c);
+
+/*
+ * Queues a message. The descriptors are taken over on success (and closed once sent). Returns 0;
+ * -ENOBUFS if more than CONNECTION_OUTPUT_MAX bytes would be queued; -EINVAL if there are more than
+ * CONNECTION_FDS_MAX descriptors; -ENOMEM.
+ */
+int connection_send(struct connection *c, json_object *message, const int *fds, size_t n_fds);
+
+/* Writes what the socket takes. Returns 1 if something is left (wait for EPOLLOUT), 0 if all has
+ * been sent, negative errno from the socket. */
+int connection_flush(struct connection *c);
+
+/* Bytes queued and not yet taken by the socket. */
+size_t connection_queued(const struct connection *c);

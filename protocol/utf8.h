@@ -1,0 +1,16 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#pragma once
+
+#include <stddef.h>
+
+/*
+ * Text that both JSON and sd-bus accept: strict UTF-8 without NUL, and, as sd-bus refuses them,
+ * without noncharacters.
+ */
+
+/* How many of the first n bytes are such text, counted in whole characters. */
+size_t utf8_span(const char *s, size_t n);
+
+/* Puts a question mark in place of each byte that is not part of such text: for what comes from the
+ * kernel, where a path or a comm may hold any bytes. */
+void utf8_sanitize(char *s);
