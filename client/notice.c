@@ -147,8 +147,10 @@ int notice_offer(pinbroker *pb, const struct pinbroker_notice *notice)
 		return r;
 	pthread_mutex_lock(&pb->notice_lock);
 	r = notice_memory_admit(&pb->memory, notice, &n->public.update);
-	if (r > 0)
-		STAILQ_INSERT_TAIL(&pb->notices, TAKE_PTR(n), link);
+	if (r > 0) {
+		STAILQ_INSERT_TAIL(&pb->notices, n, link);
+		n = NULL; /* the macro names it more than once */
+	}
 	pthread_mutex_unlock(&pb->notice_lock);
 	if (r > 0)
 		wake(pb);
