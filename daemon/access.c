@@ -14,6 +14,7 @@
 #include <sys/sysmacros.h>
 
 #include "macro.h"
+#include "protocol/utf8.h"
 
 int access_drop_privileges(void)
 {
@@ -120,6 +121,7 @@ static int find_path(int fd, struct probe *probe)
 	if (n < 0)
 		return -errno;
 	link[n] = 0;
+	utf8_sanitize(link);
 	probe->path = strdup(link);
 	return probe->path ? 0 : -ENOMEM;
 }

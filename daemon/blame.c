@@ -18,6 +18,7 @@
 #include "log.h"
 #include "macro.h"
 #include "process.h"
+#include "protocol/utf8.h"
 
 #define BATCH_MAX 64
 
@@ -196,6 +197,7 @@ static void look_at(pid_t pid, struct suspect *suspect)
 
 	if (proc_read(&comm, "/proc/%d/comm", pid) >= 0) {
 		comm[strcspn(comm, "\n")] = 0;
+		utf8_sanitize(comm);
 		snprintf(who.comm, sizeof(who.comm), "%s", comm);
 	}
 	if (proc_read(&status, "/proc/%d/status", pid) >= 0 && (line = strstr(status, "\nUid:")) &&

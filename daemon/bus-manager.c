@@ -7,6 +7,7 @@
 
 #include "admin.h"
 #include "broker.h"
+#include "bus-credentials.h"
 #include "bus.h"
 #include "macro.h"
 #include "protocol/utf8.h"
@@ -58,24 +59,18 @@ static void authorization_free(void *userdata)
 	free(a);
 }
 
-static bool may_administer(uint32_t uid)
-{
-	return uid == 0 || uid == geteuid();
-}
-
-static int on_uid(sd_bus_message *reply, void *userdata, sd_bus_error *error)
+static int on_sender(sd_bus_message *reply, void *userdata, sd_bus_error *error)
 {
 	struct authorization *a = userdata;
-	uint32_t uid;
+	struct bus_credentials sender;
 	int r;
 
-	r = sd_bus_message_is_method_error(reply, NULL) ? -EACCES
-							: sd_bus_message_read(reply, "u", &uid);
-	if (r >= 0 && may_administer(uid))
+	r = bus_credentials_read(reply, &sender);
+	if (r >= 0 && (sender.uid == 0 || sender.uid == geteuid() || sender.administrator))
 		r = a->go_on(a->m, a->broker, NULL);
 	else
 		r = sd_bus_reply_method_errorf(a->m, SD_BUS_ERROR_ACCESS_DENIED,
-					       "Only root may do this.");
+					       "Only root and the group " BUS_GROUP " may do this.");
 	return r < 0 ? sd_bus_reply_method_errno(a->m, r, NULL) : 0;
 }
 
@@ -83,7 +78,6 @@ static int on_uid(sd_bus_message *reply, void *userdata, sd_bus_error *error)
 static int authorize(sd_bus_message *m, struct broker *broker, sd_bus_message_handler_t go_on)
 {
 	struct authorization *a;
-	sd_bus_slot *slot;
 	int r;
 
 	a = calloc(1, sizeof(*a));
@@ -92,17 +86,12 @@ static int authorize(sd_bus_message *m, struct broker *broker, sd_bus_message_ha
 	a->broker = broker;
 	a->m = sd_bus_message_ref(m);
 	a->go_on = go_on;
-	r = sd_bus_call_method_async(sd_bus_message_get_bus(m), &slot, "org.freedesktop.DBus",
-				     "/org/freedesktop/DBus", "org.freedesktop.DBus",
-				     "GetConnectionUnixUser", on_uid, a, "s",
-				     sd_bus_message_get_sender(m));
+	r = bus_credentials_ask(sd_bus_message_get_bus(m), sd_bus_message_get_sender(m), on_sender,
+				a, authorization_free);
 	if (r < 0) {
 		authorization_free(a);
 		return r;
 	}
-	(void)sd_bus_slot_set_destroy_callback(slot, authorization_free);
-	(void)sd_bus_slot_set_floating(slot, true);
-	sd_bus_slot_unref(slot);
 	return 1;
 }
 

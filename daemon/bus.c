@@ -8,6 +8,7 @@
 #include <systemd/sd-bus.h>
 
 #include "broker.h"
+#include "bus-credentials.h"
 #include "bus-manager.h"
 #include "log.h"
 #include "macro.h"
@@ -176,6 +177,7 @@ int bus_new(struct broker *broker, const char *address, struct bus **ret)
 	if (!bus)
 		return -ENOMEM;
 	bus->broker = broker;
+	bus_credentials_init();
 	if (address) {
 		bus->address = strdup(address);
 		if (!bus->address) {
@@ -236,41 +238,20 @@ static void verification_free(void *userdata)
 	free(v);
 }
 
-/* Reads pid and uid from a{sv}. */
-static int read_credentials(sd_bus_message *m, uint32_t *ret_pid, uint32_t *ret_uid)
-{
-	int r;
-
-	r = sd_bus_message_enter_container(m, 'a', "{sv}");
-	while (r >= 0 && (r = sd_bus_message_enter_container(m, 'e', "sv")) > 0) {
-		const char *key;
-
-		r = sd_bus_message_read(m, "s", &key);
-		if (r >= 0 && strcmp(key, "ProcessID") == 0)
-			r = sd_bus_message_read(m, "v", "u", ret_pid);
-		else if (r >= 0 && strcmp(key, "UnixUserID") == 0)
-			r = sd_bus_message_read(m, "v", "u", ret_uid);
-		else if (r >= 0)
-			r = sd_bus_message_skip(m, "v");
-		if (r >= 0)
-			r = sd_bus_message_exit_container(m);
-	}
-	return r;
-}
-
 static int on_credentials(sd_bus_message *m, void *userdata, sd_bus_error *error)
 {
 	struct verification *v = userdata;
 	struct client *client = broker_find_client(v->bus->broker, v->client);
 	void (*done)(int r, struct refusal *refusal, void *userdata) = TAKE_PTR(v->done);
-	uint32_t pid = 0, uid = UINT32_MAX;
+	struct bus_credentials credentials;
 	struct refusal refusal;
 	int r = 0;
 
 	/* It may have gone, or be called otherwise by now. */
 	if (client && client->bus_name && strcmp(client->bus_name, v->name) == 0) {
-		if (sd_bus_message_is_method_error(m, NULL) || read_credentials(m, &pid, &uid) < 0 ||
-		    pid != (uint32_t)client->process.pid || uid != client->process.uid) {
+		if (bus_credentials_read(m, &credentials) < 0 ||
+		    credentials.pid != client->process.pid ||
+		    credentials.uid != client->process.uid) {
 			r = refuse(&refusal, REFUSAL_NOT_ALLOWED, "busName",
 				   "%s is not a name of your process on the bus.", v->name);
 			free(client->bus_name);
@@ -292,7 +273,6 @@ int bus_verify_client(struct bus *bus, struct client *client,
 		      void *userdata)
 {
 	struct verification *v;
-	sd_bus_slot *slot;
 	int r;
 
 	if (!bus->connected)
@@ -304,19 +284,13 @@ int bus_verify_client(struct bus *bus, struct client *client,
 	}
 	v->bus = bus;
 	v->client = client->id;
-	r = sd_bus_call_method_async(bus->bus, &slot, "org.freedesktop.DBus",
-				     "/org/freedesktop/DBus", "org.freedesktop.DBus",
-				     "GetConnectionCredentials", on_credentials, v, "s",
-				     client->bus_name);
+	r = bus_credentials_ask(bus->bus, client->bus_name, on_credentials, v, verification_free);
 	if (r < 0) {
 		verification_free(v);
 		return r;
 	}
 	v->done = done;
 	v->userdata = userdata;
-	(void)sd_bus_slot_set_destroy_callback(slot, verification_free);
-	(void)sd_bus_slot_set_floating(slot, true);
-	sd_bus_slot_unref(slot);
 	return 0;
 }
 

@@ -55,7 +55,7 @@ static int on_death(sd_event_source *source, int fd, uint32_t revents, void *use
 	client->dead = true;
 	if (client->n_pins > 0)
 		log_event(LOG_NOTICE, NULL, &fields,
-			  "Holder %s[%d] died with %u pins; looking whether they died with it.",
+			  "Holder %s (pid %d) died with %u pins; looking whether they died with it.",
 			  client->process.comm, client->process.pid, client->n_pins);
 	for (context = LIST_FIRST(&client->contexts); context; context = next) {
 		next = LIST_NEXT(context, of_client);
@@ -144,7 +144,7 @@ void client_disconnected(struct client *client)
 		struct log_fields fields = client_fields(client);
 
 		log_event(LOG_INFO, NULL, &fields,
-			  "Holder %s[%d] closed its connection, its %u pins stay.",
+			  "Holder %s (pid %d) closed its connection, its %u pins stay.",
 			  client->process.comm, client->process.pid, client->n_pins);
 	}
 	client_collect(client);

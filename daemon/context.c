@@ -432,7 +432,7 @@ static void detach_done(struct job *job)
 		};
 
 		log_event(LOG_NOTICE, MESSAGE_REVOKE_ESCALATED, &fields,
-			  "%s of %s[%d] could not be detached for sure: %s.", j->ops->kind,
+			  "%s of %s (pid %d) could not be detached for sure: %s.", j->ops->kind,
 			  j->holder.comm, j->holder.pid, strerror(-j->result));
 	}
 	if (j->context->client)

@@ -399,6 +399,12 @@ int file_set_description(struct file *file, int fd, enum access access)
 	return take(file);
 }
 
+void file_give_lease(struct file *file)
+{
+	(void)lease_give(&file->lease);
+	disarm(file);
+}
+
 int file_try_lease(struct file *file)
 {
 	return file->lease.state == LEASE_NONE ? take(file) : 0;

@@ -63,6 +63,8 @@ void file_collect(struct file *file);
 /* Gives it a description to carry the lease, taken over, and tries the lease: 0, or what lease_take()
  * says, with the description in place all the same. */
 int file_set_description(struct file *file, int fd, enum access access);
+/* Lets the lease go, to open the file otherwise. */
+void file_give_lease(struct file *file);
 /* Tries once more. */
 int file_try_lease(struct file *file);
 /* Takes the description away, lease and all, and returns it. */

@@ -194,10 +194,13 @@ static void lease_file(struct open_request *q)
 	struct file *file = broker_find_file(q->broker, q->file);
 	int r;
 
-	if (file->lease.fd < 0)
+	if (q->leased_fd >= 0) {
+		/* a conversion has one already */
+		offload_close(q->broker->offload, NULL, file_take_description(file));
 		r = file_set_description(file, TAKE_FD(q->leased_fd), q->access);
-	else
+	} else {
 		r = file_try_lease(file);
+	}
 	if (r == -EAGAIN) {
 		r = wait_for_lease(q);
 		if (r >= 0)
@@ -253,7 +256,8 @@ static void convert(struct open_request *q, struct file *file)
 	q->owns_file = true;
 	q->file = file->id;
 	file->opening = true;
-	offload_close(q->broker->offload, NULL, file_take_description(file));
+	/* Opening it for writing would break it. */
+	file_give_lease(file);
 	submit(q, STEP_OPEN);
 }
 

@@ -16,6 +16,7 @@
 #include <systemd/sd-login.h>
 
 #include "macro.h"
+#include "protocol/utf8.h"
 
 #ifndef SO_PEERPIDFD
 #define SO_PEERPIDFD 77 /* Linux 6.5 */
@@ -212,6 +213,7 @@ int process_describe(struct process *p)
 		return r;
 
 	p->start_time = start_time;
+	utf8_sanitize(comm);
 	snprintf(p->comm, sizeof(p->comm), "%s", comm);
 	free(p->unit);
 	p->unit = TAKE_PTR(unit);

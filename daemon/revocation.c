@@ -149,7 +149,7 @@ static void log_remaining(struct revocation *rev)
 		fields.uid = &client->process.uid;
 		fields.unit = client->process.unit;
 		log_event(LOG_CRIT, MESSAGE_LEASE_LOST, &fields,
-			  "Pages of %s are still pinned by %s[%d] through %s while they are taken "
+			  "Pages of %s are still pinned by %s (pid %d) through %s while they are taken "
 			  "away: what its hardware writes there is lost.",
 			  revocation_path(rev), client->process.comm, client->process.pid,
 			  pin->context->ops->kind);
@@ -231,11 +231,11 @@ static void signal_done(struct job *job)
 
 	if (j->reached)
 		log_event(LOG_WARNING, MESSAGE_REVOKE_ESCALATED, &fields,
-			  "Sent SIG%s to %s[%d], which did not let go of its pins.",
+			  "Sent SIG%s to %s (pid %d), which did not let go of its pins.",
 			  sigabbrev_np(j->signal), j->process.comm, j->process.pid);
 	else
 		log_event(LOG_WARNING, MESSAGE_REVOKE_ESCALATED, &fields,
-			  "%s[%d] did not let go of its pins, and was sent no signal: it is not "
+			  "%s (pid %d) did not let go of its pins, and was sent no signal: it is not "
 			  "the process that connected any more, or does not hold the context.",
 			  j->process.comm, j->process.pid);
 	for (size_t i = 0; i < j->n_fds; i++)
@@ -525,7 +525,7 @@ void revocation_blame(struct revocation *rev, const struct conflict *who, const 
 	if (who->size != INT_NULL)
 		snprintf(size, sizeof(size), " to %" PRIi64 " bytes", who->size);
 	log_event(LOG_NOTICE, MESSAGE_REVOKE_BLAMED, &fields,
-		  "Revocation %" PRIu64 " of %s is on behalf of %s[%d] (%s%s).", rev->id,
+		  "Revocation %" PRIu64 " of %s is on behalf of %s (pid %d) (%s%s).", rev->id,
 		  revocation_path(rev), who->comm, who->pid, fields.cause, size);
 	notice_send(rev);
 

@@ -2,6 +2,7 @@
 #include "rpc.h"
 
 #include <inttypes.h>
+#include <stdio.h>
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/socket.h>
@@ -186,6 +187,19 @@ static void pause_accepting(struct listener *l)
 	(void)sd_event_source_set_enabled(l->pause, SD_EVENT_ONESHOT);
 }
 
+/* Over the limit nothing is kept of it: all it gets is a reason. */
+static void refuse_connection(int fd, uint64_t maximum)
+{
+	char reply[200];
+	int n;
+
+	n = snprintf(reply, sizeof(reply),
+		     "{\"error\":\"" INTERFACE_NAME ".LimitExceeded\",\"parameters\":{\"limit\":"
+		     "\"%s\",\"maximum\":%" PRIu64 ",\"used\":%" PRIu64 "}}",
+		     limit_name(LIMIT_CLIENTS), maximum, maximum);
+	(void)send(fd, reply, (size_t)n + 1, MSG_DONTWAIT | MSG_NOSIGNAL);
+}
+
 static int on_connection(sd_event_source *source, int fd, uint32_t revents, void *userdata)
 {
 	struct listener *l = userdata;
@@ -204,6 +218,8 @@ static int on_connection(sd_event_source *source, int fd, uint32_t revents, void
 		r = peer_new(l->rpc, l->rpc->broker, &l->rpc->peers, s, on_message, &peer);
 		if (r < 0) {
 			log_errno(LOG_NOTICE, r, "Refused a connection");
+			if (r == -EDQUOT)
+				refuse_connection(s, l->rpc->broker->config.limits[LIMIT_CLIENTS]);
 			/* it may have been sent descriptors already */
 			offload_close(l->rpc->broker->offload, NULL, s);
 		}
