@@ -165,9 +165,9 @@ EXPORT int pinbroker_preflight(
 	pinbroker *pb, int fd, enum pinbroker_access access, struct pinbroker_preflight_info **ret)
 {
 	struct msg_preflight_in in = {.fileDescriptor = 0, .access = (int)access};
+	struct msg_preflight_out out;
 	_cleanup_(reply_done) struct reply reply = {};
 	struct pinbroker_preflight_info *p;
-	struct msg_preflight_out out;
 	int r;
 
 	if (access != PINBROKER_READ && access != PINBROKER_WRITE)

@@ -68,8 +68,8 @@ EXPORT int pinbroker_open_file_fd(
 	pinbroker *pb, int fd, enum pinbroker_access access, pinbroker_file **ret)
 {
 	struct msg_open_file_in in = {.fileDescriptor = 0, .access = (int)access};
-	_cleanup_(reply_done) struct reply reply = {};
 	struct msg_open_file_out out;
+	_cleanup_(reply_done) struct reply reply = {};
 	int r;
 
 	if (access != PINBROKER_READ && access != PINBROKER_WRITE)
@@ -178,8 +178,8 @@ static void context_give_back(pinbroker *pb, int64_t id)
 static int context_add(pinbroker *pb, const struct msg_add_context_in *in, const int *fds,
 	size_t n_fds, pinbroker_context **ret)
 {
-	_cleanup_(reply_done) struct reply reply = {};
 	struct msg_add_context_out out;
+	_cleanup_(reply_done) struct reply reply = {};
 	int r;
 
 	r = broker_call(pb, METHOD_AddContext, in, fds, n_fds, &out, &reply);

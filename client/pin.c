@@ -34,10 +34,10 @@ EXPORT int pinbroker_pin(pinbroker *pb, const pinbroker_file *file,
 	const pinbroker_context *context, const struct pinbroker_range *ranges, size_t n_ranges,
 	enum pinbroker_access access, const char *label, uint64_t *ret_pins)
 {
+	struct msg_pin_out out;
 	_cleanup_(reply_done) struct reply reply = {};
 	_cleanup_(freep) struct msg_range *copy = NULL;
 	struct msg_pin_in in = {.access = (int)access, .label = label};
-	struct msg_pin_out out;
 	int r;
 
 	if (n_ranges == 0)
@@ -79,8 +79,8 @@ static int unpin_portion(
 {
 	/* Ids are positive and fit; one that does not is refused by the broker as any other. */
 	struct msg_unpin_in in = {.pins = {(int64_t *)pins, n_pins}};
-	_cleanup_(reply_done) struct reply reply = {};
 	struct msg_unpin_out out;
+	_cleanup_(reply_done) struct reply reply = {};
 	int r;
 
 	r = broker_call(pb, METHOD_Unpin, &in, NULL, 0, &out, &reply);
@@ -120,8 +120,8 @@ EXPORT int pinbroker_extend(
 		.revocation = (int64_t)revocation,
 		.byUSec = by_usec > INT64_MAX ? INT64_MAX : (int64_t)by_usec,
 	};
-	_cleanup_(reply_done) struct reply reply = {};
 	struct msg_extend_out out;
+	_cleanup_(reply_done) struct reply reply = {};
 	int r;
 
 	r = broker_call(pb, METHOD_Extend, &in, NULL, 0, &out, &reply);

@@ -111,9 +111,9 @@ void request_forget(pinbroker *pb)
 int request_connect(pinbroker *pb)
 {
 	_cleanup_(connection_freep) struct connection *c = NULL;
+	struct msg_hello_out out;
 	_cleanup_(reply_done) struct reply reply = {};
 	const char *bus_name = pb->bus_ready ? pb->bus_name : NULL;
-	struct msg_hello_out out;
 	int r;
 
 	r = broker_dial(pb, true, &c);
@@ -137,8 +137,8 @@ int request_connect(pinbroker *pb)
 
 int request_hello(pinbroker *pb, const char *bus_name, uint64_t until_usec)
 {
-	_cleanup_(reply_done) struct reply reply = {};
 	struct msg_hello_out out;
+	_cleanup_(reply_done) struct reply reply = {};
 	int r;
 
 	r = request_hello_on(pb, pb->request, bus_name, until_usec, &out, &reply);
@@ -159,8 +159,8 @@ int request_restore(pinbroker *pb, uint64_t until_usec)
 {
 	struct msg_resume_in in = {.client = (int64_t)pb->client, .token = pb->token};
 	_cleanup_(connection_freep) struct connection *c = NULL;
-	_cleanup_(reply_done) struct reply reply = {};
 	struct msg_resume_out out;
+	_cleanup_(reply_done) struct reply reply = {};
 	int r;
 
 	r = broker_dial(pb, until_usec == USEC_INFINITY, &c);

@@ -650,12 +650,13 @@ static int call_bind(struct call *call, const union call_in *in)
 	j->handle = in->bind.handle;
 	j->job.run = bind_run;
 	j->job.done = bind_done;
+	j->context = context_hold(context);
 	if (offload_submit(client->broker->offload, client->user, &j->job) < 0) {
+		(void)context_release(context, j->broker);
 		free(j);
 		return refuse_limit(&call->refusal, client->user, LIMIT_UNFINISHED);
 	}
 	j->peer = peer_ref(call->peer);
-	j->context = context_hold(context);
 	return CALL_PENDING;
 }
 

@@ -34,15 +34,13 @@ static int ring_register(int fd, unsigned opcode, void *arg, unsigned n)
 
 static int ring_describe(int fd, struct context_description *ret)
 {
-	struct {
-		struct io_uring_probe probe;
-		struct io_uring_probe_op ops[256];
-	} probe = {};
+	_Alignas(struct io_uring_probe) char probe[sizeof(struct io_uring_probe) +
+						   256 * sizeof(struct io_uring_probe_op)] = {};
 
 	*ret = (struct context_description){ .proof = PROOF_CLAIMED };
 	/* EEXIST: IORING_SETUP_SINGLE_ISSUER; EACCES: restricted; EBADFD: not enabled yet. Only the
 	 * ring's own task can unregister then. */
-	ret->forcible = ring_register(fd, IORING_REGISTER_PROBE, &probe, 256) >= 0;
+	ret->forcible = ring_register(fd, IORING_REGISTER_PROBE, probe, 256) >= 0;
 	return 0;
 }
 

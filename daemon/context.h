@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 #pragma once
 
-#include <bsd/sys/tree.h>
+#include "tree.h"
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>

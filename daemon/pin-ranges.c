@@ -27,7 +27,7 @@ static void update(struct pin *pin)
 
 #undef RB_AUGMENT
 #define RB_AUGMENT(pin) update(pin)
-RB_GENERATE_INTERNAL(pin_ranges, pin, by_range, compare_range, static inline)
+TREE_GENERATE(pin_ranges, pin, by_range, compare_range)
 
 /* The tree augments where it rotates only. */
 static void update_to_root(struct pin *pin)

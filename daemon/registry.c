@@ -26,13 +26,13 @@ COMPARE(pin, pin, id)
 COMPARE(revocation, revocation, id)
 COMPARE(fd, file, lease.fd)
 
-RB_GENERATE_INTERNAL(client_ids, client, by_id, compare_client, static inline)
-RB_GENERATE_INTERNAL(context_ids, context, by_id, compare_context, static inline)
-RB_GENERATE_INTERNAL(file_ids, file, by_id, compare_file, static inline)
-RB_GENERATE_INTERNAL(pin_ids, pin, by_id, compare_pin, static inline)
-RB_GENERATE_INTERNAL(revocation_ids, revocation, by_id, compare_revocation, static inline)
-RB_GENERATE_INTERNAL(file_inodes, file, by_inode, compare_inode, static inline)
-RB_GENERATE_INTERNAL(file_fds, file, by_fd, compare_fd, static inline)
+TREE_GENERATE(client_ids, client, by_id, compare_client)
+TREE_GENERATE(context_ids, context, by_id, compare_context)
+TREE_GENERATE(file_ids, file, by_id, compare_file)
+TREE_GENERATE(pin_ids, pin, by_id, compare_pin)
+TREE_GENERATE(revocation_ids, revocation, by_id, compare_revocation)
+TREE_GENERATE(file_inodes, file, by_inode, compare_inode)
+TREE_GENERATE(file_fds, file, by_fd, compare_fd)
 
 /* find and next by id, for one kind; ids begin at 1 */
 #define LOOK_UP(type, member)                                                                      \

@@ -19,7 +19,7 @@ static int compare_watch(const struct file *a, const struct file *b)
 	return a->watch < b->watch ? -1 : a->watch > b->watch;
 }
 
-RB_GENERATE_INTERNAL(watched, file, by_watch, compare_watch, static inline)
+TREE_GENERATE(watched, file, by_watch, compare_watch)
 
 struct watch {
 	struct broker *broker;
