@@ -16,47 +16,51 @@
 #include "macro.h"
 #include "protocol/utf8.h"
 
-int access_drop_privileges(void)
+/* On the calling thread alone: glibc has no wrapper for the system call, and needs none. */
+static int set_dac_capabilities(bool on)
 {
 	struct __user_cap_header_struct header = { .version = _LINUX_CAPABILITY_VERSION_3 };
 	struct __user_cap_data_struct data[2] = {};
-	const uint32_t drop = 1U << CAP_DAC_OVERRIDE | 1U << CAP_DAC_READ_SEARCH;
+	const uint32_t dac = 1U << CAP_DAC_OVERRIDE | 1U << CAP_DAC_READ_SEARCH;
 
-	/* glibc has no wrapper; the system call is about the calling thread, as is wanted here. */
 	if (syscall(SYS_capget, &header, data) < 0)
 		return -errno;
-	data[0].effective &= ~drop;
-	data[0].permitted &= ~drop;
-	data[0].inheritable &= ~drop;
+	data[0].effective &= ~dac;
+	if (on)
+		data[0].effective |= data[0].permitted & dac;
 	return syscall(SYS_capset, &header, data) < 0 ? -errno : 0;
-}
-
-/* Takes on a client's credentials, on this thread alone (glibc's setgroups() changes all). */
-static int become(const struct process *client, struct refusal *ret_refusal)
-{
-	if (geteuid() != 0) {
-		if (client->uid == geteuid())
-			return 0;
-		return refuse(ret_refusal, REFUSAL_NOT_ALLOWED, "otherUser",
-			      "This broker runs as uid %u and serves that user's files only.",
-			      geteuid());
-	}
-	if (syscall(SYS_setgroups, client->n_groups, client->groups) < 0)
-		return -errno;
-	setfsgid(client->gid);
-	setfsuid(client->uid);
-	if ((uid_t)setfsuid((uid_t)-1) != client->uid || (gid_t)setfsgid((gid_t)-1) != client->gid)
-		return -EPERM;
-	return 0;
 }
 
 static void become_self(void)
 {
-	if (geteuid() != 0)
-		return;
-	setfsuid(0);
-	setfsgid(0);
-	(void)syscall(SYS_setgroups, 0, NULL);
+	if (geteuid() == 0) {
+		setfsuid(0);
+		setfsgid(0);
+		(void)syscall(SYS_setgroups, 0, NULL);
+	}
+	(void)set_dac_capabilities(true);
+}
+
+/* Takes on a client's credentials, on this thread alone (glibc's setgroups() changes all). Whoever the
+ * client is, no capability decides for the kernel: setfsuid() drops them only when it leaves 0. */
+static int become(const struct process *client, struct refusal *ret_refusal)
+{
+	if (geteuid() != 0 && client->uid != geteuid())
+		return refuse(ret_refusal, REFUSAL_NOT_ALLOWED, "otherUser",
+			      "This broker runs as uid %u and serves that user's files only.",
+			      geteuid());
+	if (geteuid() == 0) {
+		if (syscall(SYS_setgroups, client->n_groups, client->groups) < 0)
+			return -errno;
+		setfsgid(client->gid);
+		setfsuid(client->uid);
+		if ((uid_t)setfsuid((uid_t)-1) != client->uid ||
+		    (gid_t)setfsgid((gid_t)-1) != client->gid) {
+			become_self();
+			return -EPERM;
+		}
+	}
+	return set_dac_capabilities(false);
 }
 
 static const char *type_name(mode_t mode)
@@ -192,7 +196,9 @@ static int check_as(int fd, const struct process *client, int mode, struct refus
 	int r;
 
 	r = become(client, ret_refusal);
-	if (r == 0 && syscall(SYS_faccessat2, fd, "", mode, AT_EMPTY_PATH | AT_EACCESS) < 0)
+	if (r != 0)
+		return r;
+	if (syscall(SYS_faccessat2, fd, "", mode, AT_EMPTY_PATH | AT_EACCESS) < 0)
 		r = -errno;
 	become_self();
 	return r;
@@ -257,13 +263,13 @@ int access_open(int fd, const struct process *client, enum access access,
 	int r;
 
 	r = become(client, ret_refusal);
-	if (r == 0) {
-		snprintf(path, sizeof(path), "/proc/self/fd/%d", fd);
-		opened = open(path, (access == ACCESS_WRITE ? O_RDWR : O_RDONLY) | O_NONBLOCK |
-					    O_CLOEXEC | O_NOCTTY);
-		if (opened < 0)
-			r = -errno;
-	}
+	if (r != 0)
+		return r;
+	snprintf(path, sizeof(path), "/proc/self/fd/%d", fd);
+	opened = open(path, (access == ACCESS_WRITE ? O_RDWR : O_RDONLY) | O_NONBLOCK | O_CLOEXEC |
+				    O_NOCTTY);
+	if (opened < 0)
+		r = -errno;
 	become_self();
 	if (r == -EACCES || r == -EROFS || r == -EPERM || r == -ETXTBSY)
 		return refuse_open(ret_refusal, -r, access);

@@ -12,7 +12,8 @@
 
 /*
  * What a client's descriptor of a data file is, and opening it as that client. All of it runs on the
- * offload pool, on threads that hold no CAP_DAC_*: the kernel decides what a client may open.
+ * offload pool, with the client's credentials and without CAP_DAC_*: the kernel decides what a client may
+ * open.
  */
 
 struct probe {
@@ -24,9 +25,6 @@ struct probe {
 	char *path; /* owned; as /proc tells it */
 	char file_system[32];
 };
-
-/* Gives up CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH on the calling thread; see offload_new(). */
-int access_drop_privileges(void);
 
 /*
  * Finds out what a descriptor is, touching it only in ways that no file system can delay. REFUSED

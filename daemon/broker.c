@@ -7,7 +7,6 @@
 #include <string.h>
 #include <sys/signalfd.h>
 
-#include "access.h"
 #include "blame.h"
 #include "log.h"
 #include "macro.h"
@@ -132,11 +131,12 @@ int broker_new(sd_event *event, struct config *config, struct broker **ret)
 		return -ENOMEM;
 	broker->event = sd_event_ref(event);
 	TAILQ_INIT(&broker->ended);
+	broker->ids.fd = -1;
 	r = users_new(config->limits, &broker->users);
 	if (r >= 0)
 		r = add_sources(broker);
 	if (r >= 0)
-		r = offload_new(event, access_drop_privileges, &broker->offload);
+		r = offload_new(event, NULL, &broker->offload);
 	if (r >= 0)
 		r = watch_new(broker, &broker->watch);
 	if (r >= 0)
@@ -172,6 +172,7 @@ struct broker *broker_free(struct broker *broker)
 	sd_event_source_disable_unref(broker->sweep);
 	sd_event_source_disable_unref(broker->audit);
 	users_free(broker->users);
+	ids_close(&broker->ids);
 	config_clear(&broker->config);
 	sd_event_unref(broker->event);
 	free(broker);

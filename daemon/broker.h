@@ -10,6 +10,7 @@
 #include "config.h"
 #include "context.h"
 #include "file.h"
+#include "ids.h"
 #include "offload.h"
 #include "pin.h"
 #include "revocation.h"
@@ -56,7 +57,7 @@ struct broker {
 	struct file_inodes files_by_inode;
 	struct file_fds files_by_fd; /* by the lease's descriptor: what si_fd names */
 
-	uint64_t last_id;
+	struct ids ids;
 	uint64_t n_overflows; /* of the signal queue */
 	uint64_t sweep_after; /* a sweep is under way, and has come to this file */
 	sd_event_source *sweep, *audit, *lease_signal, *overflow_signal;

@@ -435,6 +435,13 @@ static void detach_done(struct job *job)
 			  "%s of %s (pid %d) could not be detached for sure: %s.", j->ops->kind,
 			  j->holder.comm, j->holder.pid, strerror(-j->result));
 	}
+	if (j->result >= 0) {
+		struct log_fields fields = { .revocation = j->revocation, .pid = j->holder.pid };
+
+		log_event(LOG_WARNING, MESSAGE_REVOKE_ESCALATED, &fields,
+			  "Detached %zu pins of %s (pid %d) by force.", j->n_handles,
+			  j->holder.comm, j->holder.pid);
+	}
 	if (j->context->client)
 		end_gone(j);
 	context_release(j->context, j->broker);

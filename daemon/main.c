@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 #include <getopt.h>
+#include <limits.h>
 #include <signal.h>
 #include <stddef.h>
 #include <stdio.h>
@@ -118,6 +119,15 @@ static int listen_at(struct rpc *rpc, const char *path)
 		return r;
 	TAKE_FD(fd);
 	return 0;
+}
+
+/* Beside the socket, which lies on a file system that a reboot clears. */
+static void open_ids(struct broker *broker, const char *socket)
+{
+	char path[PATH_MAX];
+
+	snprintf(path, sizeof(path), "%s.ids", socket);
+	ids_open(&broker->ids, path);
 }
 
 static int listen_all(struct rpc *rpc, const struct options *options)
@@ -259,6 +269,7 @@ static int start(struct broker *broker, const struct options *options)
 {
 	int r;
 
+	open_ids(broker, options->socket ? options->socket : SOCKET_PATH);
 	r = add_signals(broker);
 	if (r >= 0)
 		r = rpc_new(broker, &broker->rpc);

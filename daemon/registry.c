@@ -65,7 +65,7 @@ struct file *broker_find_lease_fd(struct broker *broker, int fd)
 
 uint64_t broker_next_id(struct broker *broker)
 {
-	return ++broker->last_id;
+	return ids_next(&broker->ids);
 }
 
 void broker_add_client(struct broker *broker, struct client *client)
