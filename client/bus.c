@@ -68,6 +68,9 @@ static int on_revoke(pinbroker *pb, sd_bus_message *m)
 		notice.comm = NULL;
 	r = enumeration_value(&enumeration_cause, cause);
 	notice.cause = r < 0 ? PINBROKER_CAUSE_MODIFY : (enum pinbroker_cause)r;
+	/* The signal has no size: what a truncate wants is all from there on. */
+	if (notice.cause == PINBROKER_CAUSE_TRUNCATE)
+		notice.size = notice.offset;
 	return notice_offer(pb, &notice);
 }
 
