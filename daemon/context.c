@@ -316,6 +316,8 @@ void context_check(struct context *context)
 	offload_submit_force(context->client->broker->offload, context->user, &j->job);
 }
 
+static bool detach_now(struct context *context, uint64_t revocation);
+
 static void reap_run(struct job *job)
 {
 	struct context_job *j = container_of(job, struct context_job, job);
@@ -334,8 +336,10 @@ static void reap_done(struct job *job)
 {
 	struct context_job *j = container_of(job, struct context_job, job);
 	struct context *context = j->context;
+	uint64_t revocation = context->reap_revocation;
 	struct pin *pin, *next;
 
+	context->reap_revocation = 0;
 	context->reaping = false;
 	if (j->found == 0)
 		context->fd = -1;
@@ -357,12 +361,12 @@ static void reap_done(struct job *job)
 		client = broker_find_client(j->broker, client_id);
 		if (j->found != 0)
 			revocation_check_reachable(j->broker);
-		if (j->revocation != 0)
-			revocation_job_done(j->broker, j->revocation, REVOCATION_DETACHING, false);
+		if (revocation != 0 && !(client && j->found != 0 && detach_now(context, revocation)))
+			revocation_job_done(j->broker, revocation, REVOCATION_DETACHING, false);
 		if (client)
 			client_collect(client);
-	} else if (j->revocation != 0) {
-		revocation_job_done(j->broker, j->revocation, REVOCATION_DETACHING, false);
+	} else if (revocation != 0) {
+		revocation_job_done(j->broker, revocation, REVOCATION_DETACHING, false);
 	}
 	context_job_free(j);
 }
@@ -378,8 +382,6 @@ static void start_reap(struct context *context)
 		context->reaping = false;
 		return;
 	}
-	j->revocation = context->reap_revocation;
-	context->reap_revocation = 0;
 	LIST_FOREACH(pin, &context->pins, of_context)
 		if (!pin->over)
 			j->n_pages += pin->length / (uint64_t)sysconf(_SC_PAGESIZE);
@@ -459,25 +461,18 @@ static bool is_wanted(const struct pin *pin, const struct revocation *revocation
 	return false;
 }
 
-int context_detach(struct context *context, struct revocation *revocation)
+/* Returns 1 if a job is under way, 0 if there is nothing that could be detached so. */
+static int start_detach(struct context *context, const struct revocation *revocation)
 {
 	struct context_job *j;
 	struct pin *pin;
 	size_t n = 0;
 
+	if (!context->description.forcible || !context->ops->detach || context->fd < 0)
+		return 0;
 	LIST_FOREACH(pin, &context->pins, of_context)
 		n += pin->handle != INT_NULL && is_wanted(pin, revocation);
-	if (!context->description.forcible || !context->ops->detach || n == 0) {
-		if (context->fd < 0)
-			return 0;
-		if (context->reap_revocation == 0 && !context->reaping) {
-			context->reap_revocation = revocation->id;
-			context_reap(context);
-			return context->reaping ? 1 : -ENOMEM;
-		}
-		return 0;
-	}
-	if (context->fd < 0 || context->reaping)
+	if (n == 0)
 		return 0;
 	j = context_job_new(context, n);
 	if (!j)
@@ -490,6 +485,36 @@ int context_detach(struct context *context, struct revocation *revocation)
 	j->job.done = detach_done;
 	offload_submit_force(context->client->broker->offload, context->user, &j->job);
 	return 1;
+}
+
+/* After a reap in vain. */
+static bool detach_now(struct context *context, uint64_t id)
+{
+	const struct revocation *revocation =
+		broker_find_revocation(context->client->broker, id);
+
+	return revocation && revocation->state == REVOCATION_DETACHING &&
+	       start_detach(context, revocation) > 0;
+}
+
+int context_detach(struct context *context, struct revocation *revocation)
+{
+	int r;
+
+	/* One that is being reaped anyway is detached after that, if need be. */
+	if (!context->reaping) {
+		r = start_detach(context, revocation);
+		if (r != 0 || context->fd < 0)
+			return r;
+	}
+	if (context->reap_revocation != 0)
+		return 0;
+	context->reap_revocation = revocation->id;
+	context_reap(context);
+	if (context->reaping)
+		return 1;
+	context->reap_revocation = 0;
+	return -ENOMEM;
 }
 
 void context_info(const struct context *context, struct msg_context_info *ret)

@@ -1,0 +1,260 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#include "world.h"
+
+#include <fcntl.h>
+#include <liburing.h>
+#include <signal.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+/*
+ * A holder that does not let go (I2, I3, I8): forced detach, the signal, SIGKILL, each only where the
+ * one before did not help, each at its time.
+ */
+
+#define GRACE_MSEC  500
+#define SIGNAL_MSEC 300
+
+static const char config[] = "[Revocation]\nRevokeGraceSec=500ms\nSignalGraceSec=300ms\n";
+
+struct end {
+	enum pinbroker_revocation_state state;
+	enum pinbroker_proof proof;
+	bool has_proof;
+	unsigned n;
+};
+
+static int on_revocation(const struct pinbroker_revocation_info *info, void *userdata)
+{
+	struct end *end = userdata;
+
+	end->state = info->state;
+	end->has_proof = info->has_proof;
+	end->proof = info->proof;
+	end->n++;
+	return 0;
+}
+
+/* The one revocation that there was. */
+static struct end find_end(void)
+{
+	struct end end = {};
+	pinbroker *pb;
+
+	assert_int_equal(pinbroker_new(NULL, socket_path, &pb), 0);
+	assert_int_equal(pinbroker_set_channels(pb, 0), 0);
+	assert_int_equal(pinbroker_connect(pb), 0);
+	assert_true(pinbroker_list_revocations(pb, on_revocation, &end) >= 0);
+	pinbroker_unref(pb);
+	assert_int_equal(end.n, 1);
+	return end;
+}
+
+/* The truncate goes through after `msec`, within 100, with the pages let go, by this proof. */
+static void truncate_and_wait(long base, unsigned msec, enum pinbroker_proof proof)
+{
+	struct result result;
+	struct end end;
+	pid_t pid;
+	int fd;
+
+	pid = truncate_start(&fd);
+	result = truncate_finish(pid, fd);
+	assert_int_equal(result.error, 0);
+	assert_in_range(result.usec / 1000, msec - 5, msec + 100);
+	expect_pinned(result.pinned, base, 0);
+	end = find_end();
+	assert_int_equal(end.state, PINBROKER_REVOCATION_RELEASED);
+	assert_true(end.has_proof);
+	assert_int_equal(end.proof, proof);
+}
+
+static long begin(const struct holder_options *options, struct holder *ret)
+{
+	long base;
+
+	world_start(config);
+	mount_fs("tmpfs");
+	make_file();
+	base = pinned();
+	*ret = holder_start(options);
+	holder_expect(ret, "holding ");
+	expect_pinned(pinned(), base, options->opaque ? 0 : PAGES);
+	return base;
+}
+
+static void expect_signal(int status, int sig)
+{
+	assert_true(WIFSIGNALED(status));
+	assert_int_equal(WTERMSIG(status), sig);
+}
+
+static void test_detach(void **state)
+{
+	const struct holder_options options = { .ignore = true };
+	struct holder holder;
+	long base = begin(&options, &holder);
+	char buffer[PAGE];
+	int fd, status;
+
+	truncate_and_wait(base, GRACE_MSEC, PINBROKER_PROOF_CLAIMED);
+	/* the holder lives on, and the file is whole as far as it goes */
+	assert_int_equal(kill(holder.pid, 0), 0);
+	fd = open(file_path, O_RDONLY | O_CLOEXEC);
+	assert_int_equal(read(fd, buffer, sizeof(buffer)), sizeof(buffer));
+	assert_int_equal(read(fd, buffer + 1, 1), 0);
+	for (size_t i = 0; i < sizeof(buffer); i++)
+		assert_int_equal(buffer[i], 'a');
+	close(fd);
+	status = holder_stop(&holder, 0);
+	assert_true(WIFEXITED(status));
+	world_stop();
+}
+
+/* A stopped holder stays stopped: it is let go all the same. */
+static void test_stopped(void **state)
+{
+	const struct holder_options options = {};
+	struct holder holder;
+	long base = begin(&options, &holder);
+	int status;
+
+	assert_int_equal(kill(holder.pid, SIGSTOP), 0);
+	assert_int_equal(waitpid(holder.pid, &status, WUNTRACED), holder.pid);
+	truncate_and_wait(base, GRACE_MSEC, PINBROKER_PROOF_CLAIMED);
+	assert_int_equal(waitpid(holder.pid, &status, WNOHANG | WCONTINUED), 0);
+	expect_signal(holder_stop(&holder, SIGKILL), SIGKILL);
+	world_stop();
+}
+
+/* Detach does not help: the signal comes with no more delay than that takes. */
+static void signalled(const struct holder_options *options)
+{
+	struct holder holder;
+	long base = begin(options, &holder);
+
+	truncate_and_wait(base, GRACE_MSEC, PINBROKER_PROOF_PRESUMED);
+	expect_signal(holder_stop(&holder, 0), SIGBUS);
+	world_stop();
+}
+
+static void test_single_issuer(void **state)
+{
+	signalled(&(struct holder_options){ .ignore = true,
+					    .ring_flags = 1U << 12 /* IORING_SETUP_SINGLE_ISSUER */ });
+}
+
+static void test_in_flight(void **state)
+{
+	signalled(&(struct holder_options){ .ignore = true, .in_flight = true });
+}
+
+static void test_clone(void **state)
+{
+	signalled(&(struct holder_options){ .ignore = true, .clone = true });
+}
+
+static void test_opaque(void **state)
+{
+	signalled(&(struct holder_options){ .ignore = true, .opaque = true });
+}
+
+/* It catches the signal, and goes on: SIGKILL. */
+static void test_kill(void **state)
+{
+	const struct holder_options options = { .ignore = true, .opaque = true,
+						.catch_signal = true };
+	struct holder holder;
+	long base = begin(&options, &holder);
+
+	truncate_and_wait(base, GRACE_MSEC + SIGNAL_MSEC, PINBROKER_PROOF_PRESUMED);
+	holder_expect(&holder, "notice modify");
+	holder_expect(&holder, "notice truncate");
+	holder_expect(&holder, "signal");
+	expect_signal(holder_stop(&holder, 0), SIGKILL);
+	world_stop();
+}
+
+/* --- holders that are not there any more --- */
+
+static void test_unmapped(void **state)
+{
+	const struct holder_options options = { .ignore = true };
+	struct holder holder;
+	long base = begin(&options, &holder);
+
+	holder_command(&holder, 'm');
+	holder_expect(&holder, "unmapped");
+	expect_pinned(pinned(), base, PAGES);
+	truncate_and_wait(base, GRACE_MSEC, PINBROKER_PROOF_CLAIMED);
+	holder_stop(&holder, 0);
+	world_stop();
+}
+
+/* The holder dies, and a child has the ring still: it holds the file up, and is detached at once. */
+static void test_child_keeps_ring(void **state)
+{
+	const struct holder_options options = { .ignore = true };
+	struct holder holder;
+	long base = begin(&options, &holder);
+	char line[64];
+	ssize_t n;
+	pid_t child;
+
+	holder_command(&holder, 'f');
+	n = read(holder.events, line, sizeof(line) - 1);
+	assert_true(n > 0);
+	line[n] = 0;
+	assert_int_equal(sscanf(line, "child %d", &child), 1);
+	kill(holder.pid, SIGKILL);
+	assert_int_equal(waitpid(holder.pid, NULL, 0), holder.pid);
+	expect_pinned(pinned(), base, PAGES);
+	truncate_and_wait(base, 5, PINBROKER_PROOF_CLAIMED);
+	assert_int_equal(kill(child, 0), 0);
+	kill(child, SIGKILL);
+	close(holder.events);
+	close(holder.commands);
+	world_stop();
+}
+
+/* Killed while the truncate waits: it goes through as soon as the pages are free. */
+static void test_killed(void **state)
+{
+	const struct holder_options options = { .ignore = true };
+	struct holder holder;
+	long base = begin(&options, &holder);
+	struct result result;
+	pid_t pid;
+	int fd;
+
+	pid = truncate_start(&fd);
+	holder_expect(&holder, "notice modify");
+	holder_expect(&holder, "notice truncate");
+	expect_signal(holder_stop(&holder, SIGKILL), SIGKILL);
+	result = truncate_finish(pid, fd);
+	assert_int_equal(result.error, 0);
+	assert_true(result.usec < GRACE_MSEC * 1000);
+	expect_pinned(result.pinned, base, 0);
+	assert_int_equal(find_end().proof, PINBROKER_PROOF_PRESUMED);
+	world_stop();
+}
+
+int main(void)
+{
+	const struct CMUnitTest tests[] = {
+		cmocka_unit_test(test_detach),
+		cmocka_unit_test(test_stopped),
+		cmocka_unit_test(test_single_issuer),
+		cmocka_unit_test(test_in_flight),
+		cmocka_unit_test(test_clone),
+		cmocka_unit_test(test_opaque),
+		cmocka_unit_test(test_kill),
+		cmocka_unit_test(test_unmapped),
+		cmocka_unit_test(test_child_keeps_ring),
+		cmocka_unit_test(test_killed),
+	};
+
+	return cmocka_run_group_tests(tests, NULL, NULL);
+}

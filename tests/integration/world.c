@@ -1,0 +1,443 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#include "world.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <liburing.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/mman.h>
+#include <sys/mount.h>
+#include <sys/prctl.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/un.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+char dir[] = "/tmp/pinbroker-test-XXXXXX";
+char mount_point[64], socket_path[64], bus_address[80], file_path[80];
+static char bus_path[64], config_path[64];
+pid_t daemon_pid, bus_pid;
+
+uint64_t usec_now(void)
+{
+	struct timespec ts;
+
+	clock_gettime(CLOCK_MONOTONIC, &ts);
+	return (uint64_t)ts.tv_sec * 1000000 + (uint64_t)ts.tv_nsec / 1000;
+}
+
+/* Long-term pins of the whole machine, in pages. */
+long pinned(void)
+{
+	long value, acquired = 0, released = 0;
+	char buffer[64];
+	FILE *f;
+	int fd;
+
+	/* reading it folds the counters of all CPUs */
+	fd = open("/proc/sys/vm/stat_refresh", O_RDONLY | O_CLOEXEC);
+	assert_true(fd >= 0);
+	(void)!read(fd, buffer, sizeof(buffer));
+	close(fd);
+	f = fopen("/proc/vmstat", "re");
+	assert_non_null(f);
+	while (fscanf(f, "%63s %ld", buffer, &value) == 2) {
+		if (strcmp(buffer, "nr_foll_pin_acquired") == 0)
+			acquired = value;
+		if (strcmp(buffer, "nr_foll_pin_released") == 0)
+			released = value;
+	}
+	fclose(f);
+	return acquired - released;
+}
+
+pid_t start(const char *const argv[])
+{
+	pid_t pid = fork();
+
+	assert_true(pid >= 0);
+	if (pid == 0) {
+		prctl(PR_SET_PDEATHSIG, SIGKILL);
+		execvp(argv[0], (char *const *)argv);
+		_exit(127);
+	}
+	return pid;
+}
+
+int finish(pid_t pid, int sig)
+{
+	int status;
+
+	kill(pid, sig);
+	assert_int_equal(waitpid(pid, &status, 0), pid);
+	return status;
+}
+
+/* A server is there once its socket takes connections. */
+static void wait_for_socket(const char *path)
+{
+	struct sockaddr_un address = { .sun_family = AF_UNIX };
+	uint64_t end = usec_now() + WAIT_MSEC * 1000;
+	int r;
+
+	snprintf(address.sun_path, sizeof(address.sun_path), "%s", path);
+	do {
+		int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+
+		r = connect(fd, (struct sockaddr *)&address, sizeof(address));
+		close(fd);
+		if (r < 0)
+			poll(NULL, 0, 1);
+	} while (r < 0 && usec_now() < end);
+	assert_int_equal(r, 0);
+}
+
+void run(const char *format, ...)
+{
+	char command[256];
+	va_list ap;
+
+	va_start(ap, format);
+	vsnprintf(command, sizeof(command), format, ap);
+	va_end(ap);
+	assert_int_equal(system(command), 0);
+}
+
+void start_bus(void)
+{
+	const char *bus[] = { "dbus-daemon", "--session", "--nofork", "--nopidfile", "--address",
+			      bus_address, NULL };
+
+	unlink(bus_path);
+	bus_pid = start(bus);
+	wait_for_socket(bus_path);
+}
+
+void world_start(const char *config)
+{
+	const char *broker[] = { getenv("PINBROKERD"), "--socket", socket_path, "--bus",
+				 bus_address, "--config", config_path, NULL };
+	FILE *f;
+
+	assert_non_null(broker[0]);
+	strcpy(dir + strlen(dir) - 6, "XXXXXX");
+	assert_non_null(mkdtemp(dir));
+	snprintf(mount_point, sizeof(mount_point), "%s/mnt", dir);
+	snprintf(socket_path, sizeof(socket_path), "%s/socket", dir);
+	snprintf(config_path, sizeof(config_path), "%s/conf", dir);
+	snprintf(bus_path, sizeof(bus_path), "%s/bus", dir);
+	snprintf(bus_address, sizeof(bus_address), "unix:path=%s", bus_path);
+	snprintf(file_path, sizeof(file_path), "%s/mnt/data", dir);
+	assert_int_equal(mkdir(mount_point, 0755), 0);
+	f = fopen(config_path, "we");
+	assert_non_null(f);
+	fputs(config, f);
+	fclose(f);
+	start_bus();
+	daemon_pid = start(broker);
+	wait_for_socket(socket_path);
+}
+
+void world_stop(void)
+{
+	int status = finish(daemon_pid, SIGTERM);
+
+	finish(bus_pid, SIGKILL);
+	umount(mount_point);
+	run("rm -rf %s", dir);
+	assert_true(WIFEXITED(status));
+	assert_int_equal(WEXITSTATUS(status), 0);
+}
+
+void mount_fs(const char *fs)
+{
+	if (strcmp(fs, "tmpfs") == 0) {
+		assert_int_equal(mount("tmpfs", mount_point, "tmpfs", 0, NULL), 0);
+		return;
+	}
+	run("truncate -s 400M %s/image", dir);
+	run("mkfs.%s -q %s/image", fs, dir);
+	run("mount -o loop %s/image %s", dir, mount_point);
+}
+
+void make_file(void)
+{
+	int fd = open(file_path, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+	char *p = malloc(SIZE);
+
+	assert_true(fd >= 0);
+	assert_non_null(p);
+	memset(p, 'a', SIZE);
+	assert_int_equal(write(fd, p, SIZE), SIZE);
+	free(p);
+	close(fd);
+}
+
+/* --- the holder, a process of its own --- */
+
+struct holding {
+	const struct holder_options *options;
+	struct io_uring ring, second;
+	pinbroker_file *file;
+	pinbroker_context *context;
+	void *map;
+	uint64_t pin;
+	FILE *events;
+};
+
+static FILE *signal_events;
+
+#define MUST(expression)                                                                           \
+	do {                                                                                       \
+		int _r = (expression);                                                             \
+		if (_r < 0) {                                                                      \
+			fprintf(h->events, "error %s: %d\n", #expression, _r);                     \
+			_exit(1);                                                                  \
+		}                                                                                  \
+	} while (0)
+
+static int clone_buffers(struct holding *h)
+{
+	struct {
+		uint32_t src_fd, flags, src_off, dst_off, nr, pad[3];
+	} clone = { .src_fd = (uint32_t)h->ring.ring_fd };
+	int r = io_uring_queue_init(8, &h->second, 0);
+
+	if (r < 0)
+		return r;
+	/* IORING_REGISTER_CLONE_BUFFERS, Linux 6.12 */
+	return (int)syscall(SYS_io_uring_register, h->second.ring_fd, 30, &clone, 1) < 0 ? -errno : 0;
+}
+
+static int read_for_ever(struct holding *h)
+{
+	struct io_uring_sqe *sqe = io_uring_get_sqe(&h->ring);
+	int fds[2];
+
+	if (pipe2(fds, O_CLOEXEC) < 0)
+		return -errno;
+	io_uring_prep_read_fixed(sqe, fds[0], h->map, PAGE, 0, 0);
+	return io_uring_submit(&h->ring);
+}
+
+static void hold(pinbroker *pb, struct holding *h)
+{
+	struct pinbroker_range range = { 0, SIZE };
+	struct iovec iov = { h->map, SIZE };
+
+	MUST(pinbroker_pin(pb, h->file, h->context, &range, 1, PINBROKER_WRITE, "test", &h->pin));
+	if (!h->options->opaque)
+		MUST(io_uring_register_buffers(&h->ring, &iov, 1));
+	MUST(pinbroker_bind(pb, h->pin, 0));
+	if (h->options->clone)
+		MUST(clone_buffers(h));
+	if (h->options->in_flight)
+		MUST(read_for_ever(h));
+	fprintf(h->events, "holding %lu\n", h->pin);
+}
+
+static void on_revoke(pinbroker *pb, const struct pinbroker_notice *n, void *userdata)
+{
+	struct holding *h = userdata;
+
+	fprintf(h->events, "notice %s %ld %d %s\n", pinbroker_cause_name(n->cause),
+		n->size == PINBROKER_UNKNOWN ? -1 : (long)n->size, n->pid,
+		n->comm ? n->comm : "-");
+	if (!n->update || h->options->ignore)
+		return;
+	if (!h->options->opaque)
+		MUST(io_uring_unregister_buffers(&h->ring));
+	MUST(pinbroker_unpin(pb, &h->pin, 1, NULL, NULL));
+	fprintf(h->events, "let-go\n");
+}
+
+static void on_signal(int sig)
+{
+	(void)!write(fileno(signal_events), "signal\n", 7);
+}
+
+static void obey(pinbroker *pb, struct holding *h, char command)
+{
+	pid_t pid;
+
+	switch (command) {
+	case 'r':
+		MUST(ftruncate(pinbroker_file_get_fd(h->file), SIZE) < 0 ? -errno : 0);
+		hold(pb, h);
+		break;
+	case 'f':
+		pid = fork();
+		if (pid == 0) {
+			prctl(PR_SET_PDEATHSIG, 0);
+			pause();
+			_exit(0);
+		}
+		fprintf(h->events, "child %d\n", pid);
+		break;
+	case 'm':
+		MUST(munmap(h->map, SIZE));
+		MUST(close(pinbroker_file_get_fd(h->file)));
+		fprintf(h->events, "unmapped\n");
+		break;
+	default:
+		_exit(0);
+	}
+}
+
+static void holder_main(const struct holder_options *options, int events, int commands)
+{
+	struct holding holding = { .options = options, .events = fdopen(events, "w") },
+		       *h = &holding;
+	pinbroker *pb;
+	char c;
+
+	prctl(PR_SET_PDEATHSIG, SIGKILL);
+	setvbuf(h->events, NULL, _IOLBF, 0);
+	signal_events = h->events;
+	/* cmocka catches it in the tests' own process */
+	signal(SIGBUS, options->catch_signal ? on_signal : SIG_DFL);
+	MUST(pinbroker_new("test holder", socket_path, &pb));
+	MUST(pinbroker_set_channels(pb, options->channels ? options->channels
+							   : PINBROKER_CHANNEL_WATCH));
+	MUST(pinbroker_set_bus_address(pb, bus_address));
+	MUST(pinbroker_set_revoke_callback(pb, on_revoke, h));
+	MUST(pinbroker_connect(pb));
+	MUST(pinbroker_open_file(pb, file_path, PINBROKER_WRITE, &h->file));
+	if (!options->opaque) {
+		MUST(io_uring_queue_init(8, &h->ring, options->ring_flags));
+		MUST(pinbroker_add_context_remote(pb, h->ring.ring_fd, "ring", &h->context));
+	} else {
+		MUST(pinbroker_add_context(pb, eventfd(0, EFD_CLOEXEC), "no ring", &h->context));
+	}
+	h->map = mmap(NULL, SIZE, PROT_READ | PROT_WRITE, MAP_SHARED,
+		      pinbroker_file_get_fd(h->file), 0);
+	MUST(h->map == MAP_FAILED ? -errno : 0);
+	hold(pb, h);
+	for (;;) {
+		struct pollfd fds[] = {
+			{ .fd = pinbroker_get_fd(pb), .events = POLLIN },
+			{ .fd = commands, .events = POLLIN },
+		};
+
+		if (poll(fds, 2, -1) < 0)
+			continue;
+		if (fds[0].revents)
+			MUST(pinbroker_dispatch(pb));
+		if (!fds[1].revents)
+			continue;
+		obey(pb, h, read(commands, &c, 1) == 1 ? c : 'x');
+	}
+}
+
+struct holder holder_start(const struct holder_options *options)
+{
+	int events[2], commands[2];
+	struct holder h;
+
+	assert_int_equal(pipe2(events, O_CLOEXEC), 0);
+	assert_int_equal(pipe2(commands, O_CLOEXEC), 0);
+	h.pid = fork();
+	assert_true(h.pid >= 0);
+	if (h.pid == 0) {
+		close(commands[1]);
+		holder_main(options, events[1], commands[0]);
+		_exit(0);
+	}
+	close(events[1]);
+	close(commands[0]);
+	h.events = events[0];
+	h.commands = commands[1];
+	return h;
+}
+
+void holder_command(struct holder *h, char command)
+{
+	assert_int_equal(write(h->commands, &command, 1), 1);
+}
+
+void holder_expect(struct holder *h, const char *format, ...)
+{
+	struct pollfd fd = { .fd = h->events, .events = POLLIN };
+	char line[256] = "", expected[256];
+	size_t n = 0;
+	va_list ap;
+
+	va_start(ap, format);
+	vsnprintf(expected, sizeof(expected), format, ap);
+	va_end(ap);
+	while (n + 1 < sizeof(line)) {
+		if (poll(&fd, 1, WAIT_MSEC) != 1)
+			fail_msg("the holder did not say \"%s\"", expected);
+		assert_int_equal(read(h->events, line + n, 1), 1);
+		if (line[n] == '\n')
+			break;
+		n++;
+	}
+	line[n] = 0;
+	if (strncmp(line, expected, strlen(expected)) != 0)
+		fail_msg("the holder said \"%s\", not \"%s\"", line, expected);
+}
+
+int holder_stop(struct holder *h, int sig)
+{
+	int status;
+
+	close(h->commands);
+	status = finish(h->pid, sig);
+	close(h->events);
+	return status;
+}
+
+/* --- who truncates, a process of its own --- */
+
+pid_t truncate_start(int *ret_fd)
+{
+	int fds[2];
+	pid_t pid;
+
+	assert_int_equal(pipe2(fds, O_CLOEXEC), 0);
+	pid = fork();
+	assert_true(pid >= 0);
+	if (pid == 0) {
+		struct result result = {};
+		uint64_t begin;
+
+		prctl(PR_SET_NAME, "truncater");
+		begin = usec_now();
+		if (truncate(file_path, PAGE) < 0)
+			result.error = errno;
+		result.usec = usec_now() - begin;
+		result.pinned = pinned();
+		(void)!write(fds[1], &result, sizeof(result));
+		_exit(0);
+	}
+	close(fds[1]);
+	*ret_fd = fds[0];
+	return pid;
+}
+
+struct result truncate_finish(pid_t pid, int fd)
+{
+	struct pollfd pfd = { .fd = fd, .events = POLLIN };
+	struct result result;
+
+	assert_int_equal(poll(&pfd, 1, WAIT_MSEC), 1);
+	assert_int_equal(read(fd, &result, sizeof(result)), sizeof(result));
+	close(fd);
+	assert_int_equal(waitpid(pid, NULL, 0), pid);
+	return result;
+}
+
+void expect_pinned(long value, long base, long pages)
+{
+	if (labs(value - base - pages) > 8)
+		fail_msg("%ld pages are pinned, not %ld", value - base, pages);
+}

@@ -1,0 +1,79 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#pragma once
+
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+/* cmocka wants the above first */
+#include <cmocka.h>
+#include <stdbool.h>
+#include <sys/types.h>
+
+#include "client/pinbroker.h"
+
+/*
+ * What the integration tests stand on: the real daemon, a real private dbus-daemon, real leases, real
+ * pins. One world at a time; what goes wrong fails the running test.
+ */
+
+#define PAGES     4096
+#define PAGE      4096
+#define SIZE      ((size_t)PAGES * PAGE)
+#define WAIT_MSEC 20000
+
+extern char dir[], mount_point[64], socket_path[64], bus_address[80], file_path[80];
+extern pid_t daemon_pid, bus_pid;
+
+uint64_t usec_now(void);
+/* Long-term pins of the whole machine, in pages. */
+long pinned(void);
+void expect_pinned(long value, long base, long pages); /* within 8 */
+
+void run(const char *format, ...) __attribute__((format(printf, 1, 2)));
+pid_t start(const char *const argv[]);
+int finish(pid_t pid, int sig); /* sig 0: just waits */
+
+/* A bus and the daemon, with this pinbroker.conf. */
+void world_start(const char *config);
+/* Ends them, and sees the daemon exit with 0. */
+void world_stop(void);
+void start_bus(void);
+void mount_fs(const char *fs);
+void make_file(void); /* file_path, SIZE bytes */
+
+struct holder_options {
+	unsigned channels;   /* 0: the socket's */
+	bool opaque;         /* an eventfd for a context: pins nothing */
+	unsigned ring_flags; /* IORING_SETUP_* */
+	bool ignore;         /* does not let go */
+	bool in_flight;      /* a fixed read from an empty pipe is under way */
+	bool clone;          /* the buffers are in a second ring, too */
+	bool catch_signal;   /* SIGBUS is caught, and says "signal" */
+};
+
+/* A process that pins the file. It says, a line each: "holding PIN", "notice CAUSE SIZE PID COMM",
+ * "let-go". By itself it lets go on the notice that says who it was. */
+struct holder {
+	pid_t pid;
+	int events;
+	int commands;
+};
+
+struct holder holder_start(const struct holder_options *options);
+void holder_expect(struct holder *h, const char *format, ...)
+	__attribute__((format(printf, 2, 3)));
+/* 'r': makes the file as long as it was, and pins it again. 'f': forks a child that keeps all, and says
+ * "child PID". 'm': unmaps the file and closes all but the ring, and says "unmapped". 'x': exits. */
+void holder_command(struct holder *h, char command);
+int holder_stop(struct holder *h, int sig); /* its wait status; sig 0: it is asked to exit */
+
+struct result {
+	int error;
+	uint64_t usec; /* that it took */
+	long pinned;   /* as it returned */
+};
+
+/* A process, named "truncater", that truncates the file to PAGE bytes. */
+pid_t truncate_start(int *ret_fd);
+struct result truncate_finish(pid_t pid, int fd);
