@@ -17,7 +17,8 @@
 #define GRACE_MSEC  500
 #define SIGNAL_MSEC 300
 
-static const char config[] = "[Revocation]\nRevokeGraceSec=500ms\nSignalGraceSec=300ms\n";
+static const char config[] = "[Revocation]\nRevokeGraceSec=500ms\nSignalGraceSec=300ms\n"
+			     "[Files]\nReaders=admit\n";
 
 struct end {
 	enum pinbroker_revocation_state state;
