@@ -1,0 +1,302 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#include <errno.h>
+#include <fcntl.h>
+#include <liburing.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "client/pinbroker.h"
+
+/*
+ * The main job, told twice: a truncate under pinned pages without the broker and with it. What it claims
+ * it has checked; it exits with 1 otherwise.
+ */
+
+#define PAGE      4096
+#define PAGES     4096
+#define SIZE      ((size_t)PAGES * PAGE)
+#define HOLD_MSEC 300 /* that the holder takes its time, to be seen */
+
+static const char text[] = "written by the hardware";
+static const char *file;
+static uint64_t begin;
+
+static uint64_t usec_now(void)
+{
+	struct timespec ts;
+
+	clock_gettime(CLOCK_MONOTONIC, &ts);
+	return (uint64_t)ts.tv_sec * 1000000 + (uint64_t)ts.tv_nsec / 1000;
+}
+
+__attribute__((format(printf, 2, 3))) static void say(const char *who, const char *format, ...)
+{
+	char line[300];
+	va_list ap;
+
+	va_start(ap, format);
+	vsnprintf(line, sizeof(line), format, ap);
+	va_end(ap);
+	printf("%8.1f ms  %-9s %6d  %s\n", (double)(usec_now() - begin) / 1000, who, getpid(), line);
+	fflush(stdout);
+}
+
+__attribute__((format(printf, 2, 3))) static void check(bool true_, const char *format, ...)
+{
+	va_list ap;
+
+	if (true_)
+		return;
+	va_start(ap, format);
+	fputs("demo: not as claimed: ", stderr);
+	vfprintf(stderr, format, ap);
+	fputc('\n', stderr);
+	va_end(ap);
+	exit(1);
+}
+
+/* Pages under long-term pins on the whole machine. */
+static long pinned(void)
+{
+	long value, acquired = 0, released = 0;
+	char key[64];
+	FILE *f;
+	int fd;
+
+	fd = open("/proc/sys/vm/stat_refresh", O_RDONLY | O_CLOEXEC);
+	check(fd >= 0, "the pin counters can be read (this needs root)");
+	(void)!read(fd, key, sizeof(key));
+	close(fd);
+	f = fopen("/proc/vmstat", "re");
+	check(f, "/proc/vmstat can be read");
+	while (fscanf(f, "%63s %ld", key, &value) == 2) {
+		acquired = strcmp(key, "nr_foll_pin_acquired") == 0 ? value : acquired;
+		released = strcmp(key, "nr_foll_pin_released") == 0 ? value : released;
+	}
+	fclose(f);
+	return acquired - released;
+}
+
+static void expect_pinned(long base, long pages, const char *when)
+{
+	long n = pinned() - base;
+
+	check(labs(n - pages) <= 8, "%s %ld pages are pinned: it is %ld", when, pages, n);
+}
+
+/* What the hardware does: data comes in from elsewhere, and into the registered buffer. */
+static void write_through_ring(struct io_uring *ring, void *buffer, const char *data)
+{
+	struct io_uring_sqe *sqe = io_uring_get_sqe(ring);
+	struct io_uring_cqe *cqe;
+	int fds[2];
+
+	check(pipe(fds) == 0, "there is a pipe");
+	check(write(fds[1], data, strlen(data)) == (ssize_t)strlen(data), "the pipe takes the data");
+	io_uring_prep_read_fixed(sqe, fds[0], buffer, (unsigned)strlen(data), 0, 0);
+	io_uring_submit(ring);
+	check(io_uring_wait_cqe(ring, &cqe) == 0 && cqe->res == (int)strlen(data),
+	      "the write into the buffer succeeds");
+	io_uring_cqe_seen(ring, cqe);
+	close(fds[0]);
+	close(fds[1]);
+}
+
+static bool file_has(const char *data)
+{
+	char buffer[sizeof(text)] = "";
+	int fd = open(file, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+	ssize_t n = pread(fd, buffer, strlen(data), 0);
+
+	close(fd);
+	return n == (ssize_t)strlen(data) && memcmp(buffer, data, (size_t)n) == 0;
+}
+
+static void make_file(void)
+{
+	int fd = open(file, O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
+
+	check(fd >= 0 && ftruncate(fd, SIZE) == 0, "%s can be made", file);
+	close(fd);
+}
+
+/* Truncates in a process of its own; returns how long it was blocked. */
+static uint64_t truncate_elsewhere(off_t size)
+{
+	int fds[2];
+	uint64_t usec = 0;
+	pid_t pid;
+
+	check(pipe(fds) == 0, "there is a pipe");
+	pid = fork();
+	if (pid == 0) {
+		prctl(PR_SET_NAME, "admin");
+		say("admin", "truncate(\"%s\", %ld) …", file, (long)size);
+		usec = usec_now();
+		check(truncate(file, size) == 0, "the truncate succeeds: %s", strerror(errno));
+		usec = usec_now() - usec;
+		say("admin", "… went through, after %.1f ms", (double)usec / 1000);
+		(void)!write(fds[1], &usec, sizeof(usec));
+		_exit(0);
+	}
+	close(fds[1]);
+	check(read(fds[0], &usec, sizeof(usec)) == sizeof(usec), "the truncate returns");
+	close(fds[0]);
+	waitpid(pid, NULL, 0);
+	return usec;
+}
+
+static void without(void)
+{
+	long base = pinned();
+	struct io_uring ring;
+	struct iovec iov = { .iov_len = SIZE };
+	uint64_t usec;
+	int fd;
+
+	puts("\nWithout the broker:\n");
+	make_file();
+	fd = open(file, O_RDWR | O_CLOEXEC);
+	iov.iov_base = mmap(NULL, SIZE, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+	check(iov.iov_base != MAP_FAILED && io_uring_queue_init(8, &ring, 0) == 0 &&
+		      io_uring_register_buffers(&ring, &iov, 1) == 0,
+	      "an io_uring takes the file's pages as a fixed buffer");
+	expect_pinned(base, PAGES, "after registration");
+	say("holder", "registered %d pages of %s; pinned: %d", PAGES, file, PAGES);
+
+	usec = truncate_elsewhere(0);
+	check(usec < 100000, "nothing holds the truncate up");
+	check(truncate(file, SIZE) == 0, "the file can be made as long as before");
+	write_through_ring(&ring, iov.iov_base, text);
+	say("holder", "wrote \"%s\" into the buffer: success", text);
+	check(!file_has(text), "the write is lost");
+	say("holder", "read the file: it is not there. The write is LOST");
+
+	io_uring_queue_exit(&ring);
+	munmap(iov.iov_base, SIZE);
+	close(fd);
+	for (int i = 0; i < 1000 && pinned() - base > 8; i++)
+		poll(NULL, 0, 1); /* the ring frees them a little later */
+	unlink(file);
+}
+
+struct holder {
+	struct io_uring ring;
+	struct iovec iov;
+	pinbroker_file *file;
+	pinbroker_context *context;
+	uint64_t pin;
+	bool told, let_go;
+};
+
+static void on_revoke(pinbroker *pb, const struct pinbroker_notice *n, void *userdata)
+{
+	struct holder *h = userdata;
+
+	h->told = true;
+	if (!n->update) {
+		say("holder", "notice on the bus: let go of pin %lu (%s), %.1f s left",
+		    n->pins[0], pinbroker_cause_name(n->cause),
+		    (double)(n->deadline_usec - usec_now()) / 1e6);
+		return;
+	}
+	say("holder", "notice on the bus: it is %s (pid %d), truncating to %lu bytes", n->comm,
+	    n->pid, n->size);
+	poll(NULL, 0, HOLD_MSEC); /* what a real holder has to finish */
+	write_through_ring(&h->ring, h->iov.iov_base, text);
+	say("holder", "wrote \"%s\" into the buffer, as the last thing", text);
+	check(io_uring_unregister_buffers(&h->ring) == 0, "the buffer can be unregistered");
+	check(pinbroker_unpin(pb, &h->pin, 1, NULL, NULL) == 0, "the pin can be let go");
+	say("holder", "unregistered the buffer, and unpinned");
+	h->let_go = true;
+}
+
+static void holder_main(const char *socket, const char *bus, int ready)
+{
+	struct pinbroker_range range = { 0, SIZE };
+	struct holder holder = { .iov.iov_len = SIZE }, *h = &holder;
+	pinbroker *pb;
+
+	prctl(PR_SET_PDEATHSIG, SIGKILL);
+	check(pinbroker_new("demo", socket, &pb) == 0 &&
+		      pinbroker_set_channels(pb, PINBROKER_CHANNEL_BUS) == 0 &&
+		      pinbroker_set_bus_address(pb, bus) == 0 &&
+		      pinbroker_set_revoke_callback(pb, on_revoke, h) == 0 &&
+		      pinbroker_connect(pb) == 0,
+	      "the broker answers");
+	check(pinbroker_open_file(pb, file, PINBROKER_WRITE, &h->file) == 0, "the broker opens it");
+	h->iov.iov_base = mmap(NULL, SIZE, PROT_READ | PROT_WRITE, MAP_SHARED,
+			       pinbroker_file_get_fd(h->file), 0);
+	check(h->iov.iov_base != MAP_FAILED && io_uring_queue_init(8, &h->ring, 0) == 0 &&
+		      pinbroker_add_context_remote(pb, h->ring.ring_fd, "demo", &h->context) == 0 &&
+		      pinbroker_pin(pb, h->file, h->context, &range, 1, PINBROKER_WRITE, "demo",
+				    &h->pin) == 0 &&
+		      io_uring_register_buffers(&h->ring, &h->iov, 1) == 0 &&
+		      pinbroker_bind(pb, h->pin, 0) == 0,
+	      "the pages are pinned through the broker");
+	say("holder", "registered %d pages of %s as pin %lu", PAGES, file, h->pin);
+	(void)!write(ready, "r", 1);
+	while (!h->let_go) {
+		struct pollfd pfd = { .fd = pinbroker_get_fd(pb), .events = POLLIN };
+
+		check(poll(&pfd, 1, 20000) == 1, "the notice comes");
+		check(pinbroker_dispatch(pb) >= 0, "the library goes on");
+	}
+	_exit(0);
+}
+
+static void with(const char *socket, const char *bus)
+{
+	long base = pinned();
+	struct stat st;
+	uint64_t usec;
+	int ready[2], status;
+	pid_t pid;
+	char c;
+
+	puts("\nWith the broker:\n");
+	make_file();
+	check(pipe(ready) == 0, "there is a pipe");
+	pid = fork();
+	if (pid == 0)
+		holder_main(socket, bus, ready[1]);
+	close(ready[1]);
+	check(read(ready[0], &c, 1) == 1, "the holder pins");
+	expect_pinned(base, PAGES, "after registration");
+	usec = truncate_elsewhere(PAGE);
+	expect_pinned(base, 0, "as the truncate returns");
+	say("demo", "pinned now: 0");
+	check(waitpid(pid, &status, 0) == pid && WIFEXITED(status) && WEXITSTATUS(status) == 0,
+	      "the holder is content");
+	check(usec >= HOLD_MSEC * 1000, "the truncate waited for the holder");
+	check(stat(file, &st) == 0 && st.st_size == PAGE, "the file is as long as was asked for");
+	check(file_has(text), "what the hardware wrote last is in the file");
+	say("demo", "read the file: \"%s\" is there, and the file is %d bytes long", text, PAGE);
+	unlink(file);
+}
+
+int main(int argc, char *argv[])
+{
+	if (argc != 4) {
+		fprintf(stderr, "demo SOCKET BUS-ADDRESS FILE\n");
+		return 2;
+	}
+	begin = usec_now();
+	file = argv[3];
+	setvbuf(stdout, NULL, _IOLBF, 0); /* the processes write in turn */
+	puts("    time     who          pid");
+	without();
+	with(argv[1], argv[2]);
+	puts("\nAll of this was checked: the lost write, the time blocked, the pin counters, the bytes.");
+	return 0;
+}
