@@ -22,7 +22,7 @@
 #include <unistd.h>
 
 char dir[] = "/tmp/pinbroker-test-XXXXXX";
-char mount_point[64], socket_path[64], bus_address[80], file_path[80];
+char mount_point[64], socket_path[80], bus_address[80], file_path[80];
 static char bus_path[64], config_path[64];
 pid_t daemon_pid, bus_pid;
 
@@ -82,7 +82,7 @@ int finish(pid_t pid, int sig)
 }
 
 /* A server is there once its socket takes connections. */
-static void wait_for_socket(const char *path)
+void wait_for_socket(const char *path)
 {
 	struct sockaddr_un address = { .sun_family = AF_UNIX };
 	uint64_t end = usec_now() + WAIT_MSEC * 1000;

@@ -22,7 +22,7 @@
 #define SIZE      ((size_t)PAGES * PAGE)
 #define WAIT_MSEC 20000
 
-extern char dir[], mount_point[64], socket_path[64], bus_address[80], file_path[80];
+extern char dir[], mount_point[64], socket_path[80], bus_address[80], file_path[80];
 extern pid_t daemon_pid, bus_pid;
 
 uint64_t usec_now(void);
@@ -32,6 +32,8 @@ void expect_pinned(long value, long base, long pages); /* within 8 */
 
 void run(const char *format, ...) __attribute__((format(printf, 1, 2)));
 pid_t start(const char *const argv[]);
+/* A server is there once its socket takes connections. */
+void wait_for_socket(const char *path);
 int finish(pid_t pid, int sig); /* sig 0: just waits */
 
 /* A bus and the daemon, with this pinbroker.conf. */
