@@ -2,6 +2,7 @@
 #include "offload.h"
 
 #include <assert.h>
+#include <poll.h>
 #include <pthread.h>
 #include <signal.h>
 #include <sys/eventfd.h>
@@ -24,6 +25,8 @@ struct close_job {
 };
 
 struct lane;
+
+#define END_WAIT_USEC (200 * USEC_PER_MSEC)
 
 struct thread {
 	struct offload *offload; /* a reference, while `taken` */
@@ -473,12 +476,40 @@ static void drop_waiting(struct offload *o)
 	STAILQ_CONCAT(&o->completed, &o->system_jobs);
 }
 
+static bool is_running(struct offload *o)
+{
+	bool running = false;
+
+	pthread_mutex_lock(&o->lock);
+	for (size_t i = 0; i < ELEMENTS(o->threads); i++)
+		running |= o->threads[i].running != NULL;
+	pthread_mutex_unlock(&o->lock);
+	return running;
+}
+
+/* What does not hang comes back. */
+static void wait_for_running(struct offload *o)
+{
+	uint64_t now, end = now_usec() + END_WAIT_USEC;
+	eventfd_t value;
+
+	while (is_running(o) && (now = now_usec()) < end) {
+		struct pollfd pfd = { .fd = o->done_fd, .events = POLLIN };
+
+		if (poll(&pfd, 1, (int)((end - now) / USEC_PER_MSEC) + 1) > 0)
+			(void)eventfd_read(o->done_fd, &value);
+		while (job_finish_next(o))
+			;
+	}
+}
+
 struct offload *offload_free(struct offload *o)
 {
 	if (!o)
 		return NULL;
 	sd_event_source_disable_unref(o->done_source);
 	sd_event_source_disable_unref(o->retry_source);
+	wait_for_running(o);
 
 	pthread_mutex_lock(&o->lock);
 	o->closed = true;

@@ -46,8 +46,8 @@ struct offload_queue {
 int offload_new(sd_event *event, int (*thread_init)(void), struct offload **ret);
 
 /*
- * Ends the pool: waits for no job; what is queued and has not begun is dropped with its done()
- * called on the caller's thread. Threads that hang are left behind for the process's exit to end.
+ * Ends the pool: jobs that run are waited for a moment; what is queued and has not begun is dropped with
+ * its done() called on the caller's thread. Threads that hang are left behind for the process's exit to end.
  */
 struct offload *offload_free(struct offload *o);
 

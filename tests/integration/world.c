@@ -151,7 +151,7 @@ void world_stop(void)
 	int status = finish(daemon_pid, SIGTERM);
 
 	finish(bus_pid, SIGKILL);
-	umount(mount_point);
+	umount2(mount_point, MNT_DETACH);
 	run("rm -rf %s", dir);
 	assert_true(WIFEXITED(status));
 	assert_int_equal(WEXITSTATUS(status), 0);
