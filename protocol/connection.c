@@ -31,6 +31,7 @@ struct arrival {
 
 struct connection {
 	int fd;
+	bool ended; /* the other side sends no more, and all of it has been read */
 	void (*close_fd)(int fd, void *userdata);
 	void *userdata;
 	json_tokener *tokener;
@@ -109,7 +110,11 @@ struct connection *connection_free(struct connection *c)
 	}
 	json_tokener_free(c->tokener);
 	free(c->input);
-	connection_close_fd(c, c->fd);
+	/* At the end of the stream nothing is left in the socket, so that closing it cannot wait. */
+	if (c->ended)
+		close(c->fd);
+	else
+		connection_close_fd(c, c->fd);
 	free(c);
 	return NULL;
 }
@@ -210,8 +215,10 @@ int connection_read(struct connection *c)
 	n = recvmsg(c->fd, &mh, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
 	if (n < 0)
 		return errno == EINTR ? -EAGAIN : -errno;
-	if (n == 0)
+	if (n == 0) {
+		c->ended = true;
 		return 0;
+	}
 	if (mh.msg_controllen > 0 || mh.msg_flags & MSG_CTRUNC) {
 		r = connection_take_fds(c, &mh, (size_t)n);
 		if (r < 0)

@@ -16,11 +16,10 @@
  * shown by every table that is wrong in one place.
  */
 
-#define LENGTH        7
-#define LENGTH_WRONG  5 /* four rungs, and one event after the end */
-#define N_ACTIONS     12
-#define N_STATES      (REVOCATION_LOST + 1)
-#define N_PER_LENGTH  REVOCATION_EVENT_COUNT
+#define LENGTH       7
+#define LENGTH_WRONG 5 /* four rungs, and one event after the end */
+#define N_ACTIONS    12
+#define N_STATES     (REVOCATION_LOST + 1)
 
 typedef struct revocation_step (*begin_function)(bool forced);
 typedef struct revocation_step (*next_function)(enum revocation_state state,
@@ -304,7 +303,7 @@ static void test_every_sequence(void **state)
 	unsigned broken;
 
 	for (unsigned length = 1; length <= LENGTH; length++) {
-		of_length *= N_PER_LENGTH;
+		of_length *= REVOCATION_EVENT_COUNT;
 		expected += of_length;
 	}
 	n_sequences = 0;
