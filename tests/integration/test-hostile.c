@@ -250,6 +250,7 @@ static void test_no_data_files(void **state)
 	refused(pb, open(file_path, O_PATH), "org.pinbroker.Busy");
 	close(writer);
 	assert_int_equal(pinbroker_open_file(pb, file_path, PINBROKER_READ, &file), 0);
+	pinbroker_file_free(file);
 	pinbroker_unref(pb);
 	world_stop();
 }
