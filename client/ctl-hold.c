@@ -1,32 +1,27 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
+#include "ctl-region.h"
 #include "ctl-ring.h"
 #include "ctl.h"
 
 #include <getopt.h>
 #include <inttypes.h>
 #include <limits.h>
-#include <linux/magic.h>
 #include <poll.h>
 #include <pwd.h>
 #include <signal.h>
 #include <spawn.h>
 #include <string.h>
-#include <sys/mman.h>
 #include <sys/signalfd.h>
 #include <sys/stat.h>
-#include <sys/vfs.h>
 #include <sys/wait.h>
 
 enum { OPTION_ACCESS = OPTION_VERB, OPTION_RANGE, OPTION_ON_REVOKE };
 
 extern char **environ;
 
-struct region {
-	struct pinbroker_range range;
-	uint64_t pin; /* 0: none, or let go */
-	void *map;    /* owned; NULL: none */
-	size_t map_size;
-};
+/* Who it is comes in a second notice, mostly after some milliseconds. A holder that is there to
+ * show what happens waits so long for it. */
+#define WHO_USEC (250 * USEC_PER_MSEC)
 
 struct hold {
 	struct ctl *ctl;
@@ -40,11 +35,12 @@ struct hold {
 	pinbroker_file *file;
 	pinbroker_context *context;
 	int ring_fd;            /* owned */
-	struct region *regions; /* owned; the index is that of the fixed buffer */
+	struct region *regions; /* owned */
 	size_t n_regions;
 	size_t n_pinned;
-	bool placeholders; /* the kernel does not pin these pages, see hold_register() */
-	int code;          /* to exit with, once something has gone wrong */
+	uint64_t release_at; /* USEC_INFINITY: nothing is waiting */
+	bool placeholders;   /* the kernel does not pin these pages, see hold_register() */
+	int code;            /* to exit with, once something has gone wrong */
 	bool lost;
 
 	int signal_fd; /* owned */
@@ -115,13 +111,6 @@ static void say_notice(const struct hold *h, const struct pinbroker_notice *n)
 
 /* ---- Letting go ---- */
 
-static void region_unmap(struct region *region)
-{
-	if (region->map)
-		munmap(region->map, region->map_size);
-	region->map = NULL;
-}
-
 /* What is claimed has to be gone before Unpin claims it. */
 static void hold_deregister(struct hold *h, size_t index)
 {
@@ -159,6 +148,20 @@ static void hold_release(struct hold *h, size_t index)
 	say_released(h, pin, r < 0 || n_ended > 0);
 }
 
+static void hold_release_wanted(struct hold *h)
+{
+	h->release_at = USEC_INFINITY;
+	for (size_t i = 0; i < h->n_regions; i++)
+		if (h->regions[i].wanted)
+			hold_release(h, i);
+}
+
+static bool notice_can_wait(const struct pinbroker_notice *notice)
+{
+	return notice->cause == PINBROKER_CAUSE_MODIFY && notice->pid == 0 &&
+	       notice->deadline_usec > now_usec() + 2 * WHO_USEC;
+}
+
 static void on_notice(pinbroker *pb, const struct pinbroker_notice *notice, void *userdata)
 {
 	struct hold *h = userdata;
@@ -169,7 +172,11 @@ static void on_notice(pinbroker *pb, const struct pinbroker_notice *notice, void
 	for (size_t i = 0; i < notice->n_pins; i++)
 		for (size_t j = 0; j < h->n_regions; j++)
 			if (h->regions[j].pin == notice->pins[i])
-				hold_release(h, j);
+				h->regions[j].wanted = true;
+	if (!notice_can_wait(notice))
+		hold_release_wanted(h);
+	else if (h->release_at == USEC_INFINITY)
+		h->release_at = now_usec() + WHO_USEC;
 }
 
 /* ---- Taking hold ---- */
@@ -267,66 +274,6 @@ static int hold_reserve(struct hold *h)
 	return 0;
 }
 
-static size_t page_size(int fd)
-{
-	struct statfs sfs;
-
-	if (fstatfs(fd, &sfs) == 0 && sfs.f_type == HUGETLBFS_MAGIC)
-		return (size_t)sfs.f_bsize;
-	return (size_t)sysconf(_SC_PAGESIZE);
-}
-
-static int region_map(const struct hold *h, struct region *region, struct iovec *ret)
-{
-	int fd = pinbroker_file_get_fd(h->file);
-	int protection = h->access == PINBROKER_WRITE ? PROT_READ | PROT_WRITE : PROT_READ;
-	size_t page = page_size(fd), skip = (size_t)(region->range.offset % page);
-	size_t size = (skip + (size_t)region->range.length + page - 1) / page * page;
-	void *p;
-
-	p = mmap(NULL, size, protection, MAP_SHARED, fd, (off_t)(region->range.offset - skip));
-	if (p == MAP_FAILED)
-		return -errno;
-	region->map = p;
-	region->map_size = size;
-	ret->iov_base = (char *)p + skip;
-	ret->iov_len = (size_t)region->range.length;
-	return 0;
-}
-
-static int region_map_placeholder(struct region *region, struct iovec *ret)
-{
-	size_t size = (size_t)sysconf(_SC_PAGESIZE);
-	void *p;
-
-	p = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-	if (p == MAP_FAILED)
-		return -errno;
-	region->map = p;
-	region->map_size = size;
-	*ret = (struct iovec){p, size};
-	return 0;
-}
-
-static int hold_register_as(struct hold *h, bool placeholders)
-{
-	_cleanup_(freep) struct iovec *buffers = must(calloc(h->n_regions, sizeof(*buffers)));
-	int r = 0;
-
-	for (size_t i = 0; i < h->n_regions && r >= 0; i++) {
-		struct region *region = &h->regions[i];
-
-		r = placeholders ? region_map_placeholder(region, &buffers[i])
-				 : region_map(h, region, &buffers[i]);
-	}
-	if (r >= 0)
-		r = ring_register(h->ring_fd, buffers, (unsigned)h->n_regions);
-	if (r < 0)
-		for (size_t i = 0; i < h->n_regions; i++)
-			region_unmap(&h->regions[i]);
-	return r;
-}
-
 /*
  * A fixed buffer is always pinned for writing. The kernel refuses that over a read-only mapping,
  * and over a file of most disk file systems: then a page of nothing stands in its place, so that
@@ -334,12 +281,12 @@ static int hold_register_as(struct hold *h, bool placeholders)
  */
 static int hold_register(struct hold *h)
 {
-	int r;
+	int fd = pinbroker_file_get_fd(h->file), r;
 
-	r = hold_register_as(h, false);
+	r = regions_register(h->regions, h->n_regions, h->ring_fd, fd, h->access);
 	if (r == -EFAULT || r == -EOPNOTSUPP) {
 		h->placeholders = true;
-		r = hold_register_as(h, true);
+		r = regions_register_placeholders(h->regions, h->n_regions, h->ring_fd);
 	}
 	if (r == -ENOMEM)
 		return fail(EX_OSERR,
@@ -426,6 +373,16 @@ static int hold_signal(struct hold *h)
 	return 1;
 }
 
+/* In milliseconds, for poll(). */
+static int hold_timeout(const struct hold *h)
+{
+	uint64_t now = now_usec();
+
+	if (h->release_at == USEC_INFINITY)
+		return -1;
+	return h->release_at <= now ? 0 : (int)((h->release_at - now) / USEC_PER_MSEC + 1);
+}
+
 static int hold_loop(struct hold *h)
 {
 	struct pollfd pfds[] = {
@@ -435,8 +392,10 @@ static int hold_loop(struct hold *h)
 	int r;
 
 	while (h->command || h->n_pinned > 0) {
-		if (poll(pfds, ELEMENTS(pfds), -1) < 0)
+		if (poll(pfds, ELEMENTS(pfds), hold_timeout(h)) < 0)
 			continue;
+		if (h->release_at <= now_usec())
+			hold_release_wanted(h);
 		if (pfds[1].revents && hold_signal(h))
 			return 0;
 		if (!pfds[0].revents)
@@ -559,7 +518,7 @@ static int hold_parse(struct hold *h, int argc, char *argv[])
 
 int ctl_hold(struct ctl *ctl, int argc, char *argv[])
 {
-	struct hold h = {.ctl = ctl, .ring_fd = -1, .signal_fd = -1};
+	struct hold h = {.ctl = ctl, .ring_fd = -1, .signal_fd = -1, .release_at = USEC_INFINITY};
 	int r;
 
 	r = hold_parse(&h, argc, argv);

@@ -250,6 +250,14 @@ static void table_print_row(const struct table *t, char *const *texts, const siz
 				widths[i], i == last);
 }
 
+static void table_print_count(const struct table *t, const char *what)
+{
+	size_t n = t->n_cells / t->n_columns;
+
+	/* "pins" without the s */
+	printf("%s%zu %.*s listed.\n", n > 0 ? "\n" : "", n, (int)(strlen(what) - (n == 1)), what);
+}
+
 void table_print(const struct table *t, const struct ctl *ctl, const char *what)
 {
 	size_t available = terminal_width();
@@ -265,8 +273,7 @@ void table_print(const struct table *t, const struct ctl *ctl, const char *what)
 		for (size_t row = 0; row < t->n_cells; row += t->n_columns)
 			table_print_row(t, t->texts + row, widths);
 		if (ctl->legend)
-			printf("%s%zu %s listed.\n", t->n_cells > 0 ? "\n" : "",
-				t->n_cells / t->n_columns, what);
+			table_print_count(t, what);
 	}
 	pager_close();
 }

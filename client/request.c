@@ -131,6 +131,7 @@ int request_connect(pinbroker *pb)
 		return error_transport(pb, METHOD_Hello, r);
 	TAKE_PTR(c);
 	/* Said, even where it was not liked: it will not be liked better the next time. */
+	free(pb->bus_name_said);
 	pb->bus_name_said = bus_name ? strdup(bus_name) : NULL;
 	return 0;
 }

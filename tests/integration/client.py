@@ -21,6 +21,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 
 WAIT = 20  # seconds, for any event
@@ -254,8 +255,8 @@ class World:
         self.dir = tempfile.mkdtemp(prefix='pinbroker-test-', dir='/dev/shm')
         self.path = os.path.join(self.dir, 'socket')
         self.file = os.path.join(self.dir, 'data')
-        self.log_path = os.path.join(self.dir, 'log')
-        self.bus = self.daemon = None
+        self.bus = self.daemon = self.reader = None
+        self.log, self.logged = [], threading.Condition()
 
     def start(self):
         config = os.path.join(self.dir, 'conf')
@@ -269,22 +270,31 @@ class World:
         ready = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         ready.settimeout(WAIT)
         ready.bind(os.path.join(self.dir, 'ready'))
-        with open(self.log_path, 'wb') as log:
-            self.daemon = subprocess.Popen(
-                [os.environ['PINBROKERD'], '--socket', self.path, '--bus', address,
-                 '--config', config],
-                stderr=log, env=dict(os.environ, NOTIFY_SOCKET=os.path.join(self.dir, 'ready')))
+        self.daemon = subprocess.Popen(
+            [os.environ['PINBROKERD'], '--socket', self.path, '--bus', address,
+             '--config', config],
+            stderr=subprocess.PIPE, encoding='utf-8', errors='replace',
+            env=dict(os.environ, NOTIFY_SOCKET=os.path.join(self.dir, 'ready')))
+        self.reader = threading.Thread(target=self.read_log)
+        self.reader.start()
         while b'READY=1' not in ready.recv(4096).split(b'\n'):
             pass
         ready.close()
+        self.wait_for_log(lambda: any('On the bus as' in line for line in self.log))
 
     def stop(self):
         self.daemon.send_signal(signal.SIGTERM)
         equal(self.daemon.wait(WAIT), 0)
 
-    def log(self):
-        with open(self.log_path, encoding='utf-8', errors='replace') as f:
-            return f.read()
+    def read_log(self):
+        for line in self.daemon.stderr:
+            with self.logged:
+                self.log.append(line)
+                self.logged.notify_all()
+
+    def wait_for_log(self, condition):
+        with self.logged:
+            expect(self.logged.wait_for(condition, WAIT), 'it was not logged')
 
     def fds(self):
         return len(os.listdir(f'/proc/{self.daemon.pid}/fd'))
@@ -297,14 +307,17 @@ class World:
         return self
 
     def __exit__(self, kind, value, traceback):
-        if kind and os.path.exists(self.log_path):
-            sys.stderr.write(self.log())
         for process in (self.daemon, self.bus):
             if process and process.poll() is None:
                 process.kill()
                 process.wait()
+        if self.reader:
+            self.reader.join()
+            self.daemon.stderr.close()
         if self.bus:
             self.bus.stdout.close()
+        if kind:
+            sys.stderr.writelines(self.log[-40:])
         shutil.rmtree(self.dir)
 
 
@@ -531,7 +544,7 @@ def test_bad_input(world):
             (b'x' * (32 << 20), ()),  # never ends
             (call, [null] * 200),
             (b'{"method":\0', [null])):
-        lines = world.log().count('\n')
+        n_lines = len(world.log)
         bad = Connection(world.path)
         try:
             bad.send_bytes(data, fds)
@@ -544,10 +557,8 @@ def test_bad_input(world):
         expect(message is None, f'{data[:40]!r} was answered: {message!r}')
         bad.close()
         other.call('org.pinbroker.Unpin', {'pins': []})
-        end = time.monotonic() + WAIT
-        while world.log().count('\n') == lines and time.monotonic() < end:
-            other.call('org.varlink.service.GetInfo')  # the log has a thread of its own
-        new = world.log().split('\n')[lines:-1]
+        world.wait_for_log(lambda n=n_lines: len(world.log) > n)
+        new = world.log[n_lines:]
         expect(len(new) == 1 and f'Process {os.getpid()} ' in new[0], data[:40], new)
     os.close(null)
 

@@ -5,16 +5,24 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <grp.h>
+#include <linux/fuse.h>
+#include <poll.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <sys/mount.h>
+#include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/un.h>
+#include <sys/wait.h>
 #include <unistd.h>
+
+#include "daemon/macro.h"
 
 /*
  * Clients that mean no good, or never end: descriptors whose closing waits hold up nobody else (I6), what
@@ -210,6 +218,340 @@ static void test_fuse(void **state)
 	world_stop();
 }
 
+/* --- in every position, from every descriptor that blocks --- */
+
+#define PROBER  62000 /* another user than all the hostile ones */
+#define HOSTILE 62001
+
+static void become(uid_t uid)
+{
+	assert_int_equal(setgroups(0, NULL), 0);
+	assert_int_equal(setresgid(uid, uid, uid), 0);
+	assert_int_equal(setresuid(uid, uid, uid), 0);
+	prctl(PR_SET_PDEATHSIG, SIGKILL);
+}
+
+/* A FUSE server that answers until the file is open. It is a process of its own, to be stopped. */
+static void serve_fuse(int server)
+{
+	static char request[65536 + 4096];
+	const struct fuse_in_header *in = (const struct fuse_in_header *)request;
+
+	while (read(server, request, sizeof(request)) > 0) {
+		struct {
+			struct fuse_out_header header;
+			union {
+				struct fuse_init_out init;
+				struct fuse_attr_out attr;
+				struct fuse_open_out open;
+			};
+		} out = { .header = { .unique = in->unique } };
+		size_t size = 0;
+
+		switch (in->opcode) {
+		case FUSE_INIT:
+			out.init = (struct fuse_init_out){
+				.major = FUSE_KERNEL_VERSION,
+				.minor = FUSE_KERNEL_MINOR_VERSION,
+				.max_write = PAGE,
+			};
+			size = sizeof(out.init);
+			break;
+		case FUSE_GETATTR:
+			out.attr.attr = (struct fuse_attr){
+				.ino = 1,
+				.mode = S_IFREG | 0666,
+				.nlink = 1,
+				.size = PAGE,
+			};
+			size = sizeof(out.attr);
+			break;
+		case FUSE_OPEN:
+			out.open.fh = 1;
+			size = sizeof(out.open);
+			break;
+		default:
+			out.header.error = -ENOSYS;
+		}
+		out.header.len = (uint32_t)(sizeof(out.header) + size);
+		(void)!write(server, &out, out.header.len);
+	}
+	_exit(0);
+}
+
+static pid_t mount_fuse(const char *path)
+{
+	int server = open("/dev/fuse", O_RDWR | O_CLOEXEC);
+	char options[96];
+	pid_t pid;
+
+	assert_true(server >= 0);
+	close(open(path, O_CREAT | O_RDWR | O_CLOEXEC, 0600));
+	snprintf(options, sizeof(options), "fd=%d,rootmode=100000,user_id=0,group_id=0,allow_other",
+		 server);
+	assert_int_equal(mount("test", path, "fuse", 0, options), 0);
+	pid = fork();
+	assert_true(pid >= 0);
+	if (pid == 0) {
+		prctl(PR_SET_PDEATHSIG, SIGKILL);
+		serve_fuse(server);
+	}
+	close(server);
+	return pid;
+}
+
+/* Another user's client: says how long the slowest of its calls took, whenever it is asked. */
+struct prober {
+	pid_t pid;
+	int ask, answer;
+};
+
+static void prober_main(int ask, int answer)
+{
+	int fd = open(file_path, O_PATH | O_CLOEXEC);
+	pinbroker *pb = client();
+	char c;
+
+	while (read(ask, &c, 1) == 1) {
+		uint64_t slowest = 0;
+
+		for (int i = 0; i < 40; i++) {
+			struct pinbroker_preflight_info info;
+			uint64_t usec = usec_now();
+
+			/* one that the loop answers by itself, one that a thread of the pool does */
+			if (i % 2 ? pinbroker_list_files(pb, ignore_file, NULL) < 0
+				  : pinbroker_preflight_fd(pb, fd, PINBROKER_READ, &info) < 0)
+				_exit(1);
+			usec = usec_now() - usec;
+			slowest = usec > slowest ? usec : slowest;
+		}
+		(void)!write(answer, &slowest, sizeof(slowest));
+	}
+	_exit(0);
+}
+
+static struct prober prober_start(void)
+{
+	int ask[2], answer[2];
+	struct prober p;
+
+	assert_int_equal(pipe2(ask, O_CLOEXEC), 0);
+	assert_int_equal(pipe2(answer, O_CLOEXEC), 0);
+	p.pid = fork();
+	assert_true(p.pid >= 0);
+	if (p.pid == 0) {
+		close(ask[1]);
+		become(PROBER);
+		prober_main(ask[0], answer[1]);
+	}
+	close(ask[0]);
+	close(answer[1]);
+	p.ask = ask[1];
+	p.answer = answer[0];
+	return p;
+}
+
+static uint64_t slowest_of_all;
+
+static void prober_expect_quick(struct prober *p, const char *meanwhile)
+{
+	struct pollfd pfd = { .fd = p->answer, .events = POLLIN };
+	uint64_t usec;
+
+	assert_int_equal(write(p->ask, "p", 1), 1);
+	if (poll(&pfd, 1, WAIT_MSEC) != 1)
+		fail_msg("no answer for %d ms with %s", WAIT_MSEC, meanwhile);
+	assert_int_equal(read(p->answer, &usec, sizeof(usec)), sizeof(usec));
+	if (usec > ROUND_TRIP)
+		fail_msg("%llu µs with %s", (unsigned long long)usec, meanwhile);
+	slowest_of_all = usec > slowest_of_all ? usec : slowest_of_all;
+}
+
+static void prober_stop(struct prober *p)
+{
+	close(p->ask);
+	assert_int_equal(finish(p->pid, 0), 0);
+	close(p->answer);
+}
+
+#define HELLO     "{\"method\":\"org.pinbroker.Hello\"}"
+#define FD(name)  "{\"method\":\"org.pinbroker." name "\",\"parameters\":{\"fileDescriptor\":0"
+#define OPEN_READ FD("OpenFile") ",\"access\":\"read\"}}"
+
+/* Where a descriptor is sent: what with it, and what is in the answer (NULL: there is none). */
+static const struct position {
+	const char *name;
+	bool no_hello;
+	const char *message;
+	bool unended; /* without its NUL */
+	const char *socket, *fuse;
+} positions[] = {
+	{ "OpenFile(read)", false, OPEN_READ, false, "\"cause\":\"socket\"",
+	  "\"cause\":\"fileSystem\"" },
+	{ "OpenFile(write)", false, FD("OpenFile") ",\"access\":\"write\"}}", false,
+	  "\"cause\":\"socket\"", "\"cause\":\"fileSystem\"" },
+	{ "OpenFile before Hello", true, OPEN_READ, false, "\"cause\":\"hello\"",
+	  "\"cause\":\"hello\"" },
+	{ "AddContext", false, FD("AddContext") "}}", false, "\"kind\":\"opaque\"",
+	  "\"cause\":\"descriptor\"" },
+	{ "Preflight", false, FD("Preflight") ",\"access\":\"read\"}}", false,
+	  "\"leasable\":false", "\"leasable\":false" },
+	{ "Hello", true, HELLO, false, "\"token\":", "\"token\":" },
+	{ "Unpin", false, "{\"method\":\"org.pinbroker.Unpin\",\"parameters\":{\"pins\":[]}}", false,
+	  "\"ended\":", "\"ended\":" },
+	{ "ListPins", false, "{\"method\":\"org.pinbroker.ListPins\",\"more\":true}", false,
+	  "\"pin\":", "\"pin\":" },
+	{ "an unknown method", true, "{\"method\":\"org.pinbroker.Nothing\"}", false,
+	  "MethodNotFound", "MethodNotFound" },
+	{ "no message", true, "nonsense", false, NULL, NULL },
+	{ "half a message", true, "{\"method\":", true, NULL, NULL },
+	/* two in one: the first is under way while the second lies unread in the socket */
+	{ "a call unread in the socket", true, HELLO, false, NULL, NULL },
+};
+
+static void expect_answer(int s, const char *text)
+{
+	static char answer[16384];
+	size_t n = 0;
+	ssize_t k;
+
+	do {
+		k = recv(s, answer + n, sizeof(answer) - n - 1, 0);
+		n += k > 0 ? (size_t)k : 0;
+	} while (k > 0 && answer[n - 1]);
+	answer[n] = 0;
+	if (n == 0 || !strstr(answer, text)) {
+		fprintf(stderr, "answered: %s, not %s\n", answer, text);
+		_exit(1);
+	}
+}
+
+/* Sends the descriptor, waits for the answer, and then for the word to disconnect. */
+static void hostile_main(const struct position *p, bool fuse, int fd, int ask, int done)
+{
+	const char *expected = fuse ? p->fuse : p->socket;
+	int listener, peer, s;
+	char c;
+
+	if (!fuse)
+		fd = lingering_socket(&listener, &peer);
+	s = dial();
+	if (!p->no_hello) {
+		send_raw(s, HELLO, sizeof(HELLO), -1);
+		expect_answer(s, "\"token\":");
+	}
+	if (strstr(p->name, "unread"))
+		for (int i = 0; i < 64; i++)
+			send_raw(s, HELLO, sizeof(HELLO), -1);
+	send_raw(s, p->message, strlen(p->message) + !p->unended, fd);
+	if (!fuse)
+		close(fd); /* the broker's is the last */
+	if (expected)
+		expect_answer(s, expected);
+	if (!strstr(p->name, "unread")) {
+		(void)!write(done, "s", 1);
+		(void)!read(ask, &c, 1);
+	}
+	close(s);
+	(void)!write(done, "c", 1);
+	/* the other end lives until the test ends it; with FUSE, so does this process */
+	(void)!read(ask, &c, 1);
+	_exit(0);
+}
+
+static void expect_byte(int fd, char expected, const char *meanwhile)
+{
+	struct pollfd pfd = { .fd = fd, .events = POLLIN };
+	char c = 0;
+
+	if (poll(&pfd, 1, WAIT_MSEC) != 1 || read(fd, &c, 1) != 1 || c != expected)
+		fail_msg("the client with %s did not get on", meanwhile);
+}
+
+static void test_every_position(bool fuse)
+{
+	struct {
+		pid_t pid;
+		int ask, done;
+	} hostile[ELEMENTS(positions)];
+	struct prober prober;
+	pid_t server = 0;
+	int fd = -1, status;
+	char path[80];
+
+	world_start("");
+	assert_int_equal(chmod(dir, 0755), 0);
+	mount_fs("tmpfs");
+	make_file();
+	assert_int_equal(chown(file_path, PROBER, PROBER), 0);
+	assert_int_equal(chmod(mount_point, 0755), 0);
+	snprintf(path, sizeof(path), "%s/fuse", dir);
+	if (fuse)
+		server = mount_fuse(path);
+	prober = prober_start();
+	slowest_of_all = 0;
+	prober_expect_quick(&prober, "nothing hostile");
+	if (fuse) {
+		fd = open(path, O_RDWR | O_CLOEXEC);
+		assert_true(fd >= 0);
+		/* from now on closing it waits for ever */
+		assert_int_equal(kill(server, SIGSTOP), 0);
+		assert_int_equal(waitpid(server, &status, WUNTRACED), server);
+		assert_true(WIFSTOPPED(status));
+	}
+	for (size_t i = 0; i < ELEMENTS(positions); i++) {
+		int ask[2], done[2];
+
+		assert_int_equal(pipe2(ask, O_CLOEXEC), 0);
+		assert_int_equal(pipe2(done, O_CLOEXEC), 0);
+		hostile[i].pid = fork();
+		assert_true(hostile[i].pid >= 0);
+		if (hostile[i].pid == 0) {
+			close(ask[1]);
+			become(HOSTILE + (uid_t)i);
+			hostile_main(&positions[i], fuse, fd, ask[0], done[1]);
+		}
+		close(ask[0]);
+		close(done[1]);
+		hostile[i].ask = ask[1];
+		hostile[i].done = done[0];
+		if (!strstr(positions[i].name, "unread")) {
+			expect_byte(done[0], 's', positions[i].name);
+			prober_expect_quick(&prober, positions[i].name);
+			assert_int_equal(write(ask[1], "c", 1), 1);
+		}
+		expect_byte(done[0], 'c', positions[i].name);
+		prober_expect_quick(&prober, positions[i].name);
+	}
+	print_message("%zu positions of a %s: the slowest call took %llu µs\n", ELEMENTS(positions),
+		      fuse ? "FUSE file" : "socket", (unsigned long long)slowest_of_all);
+	prober_stop(&prober);
+	if (fuse) {
+		/* the end of the server is the end of all that waits for it */
+		finish(server, SIGKILL);
+		close(fd);
+	}
+	for (size_t i = 0; i < ELEMENTS(positions); i++) {
+		close(hostile[i].ask);
+		close(hostile[i].done);
+		assert_int_equal(finish(hostile[i].pid, 0), 0);
+	}
+	if (fuse)
+		umount2(path, MNT_DETACH);
+	world_stop();
+}
+
+static void test_every_position_socket(void **state)
+{
+	test_every_position(false);
+}
+
+static void test_every_position_fuse(void **state)
+{
+	test_every_position(true);
+}
+
 static void refused(pinbroker *pb, int fd, const char *error)
 {
 	pinbroker_file *file;
@@ -334,6 +676,8 @@ int main(void)
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(test_lingering),
 		cmocka_unit_test(test_fuse),
+		cmocka_unit_test(test_every_position_socket),
+		cmocka_unit_test(test_every_position_fuse),
 		cmocka_unit_test(test_no_data_files),
 		cmocka_unit_test(test_visitors),
 	};
