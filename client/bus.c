@@ -210,6 +210,9 @@ void bus_close(pinbroker *pb)
 	pb->bus_ready = pb->bus_owner_known = false;
 	free(pb->bus_owner);
 	pb->bus_owner = NULL;
+	/* The next bus may give the same name anew, and the broker has to look whose it is. */
+	free(pb->bus_name_said);
+	pb->bus_name_said = NULL;
 }
 
 static void bus_break(pinbroker *pb)
