@@ -163,7 +163,11 @@ struct broker *broker_free(struct broker *broker)
 	while ((client = broker_next_client(broker, 0)))
 		client_free(client);
 	/* what jobs come back with may go through everything once more */
-	broker->offload = offload_free(broker->offload);
+	if (offload_free(broker->offload) > 0) {
+		log_warning("Some work hangs, and is left behind.");
+		return NULL; /* it may use anything yet: the process's exit frees all */
+	}
+	broker->offload = NULL;
 	assert(broker->n_files == 0 && broker->n_pins == 0);
 	blame_free(broker->blame);
 	watch_free(broker->watch);

@@ -313,7 +313,7 @@ void context_check(struct context *context)
 	j->job.run = check_run;
 	j->job.done = check_done;
 	context->checking = true;
-	offload_submit_force(context->client->broker->offload, context->user, &j->job);
+	offload_submit_step(context->client->broker->offload, context->user, &j->job);
 }
 
 static bool detach_now(struct context *context, uint64_t revocation);
@@ -387,7 +387,7 @@ static void start_reap(struct context *context)
 			j->n_pages += pin->length / (uint64_t)sysconf(_SC_PAGESIZE);
 	j->job.run = reap_run;
 	j->job.done = reap_done;
-	offload_submit_force(context->client->broker->offload, context->user, &j->job);
+	offload_submit_step(context->client->broker->offload, context->user, &j->job);
 }
 
 void context_reap(struct context *context)
@@ -483,7 +483,7 @@ static int start_detach(struct context *context, const struct revocation *revoca
 	j->revocation = revocation->id;
 	j->job.run = detach_run;
 	j->job.done = detach_done;
-	offload_submit_force(context->client->broker->offload, context->user, &j->job);
+	offload_submit_step(context->client->broker->offload, context->user, &j->job);
 	return 1;
 }
 

@@ -24,6 +24,13 @@ struct close_job {
 	bool taken; /* of a spare one */
 };
 
+enum {
+	LANE_CLIENTS,
+	LANE_STEPS,
+	LANE_SYSTEM,
+	LANE_COUNT,
+};
+
 struct lane;
 
 #define END_WAIT_USEC (200 * USEC_PER_MSEC)
@@ -35,8 +42,11 @@ struct thread {
 	bool taken;
 };
 
+/* Threads that serve the same queues. */
 struct lane {
 	pthread_cond_t work;
+	TAILQ_HEAD(, offload_queue) ready; /* queues with a job that may start, in turn */
+	unsigned n_running_max;            /* of a queue */
 	struct thread *threads; /* offload::threads */
 	unsigned n_threads_max;
 	unsigned n_threads;
@@ -48,10 +58,9 @@ struct lane {
 struct offload {
 	pthread_mutex_t lock; /* all down to `closed` */
 	unsigned n_refs;      /* the loop's, and each thread's */
-	struct lane clients, system;
-	struct thread threads[OFFLOAD_CLIENT_THREADS + OFFLOAD_SYSTEM_THREADS];
-	TAILQ_HEAD(user_list, user) ready; /* users with a job that may start, in turn */
-	struct job_list system_jobs;
+	struct lane lanes[LANE_COUNT];
+	struct thread threads[OFFLOAD_CLIENT_THREADS + OFFLOAD_STEP_THREADS + OFFLOAD_SYSTEM_THREADS];
+	struct offload_queue system; /* the broker's own */
 	struct job_list
 		completed; /* ran, done() not called; done_fd is readable while there are any */
 	int done_fd;
@@ -76,51 +85,40 @@ static void offload_unlock_and_unref(struct offload *o)
 	if (!last)
 		return;
 	pthread_attr_destroy(&o->attributes);
-	pthread_cond_destroy(&o->clients.work);
-	pthread_cond_destroy(&o->system.work);
+	for (size_t i = 0; i < LANE_COUNT; i++)
+		pthread_cond_destroy(&o->lanes[i].work);
 	pthread_mutex_destroy(&o->lock);
 	free(o);
 }
 
-static void user_make_ready(struct offload *o, struct user *user)
+static void queue_make_ready(struct lane *lane, struct offload_queue *q)
 {
-	struct offload_queue *q = &user->queue;
-
-	if (q->queued || STAILQ_EMPTY(&q->jobs) || q->n_running >= OFFLOAD_RUNNING_PER_USER)
+	if (q->queued || STAILQ_EMPTY(&q->jobs) || q->n_running >= lane->n_running_max)
 		return;
-	TAILQ_INSERT_TAIL(&o->ready, user, queue.link);
+	TAILQ_INSERT_TAIL(&lane->ready, q, link);
 	q->queued = true;
 }
 
-static struct job *job_take(struct offload *o, const struct lane *lane)
+static struct job *job_take(struct lane *lane)
 {
-	struct job_list *jobs = &o->system_jobs;
-	struct user *user = NULL;
+	struct offload_queue *q = TAILQ_FIRST(&lane->ready);
 	struct job *job;
 
-	if (lane == &o->clients) {
-		user = TAILQ_FIRST(&o->ready);
-		if (!user)
-			return NULL;
-		TAILQ_REMOVE(&o->ready, user, queue.link);
-		user->queue.queued = false;
-		user->queue.n_running++;
-		jobs = &user->queue.jobs;
-	}
-	job = STAILQ_FIRST(jobs);
-	if (job)
-		STAILQ_REMOVE_HEAD(jobs, link);
-	if (user)
-		user_make_ready(o, user);
+	if (!q)
+		return NULL;
+	TAILQ_REMOVE(&lane->ready, q, link);
+	q->queued = false;
+	q->n_running++;
+	job = STAILQ_FIRST(&q->jobs);
+	STAILQ_REMOVE_HEAD(&q->jobs, link);
+	queue_make_ready(lane, q);
 	return job;
 }
 
-static void job_complete(struct offload *o, struct job *job)
+static void job_complete(struct offload *o, struct lane *lane, struct job *job)
 {
-	if (job->user) {
-		job->user->queue.n_running--;
-		user_make_ready(o, job->user);
-	}
+	job->queue->n_running--;
+	queue_make_ready(lane, job->queue);
 	if (STAILQ_EMPTY(&o->completed))
 		(void)eventfd_write(o->done_fd, 1);
 	STAILQ_INSERT_TAIL(&o->completed, job, link);
@@ -153,14 +151,14 @@ static void *thread_main(void *userdata)
 	struct offload *o = thread->offload;
 	struct lane *lane = thread->lane;
 
-	if (lane == &o->clients && o->thread_init && o->thread_init() < 0)
+	if (lane == &o->lanes[LANE_CLIENTS] && o->thread_init && o->thread_init() < 0)
 		abort();
 
 	pthread_mutex_lock(&o->lock);
 	do {
 		struct job *job;
 
-		while (!o->closed && (job = job_take(o, lane))) {
+		while (!o->closed && (job = job_take(lane))) {
 			thread->running = job;
 			pthread_mutex_unlock(&o->lock);
 			job->run(job);
@@ -168,7 +166,7 @@ static void *thread_main(void *userdata)
 			thread->running = NULL;
 			/* offload_free() did not wait for the job: nobody is left to take it. */
 			if (!o->closed)
-				job_complete(o, job);
+				job_complete(o, lane, job);
 		}
 	} while (!o->closed && lane_wait(o, lane));
 	thread->taken = false;
@@ -218,9 +216,9 @@ static int retry_arm(struct offload *o)
 	return r < 0 ? r : sd_event_source_set_enabled(o->retry_source, SD_EVENT_ONESHOT);
 }
 
-static bool lane_retry(struct offload *o, struct lane *lane, bool waiting)
+static bool lane_retry(struct offload *o, struct lane *lane)
 {
-	if (!waiting || lane->n_threads >= lane->n_threads_max)
+	if (TAILQ_EMPTY(&lane->ready) || lane->n_threads >= lane->n_threads_max)
 		return false;
 	(void)lane_wake(o, lane);
 	return true;
@@ -230,48 +228,45 @@ static bool lane_retry(struct offload *o, struct lane *lane, bool waiting)
 static int retry_dispatch(sd_event_source *source, uint64_t usec, void *userdata)
 {
 	struct offload *o = userdata;
-	bool again;
+	bool again = false;
 
 	pthread_mutex_lock(&o->lock);
-	again = lane_retry(o, &o->clients, !TAILQ_EMPTY(&o->ready));
-	again |= lane_retry(o, &o->system, !STAILQ_EMPTY(&o->system_jobs));
+	for (size_t i = 0; i < LANE_COUNT; i++)
+		again |= lane_retry(o, &o->lanes[i]);
 	pthread_mutex_unlock(&o->lock);
 	return again ? retry_arm(o) : 0;
 }
 
-static bool queue_may_start_last(const struct offload_queue *q)
+static bool queue_may_start_last(const struct lane *lane, const struct offload_queue *q)
 {
 	unsigned n = q->n_running;
 	struct job *job;
 
 	STAILQ_FOREACH (job, &q->jobs, link)
-		if (++n > OFFLOAD_RUNNING_PER_USER)
+		if (++n > lane->n_running_max)
 			return false;
 	return true;
 }
 
-static void job_queue(struct offload *o, struct user *user, struct job *job)
+static void job_queue(struct offload *o, struct lane *lane, struct offload_queue *q,
+		      struct user *user, struct job *job)
 {
 	int r = 0;
 
 	job->user = user ? user_ref(user) : NULL;
+	job->queue = q;
 	o->n_unfinished++;
 
 	pthread_mutex_lock(&o->lock);
 	if (o->closed) {
 		STAILQ_INSERT_TAIL(&o->completed, job, link);
-	} else if (user) {
-		struct offload_queue *q = &user->queue;
-
+	} else {
 		if (!q->jobs.stqh_last)
 			STAILQ_INIT(&q->jobs);
 		STAILQ_INSERT_TAIL(&q->jobs, job, link);
-		user_make_ready(o, user);
-		if (queue_may_start_last(q))
-			r = lane_wake(o, &o->clients);
-	} else {
-		STAILQ_INSERT_TAIL(&o->system_jobs, job, link);
-		r = lane_wake(o, &o->system);
+		queue_make_ready(lane, q);
+		if (queue_may_start_last(lane, q))
+			r = lane_wake(o, lane);
 	}
 	pthread_mutex_unlock(&o->lock);
 
@@ -279,6 +274,14 @@ static void job_queue(struct offload *o, struct user *user, struct job *job)
 		log_errno(LOG_WARNING, r, "Cannot start a thread, trying again");
 		(void)retry_arm(o);
 	}
+}
+
+static void job_submit(struct offload *o, struct user *user, struct job *job)
+{
+	if (user)
+		job_queue(o, &o->lanes[LANE_CLIENTS], &user->queue, user, job);
+	else
+		job_queue(o, &o->lanes[LANE_SYSTEM], &o->system, NULL, job);
 }
 
 int offload_submit(struct offload *o, struct user *user, struct job *job)
@@ -289,7 +292,7 @@ int offload_submit(struct offload *o, struct user *user, struct job *job)
 		if (r < 0)
 			return r;
 	}
-	job_queue(o, user, job);
+	job_submit(o, user, job);
 	return 0;
 }
 
@@ -297,7 +300,13 @@ void offload_submit_force(struct offload *o, struct user *user, struct job *job)
 {
 	if (user)
 		user_charge_force(user, LIMIT_UNFINISHED, 1);
-	job_queue(o, user, job);
+	job_submit(o, user, job);
+}
+
+void offload_submit_step(struct offload *o, struct user *user, struct job *job)
+{
+	user_charge_force(user, LIMIT_UNFINISHED, 1);
+	job_queue(o, &o->lanes[LANE_STEPS], &user->steps, user, job);
 }
 
 unsigned offload_unfinished(const struct offload *o)
@@ -388,11 +397,27 @@ static int done_dispatch(sd_event_source *source, int fd, uint32_t revents, void
 	return 0;
 }
 
-static void lane_init(struct lane *lane, struct thread *threads, unsigned n_threads_max)
+static void lanes_init(struct offload *o)
 {
-	pthread_cond_init(&lane->work, NULL);
-	lane->threads = threads;
-	lane->n_threads_max = n_threads_max;
+	static const struct {
+		unsigned n_threads, n_running;
+	} sizes[LANE_COUNT] = {
+		[LANE_CLIENTS] = { OFFLOAD_CLIENT_THREADS, OFFLOAD_RUNNING_PER_USER },
+		[LANE_STEPS] = { OFFLOAD_STEP_THREADS, OFFLOAD_RUNNING_PER_USER },
+		[LANE_SYSTEM] = { OFFLOAD_SYSTEM_THREADS, OFFLOAD_SYSTEM_THREADS },
+	};
+	struct thread *threads = o->threads;
+
+	for (size_t i = 0; i < LANE_COUNT; i++) {
+		struct lane *lane = &o->lanes[i];
+
+		pthread_cond_init(&lane->work, NULL);
+		TAILQ_INIT(&lane->ready);
+		lane->n_running_max = sizes[i].n_running;
+		lane->n_threads_max = sizes[i].n_threads;
+		lane->threads = threads;
+		threads += sizes[i].n_threads;
+	}
 }
 
 static int attributes_init(pthread_attr_t *attributes)
@@ -426,10 +451,7 @@ int offload_new(sd_event *event, int (*thread_init)(void), struct offload **ret)
 	o->done_fd = -1;
 	pthread_mutex_init(&o->lock, NULL);
 	pthread_attr_init(&o->attributes);
-	lane_init(&o->clients, o->threads, OFFLOAD_CLIENT_THREADS);
-	lane_init(&o->system, o->threads + OFFLOAD_CLIENT_THREADS, OFFLOAD_SYSTEM_THREADS);
-	TAILQ_INIT(&o->ready);
-	STAILQ_INIT(&o->system_jobs);
+	lanes_init(o);
 	STAILQ_INIT(&o->completed);
 
 	r = attributes_init(&o->attributes);
@@ -452,28 +474,26 @@ int offload_new(sd_event *event, int (*thread_init)(void), struct offload **ret)
 	return 0;
 }
 
-/* A user has jobs waiting only while it is ready or some of its jobs run. */
-static void drop_waiting(struct offload *o)
+/* A queue has jobs waiting only while it is ready or some of its jobs run. Returns how many run on. */
+static unsigned drop_waiting(struct offload *o)
 {
-	struct user *user;
+	unsigned n_left = 0;
 
-	while ((user = TAILQ_FIRST(&o->ready))) {
-		TAILQ_REMOVE(&o->ready, user, queue.link);
-		user->queue.queued = false;
-		STAILQ_CONCAT(&o->completed, &user->queue.jobs);
-	}
-	for (size_t i = 0; i < ELEMENTS(o->threads); i++) {
-		struct job *job = o->threads[i].running;
+	for (size_t i = 0; i < LANE_COUNT; i++) {
+		struct offload_queue *q;
 
-		if (!job || !job->user)
-			continue;
-		user = TAKE_PTR(job->user);
-		STAILQ_CONCAT(&o->completed, &user->queue.jobs);
-		user->queue.n_running--;
-		user_discharge(user, LIMIT_UNFINISHED, 1);
-		user_unref(user);
+		while ((q = TAILQ_FIRST(&o->lanes[i].ready))) {
+			TAILQ_REMOVE(&o->lanes[i].ready, q, link);
+			q->queued = false;
+			STAILQ_CONCAT(&o->completed, &q->jobs);
+		}
 	}
-	STAILQ_CONCAT(&o->completed, &o->system_jobs);
+	for (size_t i = 0; i < ELEMENTS(o->threads); i++)
+		if (o->threads[i].running) {
+			STAILQ_CONCAT(&o->completed, &o->threads[i].running->queue->jobs);
+			n_left++;
+		}
+	return n_left;
 }
 
 static bool is_running(struct offload *o)
@@ -503,19 +523,21 @@ static void wait_for_running(struct offload *o)
 	}
 }
 
-struct offload *offload_free(struct offload *o)
+unsigned offload_free(struct offload *o)
 {
+	unsigned n_left;
+
 	if (!o)
-		return NULL;
+		return 0;
 	sd_event_source_disable_unref(o->done_source);
 	sd_event_source_disable_unref(o->retry_source);
 	wait_for_running(o);
 
 	pthread_mutex_lock(&o->lock);
 	o->closed = true;
-	pthread_cond_broadcast(&o->clients.work);
-	pthread_cond_broadcast(&o->system.work);
-	drop_waiting(o);
+	for (size_t i = 0; i < LANE_COUNT; i++)
+		pthread_cond_broadcast(&o->lanes[i].work);
+	n_left = drop_waiting(o);
 	pthread_mutex_unlock(&o->lock);
 
 	while (job_finish_next(o))
@@ -524,5 +546,5 @@ struct offload *offload_free(struct offload *o)
 	pthread_mutex_lock(&o->lock);
 	o->done_fd = safe_close(o->done_fd);
 	offload_unlock_and_unref(o);
-	return NULL;
+	return n_left;
 }

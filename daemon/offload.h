@@ -10,33 +10,38 @@
  * /proc, io_uring unregistration. The loop itself never blocks.
  *
  * Each user has a queue of its own, and at most OFFLOAD_RUNNING_PER_USER of its jobs run at once, so
- * a user whose jobs hang (closing a file of a dead FUSE server) holds up nobody else. The broker's
- * own jobs (user NULL) have threads of their own that no client's job ever occupies.
+ * a user whose jobs hang (closing a file of a dead FUSE server) holds up nobody else. The steps that
+ * end a user's pins have a second queue, and threads, of their own: they never stand behind his hanging
+ * closes. The broker's own jobs (user NULL) have theirs.
  */
 
 #define OFFLOAD_RUNNING_PER_USER 4U
 #define OFFLOAD_CLIENT_THREADS   32U /* started on demand, ended after 10 s without work */
+#define OFFLOAD_STEP_THREADS     16U
 #define OFFLOAD_SYSTEM_THREADS   4U
 
 struct user;
 struct offload;
+struct offload_queue;
 
 /* Embedded as the first member of what a job works on. */
 struct job {
 	void (*run)(struct job *job);  /* on a thread of the pool; touches nothing but the job */
 	void (*done)(struct job *job); /* on the loop, afterwards; the job is the callee's again */
 	struct user *user;             /* offload's: a reference, and one LIMIT_UNFINISHED */
+	struct offload_queue *queue;   /* offload's */
 	STAILQ_ENTRY(job) link;        /* offload's */
 };
 
 STAILQ_HEAD(job_list, job);
 
-/* Embedded in struct user; all zero to begin with. Owned by offload. */
+/* Embedded in struct user, one for what it asks for and one for the steps against its pins; all zero to
+ * begin with. Owned by offload. */
 struct offload_queue {
 	struct job_list jobs;
 	unsigned n_running;
-	bool queued; /* is in the pool's list of users with something to run */
-	TAILQ_ENTRY(user) link;
+	bool queued; /* is in its lane's list of queues with something to run */
+	TAILQ_ENTRY(offload_queue) link;
 };
 
 /*
@@ -47,9 +52,10 @@ int offload_new(sd_event *event, int (*thread_init)(void), struct offload **ret)
 
 /*
  * Ends the pool: jobs that run are waited for a moment; what is queued and has not begun is dropped with
- * its done() called on the caller's thread. Threads that hang are left behind for the process's exit to end.
+ * its done() called on the caller's thread. Jobs that hang are left behind for the process's exit to end:
+ * their number is returned, and what they use must stay.
  */
-struct offload *offload_free(struct offload *o);
+unsigned offload_free(struct offload *o);
 
 /*
  * Queues a job. user: who caused it, charged with one LIMIT_UNFINISHED and referenced until done()
@@ -60,6 +66,9 @@ int offload_submit(struct offload *o, struct user *user, struct job *job);
 
 /* The same, whatever the user's limit says. */
 void offload_submit_force(struct offload *o, struct user *user, struct job *job);
+
+/* A step towards the end of the user's pins: whatever the limit says, and whatever else of his hangs. */
+void offload_submit_step(struct offload *o, struct user *user, struct job *job);
 
 /*
  * Closes a descriptor on the pool. Always accepted: charged to the user past the limit if need be;

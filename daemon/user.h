@@ -29,7 +29,7 @@ struct user {
 	unsigned n_refs;
 	uint64_t used[LIMIT_COUNT];
 	struct users *users;
-	struct offload_queue queue; /* offload's */
+	struct offload_queue queue, steps; /* offload's */
 	UT_hash_handle hh;          /* users */
 };
 

@@ -5,6 +5,8 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <poll.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -39,6 +41,20 @@ static pinbroker *client(void)
 static int ignore_file(const struct pinbroker_file_info *info, void *userdata)
 {
 	return 0;
+}
+
+static int count_pin(const struct pinbroker_pin_info *info, void *userdata)
+{
+	++*(unsigned *)userdata;
+	return 0;
+}
+
+static unsigned count_pins(pinbroker *pb)
+{
+	unsigned n = 0;
+
+	assert_int_equal(pinbroker_list_pins(pb, 0, 0, count_pin, &n), 0);
+	return n;
 }
 
 /* Another client's calls meanwhile: the slowest of 200. */
@@ -171,6 +187,56 @@ static void test_lingering(void **state)
 	}
 	pinbroker_unref(other);
 	world_stop();
+}
+
+/*
+ * Closing the last copy of a dead holder's context can take as long as he pleases. His pins stay until
+ * then, his other contexts do not wait for it, and the daemon ends in order.
+ */
+static void test_lingering_context_of_a_dead_holder(void **state)
+{
+	static const struct pinbroker_range range = { 0, PAGE };
+	int listener, peer, fd, fds[2];
+	struct pollfd pfd;
+	pinbroker *other;
+	uint64_t pins[2] = {};
+	pid_t pid;
+
+	world_start("[Revocation]\nRevokeGraceSec=100ms\nSignalGraceSec=100ms\n");
+	mount_fs("tmpfs");
+	make_file();
+	fd = lingering_socket(&listener, &peer);
+	assert_int_equal(pipe(fds), 0);
+	pid = fork();
+	if (pid == 0) {
+		pinbroker_context *lingering, *plain;
+		pinbroker *pb = client();
+		pinbroker_file *file;
+
+		if (pinbroker_open_file(pb, file_path, PINBROKER_READ, &file) < 0 ||
+		    pinbroker_add_context(pb, fd, NULL, &lingering) < 0 ||
+		    pinbroker_add_context(pb, eventfd(0, EFD_CLOEXEC), NULL, &plain) < 0 ||
+		    pinbroker_pin(pb, file, lingering, &range, 1, PINBROKER_READ, NULL, pins) < 0 ||
+		    pinbroker_pin(pb, file, plain, &range, 1, PINBROKER_READ, NULL, pins + 1) < 0)
+			_exit(1);
+		(void)!write(fds[1], pins, sizeof(pins));
+		pause();
+	}
+	close(fd);
+	pfd = (struct pollfd){ .fd = fds[0], .events = POLLIN };
+	assert_int_equal(poll(&pfd, 1, WAIT_MSEC), 1);
+	assert_int_equal(read(fds[0], pins, sizeof(pins)), sizeof(pins));
+	finish(pid, SIGKILL);
+	other = client();
+	while (count_pins(other) > 1)
+		expect_quick(other);
+	assert_int_equal(count_pins(other), 1);
+	pinbroker_unref(other);
+	world_stop();
+	close(peer);
+	close(listener);
+	close(fds[0]);
+	close(fds[1]);
 }
 
 /* A FUSE file system whose server never answers. */
@@ -333,6 +399,7 @@ int main(void)
 {
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(test_lingering),
+		cmocka_unit_test(test_lingering_context_of_a_dead_holder),
 		cmocka_unit_test(test_fuse),
 		cmocka_unit_test(test_no_data_files),
 		cmocka_unit_test(test_visitors),

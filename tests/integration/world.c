@@ -12,6 +12,7 @@
 #include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <sys/mount.h>
+#include <sys/pidfd.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -74,10 +75,19 @@ pid_t start(const char *const argv[])
 
 int finish(pid_t pid, int sig)
 {
+	struct pollfd pfd = { .fd = pidfd_open(pid, 0), .events = POLLIN };
+	bool ended;
 	int status;
 
+	assert_true(pfd.fd >= 0);
 	kill(pid, sig);
+	ended = poll(&pfd, 1, 2 * WAIT_MSEC) == 1;
+	close(pfd.fd);
+	if (!ended)
+		kill(pid, SIGKILL);
 	assert_int_equal(waitpid(pid, &status, 0), pid);
+	if (!ended)
+		fail_msg("process %d did not end", pid);
 	return status;
 }
 

@@ -34,7 +34,7 @@ void run(const char *format, ...) __attribute__((format(printf, 1, 2)));
 pid_t start(const char *const argv[]);
 /* A server is there once its socket takes connections. */
 void wait_for_socket(const char *path);
-int finish(pid_t pid, int sig); /* sig 0: just waits */
+int finish(pid_t pid, int sig); /* sig 0: just waits; fails if it does not end */
 
 /* A bus and the daemon, with this pinbroker.conf. */
 void world_start(const char *config);
