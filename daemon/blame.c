@@ -22,6 +22,10 @@
 
 #define BATCH_MAX 64
 
+/* A holder that lets go at once is not kept from it by the search for who made him; nor could that find
+ * anybody in time. */
+#define LOOK_USEC (1 * USEC_PER_MSEC)
+
 struct suspect {
 	uint64_t file;
 	struct inode_key key;
@@ -43,6 +47,7 @@ struct blame {
 	struct broker *broker;
 	struct blame_job *running;
 	struct blame_job *next; /* collects what is asked meanwhile */
+	sd_event_source *timer; /* enabled: the next is to begin */
 };
 
 static struct suspect *find_suspect(struct blame_job *j, unsigned major, unsigned minor,
@@ -217,10 +222,41 @@ static void blame_run(struct job *job)
 			look_at(j->suspects[i].breakers[0], &j->suspects[i]);
 }
 
-static void submit(struct blame *blame)
+/* Those who still wait for an answer. */
+static void drop_ended(struct blame_job *j)
 {
+	size_t n = 0;
+
+	for (size_t i = 0; i < j->n_suspects; i++) {
+		const struct file *file = broker_find_file(j->blame->broker, j->suspects[i].file);
+
+		if (file && file->revocation)
+			j->suspects[n++] = j->suspects[i];
+	}
+	j->n_suspects = n;
+}
+
+static int on_timer(sd_event_source *source, uint64_t usec, void *userdata)
+{
+	struct blame *blame = userdata;
+
+	if (!blame->next || blame->running)
+		return 0;
+	drop_ended(blame->next);
+	if (blame->next->n_suspects == 0)
+		return 0;
 	blame->running = TAKE_PTR(blame->next);
 	offload_submit_force(blame->broker->offload, NULL, &blame->running->job);
+	return 0;
+}
+
+static void look_later(struct blame *blame)
+{
+	if (sd_event_source_get_enabled(blame->timer, NULL) > 0)
+		return;
+	if (sd_event_source_set_time_relative(blame->timer, LOOK_USEC) < 0 ||
+	    sd_event_source_set_enabled(blame->timer, SD_EVENT_ONESHOT) < 0)
+		(void)on_timer(blame->timer, 0, blame);
 }
 
 static void blame_done(struct job *job)
@@ -237,16 +273,24 @@ static void blame_done(struct job *job)
 			revocation_blame(file->revocation, &s->who, s->breakers, s->n_breakers);
 	}
 	free(j);
-	if (blame->next)
-		submit(blame);
+	if (blame->next && blame->next->n_suspects > 0)
+		look_later(blame);
 }
 
 int blame_new(struct broker *broker, struct blame **ret)
 {
 	struct blame *blame = calloc(1, sizeof(*blame));
+	int r;
 
 	if (!blame)
 		return -ENOMEM;
+	r = sd_event_add_time(broker->event, &blame->timer, CLOCK_MONOTONIC, 0, 1, on_timer, blame);
+	if (r >= 0)
+		r = sd_event_source_set_enabled(blame->timer, SD_EVENT_OFF);
+	if (r < 0) {
+		blame_free(blame);
+		return r;
+	}
 	blame->broker = broker;
 	*ret = blame;
 	return 0;
@@ -254,8 +298,10 @@ int blame_new(struct broker *broker, struct blame **ret)
 
 struct blame *blame_free(struct blame *blame)
 {
-	if (blame)
-		free(blame->next);
+	if (!blame)
+		return NULL;
+	sd_event_source_disable_unref(blame->timer);
+	free(blame->next);
 	free(blame);
 	return NULL;
 }
@@ -285,5 +331,5 @@ void blame_request(struct blame *blame, const struct file *file)
 	s->any_device = strcmp(file->file_system, "btrfs") == 0;
 	snprintf(s->name, sizeof(s->name), "%s", name ? name + 1 : file->path);
 	if (!blame->running)
-		submit(blame);
+		look_later(blame);
 }

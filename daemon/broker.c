@@ -108,6 +108,9 @@ static int add_sources(struct broker *broker)
 	if (r >= 0)
 		r = sd_event_add_signal(broker->event, &broker->lease_signal, LEASE_SIGNAL,
 					on_lease_signal, broker);
+	/* somebody is held up by what it tells of */
+	if (r >= 0)
+		r = sd_event_source_set_priority(broker->lease_signal, SD_EVENT_PRIORITY_IMPORTANT);
 	if (r >= 0)
 		r = sd_event_add_signal(broker->event, &broker->overflow_signal, SIGIO, on_overflow,
 					broker);

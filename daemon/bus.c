@@ -17,6 +17,10 @@
 #define RECONNECT_FIRST_USEC (100 * USEC_PER_MSEC)
 #define RECONNECT_LAST_USEC  (5 * USEC_PER_SEC)
 
+/* What everybody may know goes out a moment later than the notice to the holder, who lets go meanwhile. */
+#define NEWS_USEC (2 * USEC_PER_MSEC)
+#define NEWS_MAX  64U
+
 struct bus {
 	struct broker *broker;
 	char *address; /* owned; NULL: the system bus */
@@ -24,6 +28,9 @@ struct bus {
 	bool connected;
 	uint64_t reconnect_usec; /* the present back-off */
 	sd_event_source *reconnect;
+	sd_bus_message *news[NEWS_MAX]; /* references; in the order of what happened */
+	unsigned n_news;
+	sd_event_source *news_timer; /* enabled while there are any */
 };
 
 static int bus_connect(struct bus *bus);
@@ -53,8 +60,25 @@ static void reconnect_later(struct bus *bus)
 		log_errno(LOG_ERR, r, "Cannot arm the timer for the bus");
 }
 
+static void send_news(struct bus *bus)
+{
+	for (unsigned i = 0; i < bus->n_news; i++) {
+		if (bus->connected)
+			(void)sd_bus_send(bus->bus, bus->news[i], NULL);
+		sd_bus_message_unref(bus->news[i]);
+	}
+	bus->n_news = 0;
+}
+
+static int on_news(sd_event_source *source, uint64_t usec, void *userdata)
+{
+	send_news(userdata);
+	return 0;
+}
+
 static void drop(struct bus *bus)
 {
+	send_news(bus);
 	if (!bus->bus)
 		return;
 	sd_bus_detach_event(bus->bus);
@@ -189,6 +213,11 @@ int bus_new(struct broker *broker, const char *address, struct bus **ret)
 			      bus);
 	if (r >= 0)
 		r = sd_event_source_set_enabled(bus->reconnect, SD_EVENT_OFF);
+	if (r >= 0)
+		r = sd_event_add_time(broker->event, &bus->news_timer, CLOCK_MONOTONIC, 0,
+				      USEC_PER_MSEC, on_news, bus);
+	if (r >= 0)
+		r = sd_event_source_set_enabled(bus->news_timer, SD_EVENT_OFF);
 	if (r < 0) {
 		bus_free(bus);
 		return r;
@@ -204,6 +233,7 @@ struct bus *bus_free(struct bus *bus)
 		return NULL;
 	drop(bus);
 	sd_event_source_disable_unref(bus->reconnect);
+	sd_event_source_disable_unref(bus->news_timer);
 	free(bus->address);
 	free(bus);
 	return NULL;
@@ -333,18 +363,40 @@ void bus_send_notice(struct bus *bus, const struct client *client,
 			  notice->revocation, client->bus_name);
 }
 
+static void add_news(struct bus *bus, const char *name, const struct revocation *rev,
+		     const char *outcome)
+{
+	sd_bus_message *m = NULL;
+	int r;
+
+	if (!bus->connected)
+		return;
+	if (bus->n_news == NEWS_MAX)
+		send_news(bus);
+	r = sd_bus_message_new_signal(bus->bus, &m, BUS_PATH, BUS_INTERFACE, name);
+	if (r >= 0)
+		r = sd_bus_message_append(m, "t", rev->id);
+	if (r >= 0 && outcome)
+		r = sd_bus_message_append(m, "s", outcome);
+	if (r < 0) {
+		sd_bus_message_unref(m);
+		log_errno(LOG_WARNING, r, "Cannot tell of revocation %" PRIu64 " on the bus", rev->id);
+		return;
+	}
+	bus->news[bus->n_news++] = m;
+	if (sd_event_source_get_enabled(bus->news_timer, NULL) == SD_EVENT_OFF &&
+	    (sd_event_source_set_time_relative(bus->news_timer, NEWS_USEC) < 0 ||
+	     sd_event_source_set_enabled(bus->news_timer, SD_EVENT_ONESHOT) < 0))
+		send_news(bus);
+}
+
 void bus_revocation_started(struct bus *bus, const struct revocation *rev)
 {
-	if (bus->connected)
-		(void)sd_bus_emit_signal(bus->bus, BUS_PATH, BUS_INTERFACE, "RevocationStarted",
-					 "t", rev->id);
+	add_news(bus, "RevocationStarted", rev, NULL);
 }
 
 void bus_revocation_ended(struct bus *bus, const struct revocation *rev)
 {
-	if (bus->connected)
-		(void)sd_bus_emit_signal(bus->bus, BUS_PATH, BUS_INTERFACE, "RevocationEnded", "ts",
-					 rev->id,
-					 enumeration_name(&enumeration_revocation_state,
-							  rev->state));
+	add_news(bus, "RevocationEnded", rev,
+		 enumeration_name(&enumeration_revocation_state, rev->state));
 }

@@ -453,9 +453,23 @@ static void context_new_run(struct job *job)
 
 	j->result = j->fd < 0 ? fetch_remote(j) : 0;
 	if (j->result == 0)
-		j->result = context_identify(j->fd, &j->ops, &j->refusal);
-	if (j->result == 0)
-		j->result = j->ops->describe(j->fd, &j->description);
+		j->result = context_identify(j->fd, &j->ops, &j->description, &j->refusal);
+}
+
+static void reply_context(struct peer *peer, const struct context *context)
+{
+	struct msg_context_info info;
+
+	context_info(context, &info);
+	peer_reply(peer, &schema_msg_add_context_out,
+		   &(struct msg_add_context_out){
+			   .context = info.context,
+			   .kind = info.kind,
+			   .device = info.device,
+			   .forcible = info.forcible,
+			   .proof = info.proof,
+		   },
+		   NULL, 0);
 }
 
 static void context_new_done(struct job *job)
@@ -473,19 +487,8 @@ static void context_new_done(struct job *job)
 		r = context_new(peer->client, j->ops, &j->description, j->fd, j->label, &context,
 				&j->refusal);
 	if (r == 0) {
-		struct msg_context_info info;
-		struct msg_add_context_out out;
-
 		j->fd = -1;
-		context_info(context, &info);
-		out = (struct msg_add_context_out){
-			.context = info.context,
-			.kind = info.kind,
-			.device = info.device,
-			.forcible = info.forcible,
-			.proof = info.proof,
-		};
-		peer_reply(peer, &schema_msg_add_context_out, &out, NULL, 0);
+		reply_context(peer, context);
 	} else {
 		peer_refuse(peer, r, &j->refusal);
 	}
@@ -497,7 +500,10 @@ static int call_add_context(struct call *call, const union call_in *in)
 {
 	const struct msg_add_context_in *add = &in->add_context;
 	struct client *client = client_of(call);
+	struct context_description description;
+	const struct context_ops *ops;
 	struct context_new_job *j;
+	struct context *context;
 	int r, fd = -1;
 
 	if (!client)
@@ -512,6 +518,16 @@ static int call_add_context(struct call *call, const union call_in *in)
 	if (add->fileDescriptor != INT_NULL) {
 		r = take_fd(call, "fileDescriptor", add->fileDescriptor, &fd);
 		if (r != 0)
+			return r;
+		r = context_identify_at_once(fd, &ops, &description, &call->refusal);
+		if (r == 0)
+			r = context_new(client, ops, &description, fd, add->label, &context,
+					&call->refusal);
+		if (r == 0)
+			reply_context(call->peer, context);
+		else if (r != -EAGAIN)
+			give_fd_back(call, add->fileDescriptor, fd);
+		if (r != -EAGAIN)
 			return r;
 	}
 	j = calloc(1, sizeof(*j));

@@ -1,5 +1,4 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-#include <errno.h>
 #include <linux/if_xdp.h>
 #include <sys/socket.h>
 
@@ -15,15 +14,8 @@ static bool xdp_identify(int fd, const char *link)
 	return getsockopt(fd, SOL_SOCKET, SO_DOMAIN, &domain, &size) == 0 && domain == AF_XDP;
 }
 
-static int xdp_describe(int fd, struct context_description *ret)
-{
-	*ret = (struct context_description){ .proof = PROOF_CLAIMED };
-	return 0;
-}
-
 const struct context_ops context_af_xdp = {
 	.kind = "af_xdp",
 	.identify = xdp_identify,
-	.describe = xdp_describe,
 	.frees_late = true,
 };

@@ -31,40 +31,88 @@ static const struct context_ops *const kinds[] = {
 	&context_opaque, /* last: takes what the others leave */
 };
 
-int context_identify(int fd, const struct context_ops **ret, struct refusal *ret_refusal)
+static int read_link(int fd, char ret[static PATH_MAX])
 {
-	char path[64], link[PATH_MAX];
-	struct statx stx;
-	int domain, flags;
-	socklen_t size = sizeof(domain);
+	char path[64];
 	ssize_t n;
+
+	snprintf(path, sizeof(path), "/proc/self/fd/%d", fd);
+	n = readlink(path, ret, PATH_MAX - 1);
+	if (n < 0)
+		return -errno;
+	ret[n] = 0;
+	return 0;
+}
+
+static int refuse_file(struct refusal *ret_refusal)
+{
+	return refuse(ret_refusal, REFUSAL_NOT_SUPPORTED, "descriptor",
+		      "A file, directory or pipe holds no pins.");
+}
+
+static const struct context_ops *find_kind(int fd, const char *link)
+{
+	size_t i = 0;
+
+	while (!kinds[i]->identify(fd, link))
+		i++;
+	return kinds[i];
+}
+
+int context_identify(int fd, const struct context_ops **ret, struct context_description *ret_description,
+		     struct refusal *ret_refusal)
+{
+	char link[PATH_MAX];
+	struct statx stx;
+	int r;
+
+	r = context_identify_at_once(fd, ret, ret_description, ret_refusal);
+	if (r != -EAGAIN)
+		return r;
+	/* see access.c: whatever else could wait for a FUSE server */
+	if (syscall(SYS_statx, fd, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, STATX_TYPE, &stx) < 0)
+		return -errno;
+	if (S_ISREG(stx.stx_mode) || S_ISDIR(stx.stx_mode) || S_ISFIFO(stx.stx_mode) ||
+	    S_ISLNK(stx.stx_mode))
+		return refuse_file(ret_refusal);
+	r = read_link(fd, link);
+	if (r < 0)
+		return r;
+	*ret = find_kind(fd, link);
+	*ret_description = (struct context_description){ .proof = PROOF_CLAIMED };
+	return (*ret)->describe ? (*ret)->describe(fd, ret_description) : 0;
+}
+
+int context_identify_at_once(int fd, const struct context_ops **ret,
+			     struct context_description *ret_description,
+			     struct refusal *ret_refusal)
+{
+	static const char anonymous[] = "anon_inode:", pipes[] = "pipe:[";
+	socklen_t size = sizeof(int);
+	char link[PATH_MAX] = "";
+	int domain, flags, r;
 
 	flags = fcntl(fd, F_GETFL);
 	if (flags < 0)
 		return -errno;
-	/* see access.c: whatever else could wait for a FUSE server */
-	if (syscall(SYS_statx, fd, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, STATX_TYPE, &stx) < 0)
-		return -errno;
-	if (flags & O_PATH || S_ISREG(stx.stx_mode) || S_ISDIR(stx.stx_mode) ||
-	    S_ISFIFO(stx.stx_mode) || S_ISLNK(stx.stx_mode))
-		return refuse(ret_refusal, REFUSAL_NOT_SUPPORTED, "descriptor",
-			      "A file, directory or pipe holds no pins.");
-	if (S_ISSOCK(stx.stx_mode) &&
-	    getsockopt(fd, SOL_SOCKET, SO_DOMAIN, &domain, &size) == 0 && domain == AF_UNIX)
+	if (flags & O_PATH)
+		return refuse_file(ret_refusal);
+	/* What has no path belongs to no file system that could keep anyone waiting. */
+	if (getsockopt(fd, SOL_SOCKET, SO_DOMAIN, &domain, &size) < 0) {
+		r = read_link(fd, link);
+		if (r < 0)
+			return r;
+		if (strncmp(link, pipes, sizeof(pipes) - 1) == 0)
+			return refuse_file(ret_refusal);
+		if (strncmp(link, anonymous, sizeof(anonymous) - 1) != 0)
+			return -EAGAIN;
+	} else if (domain == AF_UNIX) {
 		return refuse(ret_refusal, REFUSAL_NOT_SUPPORTED, "unixSocket",
 			      "An AF_UNIX socket holds no pins, but could hold this connection.");
-
-	snprintf(path, sizeof(path), "/proc/self/fd/%d", fd);
-	n = readlink(path, link, sizeof(link) - 1);
-	if (n < 0)
-		return -errno;
-	link[n] = 0;
-	for (size_t i = 0; i < ELEMENTS(kinds); i++)
-		if (kinds[i]->identify(fd, link)) {
-			*ret = kinds[i];
-			return 0;
-		}
-	return -EINVAL;
+	}
+	*ret = find_kind(fd, link);
+	*ret_description = (struct context_description){ .proof = PROOF_CLAIMED };
+	return (*ret)->describe ? -EAGAIN : 0;
 }
 
 int context_new(struct client *client, const struct context_ops *ops,

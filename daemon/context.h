@@ -39,10 +39,11 @@ struct context_description {
 struct context_ops {
 	const char *kind;
 
-	/* Is the descriptor, whose /proc/self/fd link reads `link`, of this kind? */
+	/* Is the descriptor, whose /proc/self/fd link reads `link` ("" for sockets), of this kind? */
 	bool (*identify)(int fd, const char *link);
 
-	/* Finds out, doing no harm, what can be done through it. */
+	/* Finds out, doing no harm, what can be done through it. Default: nothing, and its holder is
+	 * believed (PROOF_CLAIMED). */
 	int (*describe)(int fd, struct context_description *ret);
 
 	/* What the handle is at present; -ENOENT: there is none. Default: -EOPNOTSUPP, no handle is
@@ -88,8 +89,13 @@ struct context {
 	RB_ENTRY(context) by_id; /* broker::contexts */
 };
 
-/* The kind of a descriptor; REFUSED if it cannot be a context. (offload) */
-int context_identify(int fd, const struct context_ops **ret, struct refusal *ret_refusal);
+/* The kind of a descriptor, and what can be done through it. REFUSED if it cannot be a context.
+ * context_identify() can wait (offload); context_identify_at_once() is -EAGAIN where it would. */
+int context_identify(int fd, const struct context_ops **ret, struct context_description *ret_description,
+		     struct refusal *ret_refusal);
+int context_identify_at_once(int fd, const struct context_ops **ret,
+			     struct context_description *ret_description,
+			     struct refusal *ret_refusal);
 
 /* Takes the descriptor over on success. REFUSED if LIMIT_CONTEXTS is reached. */
 int context_new(struct client *client, const struct context_ops *ops,

@@ -60,20 +60,15 @@ int lease_give(struct lease *lease)
 
 uint64_t lease_break_usec(void)
 {
+	static int fd = -1; /* stays open: it is read anew for each break, as it can be changed at any time */
 	char buffer[32];
-	uint64_t usec = 45 * USEC_PER_SEC;
-	int fd;
+	ssize_t n;
 
-	/* Read each time, it can be changed at any time. */
-	fd = open("/proc/sys/fs/lease-break-time", O_RDONLY | O_CLOEXEC);
-	if (fd >= 0) {
-		ssize_t n = read(fd, buffer, sizeof(buffer) - 1);
-
-		if (n > 0) {
-			buffer[n] = 0;
-			usec = strtoull(buffer, NULL, 10) * USEC_PER_SEC;
-		}
-		close(fd);
-	}
-	return usec;
+	if (fd < 0)
+		fd = open("/proc/sys/fs/lease-break-time", O_RDONLY | O_CLOEXEC);
+	n = pread(fd, buffer, sizeof(buffer) - 1, 0);
+	if (n <= 0)
+		return 45 * USEC_PER_SEC;
+	buffer[n] = 0;
+	return strtoull(buffer, NULL, 10) * USEC_PER_SEC;
 }

@@ -23,6 +23,7 @@
 #define MESSAGE_MAX    2048U
 #define TEXT_MAX       (MESSAGE_MAX + 3U * 2048)
 #define IOVECS_MAX     32U
+#define WAKE_LATER_USEC (2 * USEC_PER_MSEC)
 
 /* Lines KEY=value, MESSAGE first. The values are UTF-8 without control characters. */
 struct text {
@@ -46,6 +47,8 @@ static struct {
 	bool closing;
 	bool journal;     /* set before the thread starts */
 	int max_priority; /* likewise */
+	sd_event_source *wake; /* the loop's; NULL: the thread is woken at once */
+	pthread_t loop;
 } state = {
 	.lock = PTHREAD_MUTEX_INITIALIZER,
 	.work = PTHREAD_COND_INITIALIZER,
@@ -295,6 +298,38 @@ void log_close(unsigned timeout_msec)
 	pthread_mutex_unlock(&state.lock);
 }
 
+static int on_wake(sd_event_source *source, uint64_t usec, void *userdata)
+{
+	pthread_mutex_lock(&state.lock);
+	pthread_cond_signal(&state.work);
+	pthread_mutex_unlock(&state.lock);
+	return 0;
+}
+
+int log_attach(sd_event *event)
+{
+	int r = sd_event_add_time(event, &state.wake, CLOCK_MONOTONIC, 0, USEC_PER_MSEC, on_wake, NULL);
+
+	state.loop = pthread_self();
+	return r < 0 ? r : sd_event_source_set_enabled(state.wake, SD_EVENT_OFF);
+}
+
+void log_detach(void)
+{
+	state.wake = sd_event_source_disable_unref(state.wake);
+}
+
+static bool wake_later(int priority)
+{
+	if (priority <= LOG_ERR || state.n_entries > LOG_QUEUE_MAX / 2 || !state.wake ||
+	    !pthread_equal(pthread_self(), state.loop))
+		return false;
+	if (sd_event_source_get_enabled(state.wake, NULL) > 0)
+		return true;
+	return sd_event_source_set_time_relative(state.wake, WAKE_LATER_USEC) >= 0 &&
+	       sd_event_source_set_enabled(state.wake, SD_EVENT_ONESHOT) >= 0;
+}
+
 /* Returns false if there is no thread: before log_open(), and after a complete log_close(). */
 static bool entry_push(int priority, const struct text *t)
 {
@@ -311,7 +346,8 @@ static bool entry_push(int priority, const struct text *t)
 		STAILQ_INSERT_TAIL(&state.entries, entry, link);
 		entry = NULL;
 		state.n_entries++;
-		pthread_cond_signal(&state.work);
+		if (!wake_later(priority))
+			pthread_cond_signal(&state.work);
 	} else if (running) {
 		state.n_dropped++;
 	}
@@ -324,11 +360,12 @@ static void __attribute__((format(printf, 4, 0))) log_eventv(int priority, const
 	const struct log_fields *fields, const char *format, va_list ap)
 {
 	char message[MESSAGE_MAX];
-	struct text t = {.n = 0};
+	struct text t; /* not cleared: it is large */
 	int e = errno;
 
 	if (priority > state.max_priority)
 		return;
+	t.n = 0;
 	vsnprintf(message, sizeof(message), format, ap);
 	text_add(&t, "MESSAGE", message);
 	text_add(&t, "MESSAGE_ID", message_id);

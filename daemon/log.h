@@ -4,6 +4,7 @@
 #include <stdint.h>
 #include <sys/types.h>
 #include <syslog.h>
+#include <systemd/sd-event.h>
 
 /*
  * The log: to the journal where the process's stderr is connected to it (or it cannot be told where
@@ -52,6 +53,10 @@ struct log_fields {
 
 /* max_priority: LOG_DEBUG … LOG_ERR, what is less urgent is dropped. Starts the thread. */
 int log_open(int max_priority);
+/* Lets the loop wake the thread a moment later, from where nobody is held up by it; to be detached before
+ * the loop goes. What is urgent (LOG_ERR and above) is written at once all the same. */
+int log_attach(sd_event *event);
+void log_detach(void);
 /* Waits for the queue to be written out, at most timeout_msec. */
 void log_close(unsigned timeout_msec);
 

@@ -308,6 +308,8 @@ int main(int argc, char *argv[])
 	}
 	r = sd_event_new(&event);
 	if (r >= 0)
+		r = log_attach(event);
+	if (r >= 0)
 		r = broker_new(event, &config, &broker);
 	if (r >= 0)
 		r = start(broker, &options);
@@ -322,6 +324,7 @@ int main(int argc, char *argv[])
 		broker_free(broker);
 	}
 	config_clear(&config);
+	log_detach();
 	sd_event_unref(event);
 	if (getenv("NOTIFY_SOCKET"))
 		(void)sd_notify(false, "STOPPING=1");

@@ -325,6 +325,7 @@ static void announce(struct revocation *rev)
 {
 	struct log_fields fields = revocation_fields(rev);
 
+	notice_send(rev);
 	log_event(LOG_NOTICE, MESSAGE_REVOKE_STARTED, &fields,
 		  "Revocation %" PRIu64 " of %zu pins of %s started (%s%s%s), %.3f s to let go.",
 		  rev->id, rev->n_targets, revocation_path(rev), fields.cause,
@@ -334,7 +335,6 @@ static void announce(struct revocation *rev)
 			  : 0.0);
 	if (rev->broker->bus)
 		bus_revocation_started(rev->broker->bus, rev);
-	notice_send(rev);
 }
 
 static void step(struct revocation *rev, struct revocation_step step)
