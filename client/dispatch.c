@@ -120,10 +120,12 @@ static int dispatch_locked(pinbroker *pb)
 {
 	eventfd_t value;
 	bool lost;
-	int n;
+	int n = 0;
 
 	if (!atomic_load(&pb->lost)) {
 		dispatch_events(pb);
+		/* Somebody waits for this; the rest can wait. */
+		n = notices_deliver(pb);
 		dispatch_timers(pb);
 		request_attend(pb);
 	}
@@ -133,7 +135,7 @@ static int dispatch_locked(pinbroker *pb)
 		dispatch_lost(pb);
 	timer_arm(pb);
 
-	n = notices_deliver(pb);
+	n += notices_deliver(pb);
 	if (lost && !pb->lost_told) {
 		pb->lost_told = true;
 		if (pb->lost_callback)

@@ -110,7 +110,7 @@ void watch_dispatch(pinbroker *pb)
 
 	if (!pb->watch)
 		return;
-	r = watch_flush(pb);
+	r = connection_queued(pb->watch) > 0 ? watch_flush(pb) : 0;
 	if (r >= 0) {
 		r = connection_read(pb->watch);
 		if (r == 0)

@@ -308,16 +308,17 @@ static void break_by_writer(struct file *file)
 		release(file);
 		return;
 	}
-	log_event(LOG_NOTICE, MESSAGE_LEASE_BROKEN, &fields,
-		  "Lease of %s broken: somebody opens it for writing or truncates it, %u pins are "
-		  "in the way.",
-		  file->path, file->n_pins);
 	pins = calloc(file->n_pins, sizeof(*pins));
 	while (pins && (pin = pin_ranges_find(&file->pins, 0, UINT64_MAX, pin)))
 		pins[n++] = pin;
 	r = pins ? revocation_start(file->broker, file, true, &conflict, pins, n, UINT64_MAX, false,
 				    NULL)
 		 : -ENOMEM;
+	/* The holders have been told first: somebody is waiting for them. */
+	log_event(LOG_NOTICE, MESSAGE_LEASE_BROKEN, &fields,
+		  "Lease of %s broken: somebody opens it for writing or truncates it, %zu pins "
+		  "are in the way.",
+		  file->path, n);
 	if (r < 0) {
 		log_errno(LOG_ERR, r, "Cannot revoke the pins of %s, trying again", file->path);
 		arm(file, now_usec() + SETTLE_RETRY_USEC);

@@ -178,12 +178,12 @@ static void end(struct revocation *rev)
 	bool lost = rev->state == REVOCATION_LOST;
 
 	rev->end_usec = now_usec();
-	report_end(rev);
 	drop_targets(rev);
 	if (file && file->revocation == rev) {
 		file->revocation = NULL;
 		file_revocation_ended(file, lost);
 	}
+	report_end(rev);
 	if (broker->bus)
 		bus_revocation_ended(broker->bus, rev);
 	broker_retire_revocation(broker, rev);
