@@ -157,6 +157,8 @@ int main(int argc, char *argv[])
 	assert_int_equal(pinbroker_add_context(pb, eventfd(0, EFD_CLOEXEC), NULL, &context), 0);
 	bench_live();
 	bench_batches();
+	pinbroker_context_free(context);
+	pinbroker_file_free(file);
 	pinbroker_unref(pb);
 	world_stop();
 	return 0;

@@ -174,6 +174,8 @@ int main(int argc, char *argv[])
 	bench_plain(pb, file, context);
 	bench_descriptor("request-with-socket", socket(AF_XDP, SOCK_RAW | SOCK_CLOEXEC, 0));
 	bench_descriptor("request-with-descriptor", eventfd(0, EFD_CLOEXEC));
+	pinbroker_context_free(context);
+	pinbroker_file_free(file);
 	pinbroker_unref(pb);
 	world_stop();
 	return 0;

@@ -18,7 +18,7 @@
 #define SIGNAL_MSEC 300
 
 /* How much later than its time a step may come. */
-#ifdef __SANITIZE_ADDRESS__
+#ifdef PINBROKER_SANITIZED
 #define LATE_MSEC 500
 #else
 #define LATE_MSEC 100
