@@ -14,7 +14,8 @@
 
 /* What the signals should have told is looked up now and then all the same: a client that shares the
  * description can redirect them. Orphaned contexts are looked at again, too. */
-#define AUDIT_USEC (5 * USEC_PER_SEC)
+#define AUDIT_USEC      (5 * USEC_PER_SEC)
+#define AUDIT_SOON_USEC (100 * USEC_PER_MSEC)
 
 #define SWEEP_FILES_PER_TURN 1024
 
@@ -88,6 +89,11 @@ static int on_audit(sd_event_source *source, uint64_t usec, void *userdata)
 	reap_orphans(broker);
 	r = sd_event_source_set_time(source, now_usec() + AUDIT_USEC);
 	return r < 0 ? r : sd_event_source_set_enabled(source, SD_EVENT_ONESHOT);
+}
+
+void broker_audit_soon(struct broker *broker)
+{
+	(void)sd_event_source_set_time(broker->audit, now_usec() + AUDIT_SOON_USEC);
 }
 
 static int block_signals(void)

@@ -109,3 +109,5 @@ void broker_retire_revocation(struct broker *broker, struct revocation *revocati
 
 /* Looks at the lease of every file, some each turn of the loop. */
 void broker_sweep(struct broker *broker);
+/* Brings the next audit forward, which tries again what could not be done. */
+void broker_audit_soon(struct broker *broker);

@@ -296,6 +296,17 @@ static void drop_reserved(struct context *context, size_t n)
 		pin_free(LIST_FIRST(&context->pins));
 }
 
+static int charge_pins(struct user *user, size_t n, uint64_t bytes, struct refusal *ret_refusal)
+{
+	if (user_charge(user, LIMIT_PINS, n) < 0)
+		return refuse_limit(ret_refusal, user, LIMIT_PINS);
+	if (user_charge(user, LIMIT_PINNED_BYTES, bytes) < 0) {
+		user_discharge(user, LIMIT_PINS, n);
+		return refuse_limit(ret_refusal, user, LIMIT_PINNED_BYTES);
+	}
+	return 0;
+}
+
 int client_pin(struct client *client, uint64_t file_id, uint64_t context_id,
 	       const struct msg_range *ranges, size_t n_ranges, enum access access,
 	       const char *text, int64_t *ret_ids, struct refusal *ret_refusal)
@@ -320,23 +331,17 @@ int client_pin(struct client *client, uint64_t file_id, uint64_t context_id,
 	if (r != 0)
 		return r;
 
-	if (user_charge(client->user, LIMIT_PINS, n_ranges) < 0)
-		return refuse_limit(ret_refusal, client->user, LIMIT_PINS);
-	if (user_charge(client->user, LIMIT_PINNED_BYTES, bytes) < 0) {
-		user_discharge(client->user, LIMIT_PINS, n_ranges);
-		return refuse_limit(ret_refusal, client->user, LIMIT_PINNED_BYTES);
-	}
-	if (text) {
-		label = label_new(text);
-		r = label ? 0 : -ENOMEM;
-	}
+	if (text && !(label = label_new(text)))
+		return -ENOMEM;
+	r = charge_pins(client->user, n_ranges, bytes, ret_refusal);
 	for (size_t i = 0; r == 0 && i < n_ranges; i++) {
 		struct pin *pin;
 
 		r = pin_new(context, use, &ranges[i], access, label, &pin);
 		if (r < 0) {
+			/* What these have been charged goes with them, … */
 			drop_reserved(context, i);
-			/* what the others had been charged went with them */
+			/* … and what the others would have been. */
 			for (size_t k = i; k < n_ranges; k++)
 				user_discharge(client->user, LIMIT_PINNED_BYTES,
 					       (uint64_t)ranges[k].length);

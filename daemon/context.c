@@ -426,8 +426,9 @@ static void start_reap(struct context *context)
 
 	j = context_job_new(context, 0);
 	if (!j) {
-		/* No memory: the audit comes back to it. */
+		/* The audit comes back to it. */
 		context->reaping = false;
+		broker_audit_soon(context->client->broker);
 		return;
 	}
 	LIST_FOREACH(pin, &context->pins, of_context)

@@ -93,6 +93,12 @@ static void log_bad_input(struct peer *peer, int error)
 		.error = -error,
 	};
 
+	if (error == -ENOMEM) {
+		log_event(LOG_WARNING, NULL, &fields,
+			  "No memory for what process %d of uid %u sent, connection closed.",
+			  peer->process.pid, peer->process.uid);
+		return;
+	}
 	log_event(LOG_NOTICE, MESSAGE_BAD_INPUT, &fields,
 		  "Process %d of uid %u sent what is no message, connection closed: %s.",
 		  peer->process.pid, peer->process.uid, strerror(-error));

@@ -18,6 +18,7 @@
 /* How long forced detaches, and dying, may take. */
 #define DETACH_USEC (1 * USEC_PER_SEC)
 #define KILL_USEC   (2 * USEC_PER_SEC)
+#define RETRY_USEC  (10 * USEC_PER_MSEC)
 
 /* What is left unused of the kernel's lease-break-time, as a fraction, and at most. */
 #define MARGIN_PART 10
@@ -95,16 +96,32 @@ static void plan(struct revocation *rev, uint64_t grace_usec)
 					 : rev->deadline_usec + budget;
 }
 
+static void start_jobs(struct revocation *rev);
+
 static int on_timer(sd_event_source *source, uint64_t usec, void *userdata)
 {
-	revocation_event(userdata, REVOKE_TIMEOUT);
+	struct revocation *rev = userdata;
+
+	if (rev->short_of_memory && now_usec() < rev->deadline_usec)
+		start_jobs(rev);
+	else
+		revocation_event(rev, REVOKE_TIMEOUT);
 	return 0;
+}
+
+static void set_timer(struct revocation *rev, uint64_t usec)
+{
+	int r = sd_event_source_set_time(rev->timer, usec);
+
+	if (r >= 0)
+		r = sd_event_source_set_enabled(rev->timer, SD_EVENT_ONESHOT);
+	if (r < 0) /* epoll and timerfd exist already: it takes no memory */
+		log_errno(LOG_ERR, r, "Cannot arm the timer of revocation %" PRIu64, rev->id);
 }
 
 static void arm(struct revocation *rev, unsigned actions)
 {
 	uint64_t usec, now = now_usec();
-	int r;
 
 	if (actions & REVOKE_ARM_GRACE)
 		usec = rev->deadline_usec;
@@ -115,11 +132,7 @@ static void arm(struct revocation *rev, unsigned actions)
 	else
 		usec = now + rev->kill_usec;
 	rev->deadline_usec = usec;
-	r = sd_event_source_set_time(rev->timer, usec);
-	if (r >= 0)
-		r = sd_event_source_set_enabled(rev->timer, SD_EVENT_ONESHOT);
-	if (r < 0) /* epoll and timerfd exist already: it takes no memory */
-		log_errno(LOG_ERR, r, "Cannot arm the timer of revocation %" PRIu64, rev->id);
+	set_timer(rev, usec);
 }
 
 /* Forgets the targets: what is still pinned stays so. */
@@ -268,32 +281,55 @@ static int signal_client(struct revocation *rev, struct client *client, int sig)
 	j->job.run = signal_run;
 	j->job.done = signal_done;
 	offload_submit_force(rev->broker->offload, NULL, &j->job);
-	return 0;
+	return 1;
 }
 
-/* The jobs of a rung: for sig 0 one for each context, else one for each client that has pins left. */
-static void start_jobs(struct revocation *rev, int sig)
+static int rung_signal(const struct revocation *rev)
 {
-	const void *last = NULL;
+	if (rev->state == REVOCATION_DETACHING)
+		return 0;
+	return rev->state == REVOCATION_KILLED ? SIGKILL : rev->broker->config.signal_on_timeout;
+}
 
-	rev->n_jobs = 1; /* ours, so that none that comes back at once ends the rung */
-	rev->n_reached = 0;
-	for (size_t i = 0; i < rev->n_targets; i++) {
-		struct pin *pin = rev->targets[i].pin;
-		struct client *client;
+/* The jobs of the present rung: one for each context, or one for each client that has pins left. Without
+ * memory for one of them it is done again a little later, until its time is up. */
+static void start_jobs(struct revocation *rev)
+{
+	const struct client *last = NULL;
+	bool again = rev->short_of_memory;
+	int sig = rung_signal(rev);
 
-		if (!pin)
-			continue;
-		client = pin->context->client;
-		if (sig == 0 && pin->context->detached_by != rev->id) {
-			pin->context->detached_by = rev->id;
-			rev->n_jobs += context_detach(pin->context, rev) > 0;
-		} else if (sig != 0 && client != last && !client->dead) {
-			last = client;
-			rev->n_jobs += signal_client(rev, client, sig) >= 0;
-		}
+	if (!again) {
+		rev->n_jobs = 1; /* ours, so that none that comes back at once ends the rung */
+		rev->n_reached = 0;
 	}
-	revocation_job_done(rev->broker, rev->id, rev->state, false);
+	rev->short_of_memory = false;
+	for (size_t i = 0; i < rev->n_targets; i++) {
+		struct target *target = &rev->targets[i];
+		struct context *context;
+		int r = 0;
+
+		if (!target->pin)
+			continue;
+		context = target->pin->context;
+		if (sig == 0 && context->detached_by != rev->id) {
+			r = context_detach(context, rev);
+			if (r >= 0)
+				context->detached_by = rev->id;
+		} else if (sig != 0 && context->client != last && !context->client->dead) {
+			last = context->client;
+			if (target->asked != rev->state)
+				r = signal_client(rev, context->client, sig);
+			if (r >= 0)
+				target->asked = rev->state;
+		}
+		rev->n_jobs += r > 0;
+		rev->short_of_memory |= r < 0;
+	}
+	if (rev->short_of_memory || again)
+		set_timer(rev, rev->short_of_memory ? now_usec() + RETRY_USEC : rev->deadline_usec);
+	if (!rev->short_of_memory)
+		revocation_job_done(rev->broker, rev->id, rev->state, false);
 }
 
 static bool is_reaping(const struct revocation *rev)
@@ -342,6 +378,7 @@ static void step(struct revocation *rev, struct revocation_step step)
 	unsigned actions = step.actions;
 
 	rev->state = step.state;
+	rev->short_of_memory = false;
 	if (actions & REVOKE_ARM)
 		arm(rev, actions);
 	if (actions & REVOKE_DISARM)
@@ -353,14 +390,10 @@ static void step(struct revocation *rev, struct revocation_step step)
 	/* These may bring on the next event before they return, and free the revocation. */
 	if (actions & REVOKE_END)
 		end(rev);
-	else if (actions & REVOKE_DETACH)
-		start_jobs(rev, 0);
 	else if (actions & REVOKE_SIGNAL && rev->broker->config.signal_on_timeout == 0)
 		revocation_event(rev, REVOKE_UNREACHABLE);
-	else if (actions & REVOKE_SIGNAL)
-		start_jobs(rev, rev->broker->config.signal_on_timeout);
-	else if (actions & REVOKE_KILL)
-		start_jobs(rev, SIGKILL);
+	else if (actions & (REVOKE_DETACH | REVOKE_SIGNAL | REVOKE_KILL))
+		start_jobs(rev);
 }
 
 void revocation_event(struct revocation *rev, enum revocation_event event)

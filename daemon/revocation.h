@@ -35,6 +35,7 @@ struct conflict {
 struct target {
 	struct revocation *revocation; /* revocation::targets, which owns it */
 	struct pin *pin;               /* pin::targets; NULL once it is gone */
+	enum revocation_state asked;   /* the last rung that has signalled its holder, for the first of his */
 	LIST_ENTRY(target) of_pin;
 };
 
@@ -60,6 +61,7 @@ struct revocation {
 	sd_event_source *timer;
 	unsigned n_jobs;    /* of the present rung */
 	unsigned n_reached; /* processes that the present rung's signal reached */
+	bool short_of_memory; /* the present rung has to be tried again */
 
 	RB_ENTRY(revocation) by_id;
 	TAILQ_ENTRY(revocation) of_ended;

@@ -13,6 +13,8 @@
 #define INPUT_MIN      4096U
 #define SEGMENT_MIN    4000U
 #define SEGMENTS_MAX   16  /* in one sendmsg() */
+#define PARSED_OBJECT  1200U /* bytes that a parsed object or array takes at most, when small, */
+#define PARSED_BYTE    8U    /* and what is in it, a byte of text */
 #define KERNEL_FDS_MAX 253 /* SCM_MAX_FD: what one recvmsg() can bring */
 
 /* What is queued: one message with its descriptors, or any number without. */
@@ -239,18 +241,32 @@ static size_t count_brackets(const char *text, size_t size)
 	return n;
 }
 
-/* With the NUL, at which the tokener knows that nothing more comes. */
-static json_object *connection_parse(struct connection *c, const char *text, size_t size)
+/* json-c 0.16 crashes where its tokener is refused memory for a key: so there has to be some. */
+static bool have_memory(size_t n_brackets, size_t size)
 {
+	void *p = malloc(n_brackets * PARSED_OBJECT + size * PARSED_BYTE);
+
+	free(p);
+	return p;
+}
+
+/* With the NUL, at which the tokener knows that nothing more comes. */
+static int connection_parse(struct connection *c, const char *text, size_t size, json_object **ret)
+{
+	size_t n = count_brackets(text, size);
 	json_object *o;
 
-	if (size > CONNECTION_BRACKETS_MAX && count_brackets(text, size) > CONNECTION_BRACKETS_MAX)
-		return NULL;
+	if (n > CONNECTION_BRACKETS_MAX)
+		return -EBADMSG;
+	if (!have_memory(n, size))
+		return -ENOMEM;
 	o = json_tokener_parse_ex(c->tokener, text, (int)size);
-	if (json_object_is_type(o, json_type_object))
-		return o;
-	json_object_put(o);
-	return NULL;
+	if (!json_object_is_type(o, json_type_object)) {
+		json_object_put(o);
+		return -EBADMSG;
+	}
+	*ret = o;
+	return 0;
 }
 
 static void connection_shrink(struct connection *c)
@@ -271,13 +287,14 @@ int connection_receive(struct connection *c, json_object **ret_message, struct f
 {
 	json_object *message;
 	size_t size;
+	int r;
 
 	if (!c->nul)
 		return 0;
 	size = (size_t)(c->nul - c->input) - c->start + 1;
-	message = connection_parse(c, c->input + c->start, size);
-	if (!message)
-		return -EBADMSG;
+	r = connection_parse(c, c->input + c->start, size, &message);
+	if (r < 0)
+		return r;
 
 	if (c->n_arrivals > 0 && c->arrivals[0].message == c->start) {
 		*ret_fds = c->arrivals[0].fds;

@@ -1,0 +1,13 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#pragma once
+
+#include <stdatomic.h>
+#include <stdbool.h>
+
+/* In memory that the test shares with the daemon. */
+struct refusing {
+	atomic_bool on;
+	atomic_long n_asked; /* allocations, while on */
+	atomic_long after;   /* so many are granted, */
+	atomic_long n;       /* the next so many are refused */
+};
