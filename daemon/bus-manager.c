@@ -8,9 +8,9 @@
 #include "admin.h"
 #include "broker.h"
 #include "bus-credentials.h"
+#include "bus-object.h"
 #include "bus.h"
 #include "macro.h"
-#include "protocol/utf8.h"
 
 /* org.pinbroker1.Manager: from messages to the broker and back. */
 
@@ -233,52 +233,29 @@ static bool matches_revocation(const struct revocation *rev, const struct list *
 	return matches(list->file, rev->file) && list->client == 0;
 }
 
-static int append_string(sd_bus_message *m, const char *key, const char *value)
-{
-	char *text;
-	int r;
-
-	/* what comes from the kernel may hold any bytes */
-	text = strdup(value);
-	if (!text)
-		return -ENOMEM;
-	utf8_sanitize(text);
-	r = sd_bus_message_append(m, "{sv}", key, "s", text);
-	free(text);
-	return r;
-}
-
 static int append_fields(sd_bus_message *m, const struct schema *schema, const void *p);
 
 static int append_field(sd_bus_message *m, const struct field *field, const void *p)
 {
 	const void *value = (const char *)p + field->offset;
-	int64_t number;
+	int r;
 
-	switch (field->kind) {
-	case FIELD_BOOL:
-		return sd_bus_message_append(m, "{sv}", field->name, "b",
-					     (int)*(const bool *)value);
-	case FIELD_INT:
-		number = *(const int64_t *)value;
-		return number == INT_NULL ? 0
-					  : sd_bus_message_append(m, "{sv}", field->name, "t",
-								  (uint64_t)number);
-	case FIELD_STRING:
-		return *(const char *const *)value
-			       ? append_string(m, field->name, *(const char *const *)value)
-			       : 0;
-	case FIELD_ENUM:
-		return *(const int *)value == ENUM_NULL
-			       ? 0
-			       : append_string(m, field->name,
-					       enumeration_name(field->enumeration,
-								*(const int *)value));
-	case FIELD_OBJECT: /* a conflict: its fields stand beside the others */
+	if (field->kind == FIELD_OBJECT) /* a conflict: its fields stand beside the others */
 		return append_fields(m, field->schema, value);
-	default:
-		return -EOPNOTSUPP;
-	}
+	if ((field->kind == FIELD_INT && *(const int64_t *)value == INT_NULL) ||
+	    (field->kind == FIELD_STRING && !*(const char *const *)value) ||
+	    (field->kind == FIELD_ENUM && *(const int *)value == ENUM_NULL))
+		return 0;
+	r = sd_bus_message_open_container(m, 'e', "sv");
+	if (r >= 0)
+		r = sd_bus_message_append(m, "s", field->name);
+	if (r >= 0)
+		r = sd_bus_message_open_container(m, 'v', bus_field_type(field));
+	if (r >= 0)
+		r = bus_append_value(m, field, value);
+	if (r >= 0)
+		r = sd_bus_message_close_container(m);
+	return r < 0 ? r : sd_bus_message_close_container(m);
 }
 
 /* An object as the socket shows it; the same names, null fields left out. */

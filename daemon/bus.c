@@ -10,6 +10,7 @@
 #include "broker.h"
 #include "bus-credentials.h"
 #include "bus-manager.h"
+#include "bus-object.h"
 #include "log.h"
 #include "macro.h"
 #include "notice.h"
@@ -21,6 +22,18 @@
 #define NEWS_USEC (2 * USEC_PER_MSEC)
 #define NEWS_MAX  64U
 
+struct news {
+	enum {
+		NEWS_ADDED,
+		NEWS_REMOVED,
+		NEWS_STARTED, /* a revocation */
+		NEWS_ENDED,
+	} what;
+	enum bus_object kind;
+	uint64_t id;
+	enum revocation_state outcome;
+};
+
 struct bus {
 	struct broker *broker;
 	char *address; /* owned; NULL: the system bus */
@@ -28,7 +41,7 @@ struct bus {
 	bool connected;
 	uint64_t reconnect_usec; /* the present back-off */
 	sd_event_source *reconnect;
-	sd_bus_message *news[NEWS_MAX]; /* references; in the order of what happened */
+	struct news news[NEWS_MAX]; /* in the order of what happened */
 	unsigned n_news;
 	sd_event_source *news_timer; /* enabled while there are any */
 };
@@ -60,14 +73,33 @@ static void reconnect_later(struct bus *bus)
 		log_errno(LOG_ERR, r, "Cannot arm the timer for the bus");
 }
 
+static int send_one(sd_bus *bus, const struct news *n)
+{
+	switch (n->what) {
+	case NEWS_ADDED:
+		return bus_object_added(bus, n->kind, n->id);
+	case NEWS_REMOVED:
+		return bus_object_removed(bus, n->kind, n->id);
+	case NEWS_STARTED:
+		return sd_bus_emit_signal(bus, BUS_PATH, BUS_INTERFACE, "RevocationStarted", "t", n->id);
+	default:
+		return sd_bus_emit_signal(bus, BUS_PATH, BUS_INTERFACE, "RevocationEnded", "ts", n->id,
+					  enumeration_name(&enumeration_revocation_state,
+							   (int)n->outcome));
+	}
+}
+
 static void send_news(struct bus *bus)
 {
-	for (unsigned i = 0; i < bus->n_news; i++) {
-		if (bus->connected)
-			(void)sd_bus_send(bus->bus, bus->news[i], NULL);
-		sd_bus_message_unref(bus->news[i]);
-	}
+	unsigned n = bus->n_news;
+
 	bus->n_news = 0;
+	for (unsigned i = 0; bus->connected && i < n; i++) {
+		int r = send_one(bus->bus, &bus->news[i]);
+
+		if (r < 0)
+			log_errno(LOG_WARNING, r, "Cannot tell the bus of %" PRIu64, bus->news[i].id);
+	}
 }
 
 static int on_news(sd_event_source *source, uint64_t usec, void *userdata)
@@ -160,6 +192,8 @@ static int bus_start(struct bus *bus)
 		r = sd_bus_set_connected_signal(bus->bus, true);
 	if (r >= 0)
 		r = bus_manager_add(bus->bus, bus->broker);
+	if (r >= 0)
+		r = bus_objects_add(bus->bus, bus->broker);
 	if (r >= 0)
 		r = sd_bus_match_signal_async(bus->bus, NULL, "org.freedesktop.DBus.Local",
 					      "/org/freedesktop/DBus/Local",
@@ -363,27 +397,13 @@ void bus_send_notice(struct bus *bus, const struct client *client,
 			  notice->revocation, client->bus_name);
 }
 
-static void add_news(struct bus *bus, const char *name, const struct revocation *rev,
-		     const char *outcome)
+static void add_news(struct bus *bus, struct news news)
 {
-	sd_bus_message *m = NULL;
-	int r;
-
-	if (!bus->connected)
+	if (!bus || !bus->connected)
 		return;
 	if (bus->n_news == NEWS_MAX)
 		send_news(bus);
-	r = sd_bus_message_new_signal(bus->bus, &m, BUS_PATH, BUS_INTERFACE, name);
-	if (r >= 0)
-		r = sd_bus_message_append(m, "t", rev->id);
-	if (r >= 0 && outcome)
-		r = sd_bus_message_append(m, "s", outcome);
-	if (r < 0) {
-		sd_bus_message_unref(m);
-		log_errno(LOG_WARNING, r, "Cannot tell of revocation %" PRIu64 " on the bus", rev->id);
-		return;
-	}
-	bus->news[bus->n_news++] = m;
+	bus->news[bus->n_news++] = news;
 	if (sd_event_source_get_enabled(bus->news_timer, NULL) == SD_EVENT_OFF &&
 	    (sd_event_source_set_time_relative(bus->news_timer, NEWS_USEC) < 0 ||
 	     sd_event_source_set_enabled(bus->news_timer, SD_EVENT_ONESHOT) < 0))
@@ -392,11 +412,30 @@ static void add_news(struct bus *bus, const char *name, const struct revocation 
 
 void bus_revocation_started(struct bus *bus, const struct revocation *rev)
 {
-	add_news(bus, "RevocationStarted", rev, NULL);
+	add_news(bus, (struct news){ .what = NEWS_STARTED, .id = rev->id });
 }
 
 void bus_revocation_ended(struct bus *bus, const struct revocation *rev)
 {
-	add_news(bus, "RevocationEnded", rev,
-		 enumeration_name(&enumeration_revocation_state, rev->state));
+	add_news(bus, (struct news){ .what = NEWS_ENDED, .id = rev->id, .outcome = rev->state });
+}
+
+void bus_added(struct bus *bus, enum bus_object kind, uint64_t id)
+{
+	add_news(bus, (struct news){ .what = NEWS_ADDED, .kind = kind, .id = id });
+}
+
+void bus_removed(struct bus *bus, enum bus_object kind, uint64_t id)
+{
+	/* Nobody has heard of what came and went in a moment, nor needs to. */
+	for (unsigned i = 0; bus && i < bus->n_news; i++) {
+		struct news *n = &bus->news[i];
+
+		if (n->what == NEWS_ADDED && n->kind == kind && n->id == id) {
+			memmove(n, n + 1, (bus->n_news - i - 1) * sizeof(*n));
+			bus->n_news--;
+			return;
+		}
+	}
+	add_news(bus, (struct news){ .what = NEWS_REMOVED, .kind = kind, .id = id });
 }

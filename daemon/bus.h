@@ -3,6 +3,7 @@
 
 #include <stdbool.h>
 
+#include "bus-object.h"
 #include "protocol/interface.h"
 #include "refusal.h"
 
@@ -38,5 +39,9 @@ int bus_verify_client(struct bus *bus, struct client *client,
 /* The signal Revoke, to the client's verified name alone. */
 void bus_send_notice(struct bus *bus, const struct client *client,
 		     const struct msg_notice *notice);
+
+/* What everybody on the bus may know; it goes out a moment later. bus may be NULL. */
 void bus_revocation_started(struct bus *bus, const struct revocation *revocation);
 void bus_revocation_ended(struct bus *bus, const struct revocation *revocation);
+void bus_added(struct bus *bus, enum bus_object kind, uint64_t id);
+void bus_removed(struct bus *bus, enum bus_object kind, uint64_t id);

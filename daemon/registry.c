@@ -1,6 +1,8 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 #include "broker.h"
 
+#include "bus.h"
+
 /*
  * The registries: every object by its id, files by inode and descriptor too. Trees, for they are paged
  * through in order, and inserting never fails.
@@ -72,10 +74,12 @@ void broker_add_client(struct broker *broker, struct client *client)
 {
 	client_ids_RB_INSERT(&broker->clients, client);
 	broker->n_clients++;
+	bus_added(broker->bus, BUS_CLIENT, client->id);
 }
 
 void broker_remove_client(struct broker *broker, struct client *client)
 {
+	bus_removed(broker->bus, BUS_CLIENT, client->id);
 	client_ids_RB_REMOVE(&broker->clients, client);
 	broker->n_clients--;
 }
@@ -95,10 +99,12 @@ void broker_add_file(struct broker *broker, struct file *file)
 	file_ids_RB_INSERT(&broker->files, file);
 	file_inodes_RB_INSERT(&broker->files_by_inode, file);
 	broker->n_files++;
+	bus_added(broker->bus, BUS_FILE, file->id);
 }
 
 void broker_remove_file(struct broker *broker, struct file *file)
 {
+	bus_removed(broker->bus, BUS_FILE, file->id);
 	file_ids_RB_REMOVE(&broker->files, file);
 	file_inodes_RB_REMOVE(&broker->files_by_inode, file);
 	broker->n_files--;
@@ -130,10 +136,12 @@ void broker_add_revocation(struct broker *broker, struct revocation *revocation)
 {
 	revocation_ids_RB_INSERT(&broker->revocations, revocation);
 	broker->n_running++;
+	bus_added(broker->bus, BUS_REVOCATION, revocation->id);
 }
 
 void broker_remove_revocation(struct broker *broker, struct revocation *revocation)
 {
+	bus_removed(broker->bus, BUS_REVOCATION, revocation->id);
 	revocation_ids_RB_REMOVE(&broker->revocations, revocation);
 	if (revocation_is_running(revocation)) {
 		broker->n_running--;

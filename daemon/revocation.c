@@ -197,8 +197,7 @@ static void end(struct revocation *rev)
 		file_revocation_ended(file, lost);
 	}
 	report_end(rev);
-	if (broker->bus)
-		bus_revocation_ended(broker->bus, rev);
+	bus_revocation_ended(broker->bus, rev);
 	broker_retire_revocation(broker, rev);
 	broker_check_stopped(broker);
 }
@@ -369,8 +368,7 @@ static void announce(struct revocation *rev)
 		  rev->state == REVOCATION_NOTIFIED
 			  ? (double)(rev->deadline_usec - rev->start_usec) / 1e6
 			  : 0.0);
-	if (rev->broker->bus)
-		bus_revocation_started(rev->broker->bus, rev);
+	bus_revocation_started(rev->broker->bus, rev);
 }
 
 static void step(struct revocation *rev, struct revocation_step step)

@@ -1,0 +1,34 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#pragma once
+
+#include <stdint.h>
+#include <systemd/sd-bus.h>
+
+#include "protocol/schema.h"
+
+struct broker;
+
+/*
+ * What there is, as objects: /org/pinbroker1/client/N, /file/N, /file/N/pin/M and /revocation/N. They have
+ * the fields of the socket's ClientInfo, FileInfo, PinInfo and RevocationInfo for properties, each with a
+ * capital letter; where the socket has null, a number is UINT64_MAX and a text empty.
+ */
+
+/* The objects that ObjectManager shows; pins are found below their files, or by ListPins. */
+enum bus_object {
+	BUS_CLIENT,
+	BUS_FILE,
+	BUS_REVOCATION,
+	BUS_PIN,
+	BUS_OBJECT_COUNT,
+};
+
+int bus_objects_add(sd_bus *bus, struct broker *broker);
+
+/* InterfacesAdded and InterfacesRemoved. */
+int bus_object_added(sd_bus *bus, enum bus_object kind, uint64_t id);
+int bus_object_removed(sd_bus *bus, enum bus_object kind, uint64_t id);
+
+/* The D-Bus type of a field, and the value at `value` in a message; for OBJECT fields -EOPNOTSUPP. */
+const char *bus_field_type(const struct field *field);
+int bus_append_value(sd_bus_message *m, const struct field *field, const void *value);
