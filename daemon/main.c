@@ -1,4 +1,5 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
+#include <fcntl.h>
 #include <getopt.h>
 #include <limits.h>
 #include <signal.h>
@@ -22,11 +23,34 @@
 #include "rpc.h"
 
 #define SOCKET_PATH "/run/pinbroker/org.pinbroker"
+#define STATUS_USEC (10 * USEC_PER_SEC)
 
 struct options {
 	const char *bus;    /* NULL: the system bus */
 	const char *socket; /* NULL: what systemd passed, else SOCKET_PATH */
 	const char *config;
+};
+
+/*
+ * The service manager's socket. Nothing waits for its reader, as sd_notify() would: what does not go
+ * through is told once it does, or with the next status.
+ */
+struct notifier {
+	struct broker *broker;
+	int fd; /* -1: there is no manager */
+	struct sockaddr_un address;
+	socklen_t address_size;
+	sd_event_source *writable, *timer;
+	uint64_t watchdog_usec; /* 0: none wanted */
+	bool ready, stopping, alive; /* to be told */
+	bool failed;
+};
+
+struct service {
+	struct broker *broker;
+	struct notifier notifier;
+	const char *socket; /* made here, and to be removed; NULL: not ours */
+	struct stat socket_stat;
 };
 
 static void help(FILE *f)
@@ -84,21 +108,40 @@ static int parse_options(int argc, char *argv[], struct options *ret)
 	return 0;
 }
 
-/* A socket that nobody listens on any more may be replaced, one in use may not. */
+/* A socket that nobody listens on any more may be replaced, one in use or anything else may not. */
 static int remove_stale(const struct sockaddr_un *address)
 {
-	_cleanup_(close_fdp) int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+	_cleanup_(close_fdp) int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+	struct stat st;
 
 	if (fd < 0)
 		return -errno;
-	if (connect(fd, (const struct sockaddr *)address, sizeof(*address)) >= 0)
+	if (lstat(address->sun_path, &st) < 0)
+		return errno == ENOENT ? 0 : -errno;
+	/* connect() says of a regular file what it says of a stale socket */
+	if (!S_ISSOCK(st.st_mode))
+		return -EEXIST;
+	if (connect(fd, (const struct sockaddr *)address, sizeof(*address)) >= 0 || errno == EAGAIN)
 		return -EADDRINUSE;
 	if (errno != ECONNREFUSED)
 		return errno == ENOENT ? 0 : -errno;
 	return unlink(address->sun_path) < 0 ? -errno : 0;
 }
 
-static int listen_at(struct rpc *rpc, const char *path)
+static int listen_bound(struct service *service, int fd, const char *path)
+{
+	int r;
+
+	if (chmod(path, 0666) < 0 || lstat(path, &service->socket_stat) < 0 ||
+	    listen(fd, SOMAXCONN) < 0)
+		return -errno;
+	r = rpc_listen(service->broker->rpc, fd);
+	if (r >= 0)
+		service->socket = path;
+	return r;
+}
+
+static int listen_at(struct service *service, const char *path)
 {
 	_cleanup_(close_fdp) int fd = -1;
 	struct sockaddr_un address = { .sun_family = AF_UNIX };
@@ -111,14 +154,25 @@ static int listen_at(struct rpc *rpc, const char *path)
 	if (r < 0)
 		return r;
 	fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
-	if (fd < 0 || bind(fd, (struct sockaddr *)&address, sizeof(address)) < 0 ||
-	    chmod(path, 0666) < 0 || listen(fd, SOMAXCONN) < 0)
+	if (fd < 0 || bind(fd, (struct sockaddr *)&address, sizeof(address)) < 0)
 		return -errno;
-	r = rpc_listen(rpc, fd);
-	if (r < 0)
+	r = listen_bound(service, fd, path);
+	if (r < 0) {
+		(void)unlink(path);
 		return r;
+	}
 	TAKE_FD(fd);
 	return 0;
+}
+
+/* To be called while it is listened on: nobody else replaces it then. */
+static void remove_socket(struct service *service)
+{
+	struct stat st;
+
+	if (service->socket && lstat(service->socket, &st) >= 0 &&
+	    st.st_dev == service->socket_stat.st_dev && st.st_ino == service->socket_stat.st_ino)
+		(void)unlink(service->socket);
 }
 
 /* Beside the socket, which lies on a file system that a reboot clears. */
@@ -130,27 +184,51 @@ static void open_ids(struct broker *broker, const char *socket)
 	ids_open(&broker->ids, path);
 }
 
-static int listen_all(struct rpc *rpc, const struct options *options)
+static int listen_passed(struct rpc *rpc, int fd, struct sockaddr_un *ret_address)
+{
+	socklen_t size = sizeof(*ret_address) - 1;
+	int flags;
+
+	if (sd_is_socket_unix(fd, SOCK_STREAM, 1, NULL, 0) <= 0) {
+		log_error("Descriptor %d, which was passed, is no listening AF_UNIX stream socket.", fd);
+		return -EINVAL;
+	}
+	*ret_address = (struct sockaddr_un){};
+	flags = fcntl(fd, F_GETFL);
+	/* systemd's own sockets do not wait, others' may */
+	if (flags < 0 || fcntl(fd, F_SETFL, flags | O_NONBLOCK) < 0 ||
+	    getsockname(fd, (struct sockaddr *)ret_address, &size) < 0)
+		return log_errno(LOG_ERR, errno, "Cannot use passed socket %d", fd);
+	return rpc_listen(rpc, fd);
+}
+
+static int listen_all(struct service *service, const struct options *options)
 {
 	const char *path = options->socket ? options->socket : SOCKET_PATH;
+	struct sockaddr_un address;
 	int n, r;
 
 	n = sd_listen_fds(true);
 	if (n < 0)
-		return log_errno(LOG_ERR, n, "Cannot take the sockets that were passed");
-	for (int fd = SD_LISTEN_FDS_START; fd < SD_LISTEN_FDS_START + n; fd++) {
-		r = sd_is_socket_unix(fd, SOCK_STREAM, 1, NULL, 0);
-		if (r == 0)
-			r = -ENOTSOCK;
-		if (r > 0)
-			r = rpc_listen(rpc, fd);
-		if (r < 0)
-			return log_errno(LOG_ERR, r, "Cannot listen on passed socket %d", fd);
+		return log_errno(LOG_ERR, n, "Cannot take the socket that was passed");
+	if (n > 1) {
+		log_error("%d descriptors were passed, where one listening socket was expected.", n);
+		return -EINVAL;
 	}
-	if (n > 0 && !options->socket)
+	if (n == 1) {
+		r = listen_passed(service->broker->rpc, SD_LISTEN_FDS_START, &address);
+		if (r < 0)
+			return r;
+	}
+	if (n == 1 && !options->socket) {
+		open_ids(service->broker, address.sun_path[0] ? address.sun_path : path);
 		return 0;
-	r = listen_at(rpc, path);
-	return r < 0 ? log_errno(LOG_ERR, r, "Cannot listen on %s", path) : 0;
+	}
+	r = listen_at(service, path);
+	if (r < 0)
+		return log_errno(LOG_ERR, r, "Cannot listen on %s", path);
+	open_ids(service->broker, path);
+	return 0;
 }
 
 static void on_stopped(void *userdata)
@@ -160,9 +238,105 @@ static void on_stopped(void *userdata)
 	(void)sd_event_exit(broker->event, 0);
 }
 
+static void notifier_send(struct notifier *n)
+{
+	const struct broker *broker = n->broker;
+	char state[256];
+	int length;
+
+	length = snprintf(state, sizeof(state),
+			  "%s%s%sSTATUS=%s%u pins of %u files by %u clients, %u revocations running",
+			  n->ready ? "READY=1\n" : "", n->stopping ? "STOPPING=1\n" : "",
+			  n->alive ? "WATCHDOG=1\n" : "", broker->stopping ? "Ending: " : "",
+			  broker->n_pins, broker->n_files, broker->n_clients, broker->n_running);
+	/* connected each time: the manager may have made its socket anew */
+	if (connect(n->fd, (struct sockaddr *)&n->address, n->address_size) >= 0 &&
+	    send(n->fd, state, (size_t)length, MSG_DONTWAIT | MSG_NOSIGNAL) >= 0) {
+		n->ready = n->stopping = n->alive = n->failed = false;
+	} else if (errno == EAGAIN) {
+		(void)sd_event_source_set_enabled(n->writable, SD_EVENT_ONESHOT);
+	} else if (!n->failed) {
+		n->failed = true;
+		log_errno(LOG_WARNING, errno, "Cannot reach the service manager for the moment");
+	}
+}
+
+static int on_notifier_writable(sd_event_source *source, int fd, uint32_t revents, void *userdata)
+{
+	notifier_send(userdata);
+	return 0;
+}
+
+static int on_notifier_timer(sd_event_source *source, uint64_t usec, void *userdata)
+{
+	struct notifier *n = userdata;
+	int r;
+
+	n->alive = n->watchdog_usec > 0;
+	notifier_send(n);
+	r = sd_event_source_set_time(
+		source, now_usec() + (n->watchdog_usec > 0 ? n->watchdog_usec / 2 : STATUS_USEC));
+	return r < 0 ? r : sd_event_source_set_enabled(source, SD_EVENT_ONESHOT);
+}
+
+static bool notifier_parse_address(struct notifier *n, const char *name)
+{
+	size_t length = strlen(name);
+
+	if ((name[0] != '/' && name[0] != '@') || length >= sizeof(n->address.sun_path))
+		return false;
+	n->address.sun_family = AF_UNIX;
+	memcpy(n->address.sun_path, name, length);
+	n->address_size = (socklen_t)(offsetof(struct sockaddr_un, sun_path) + length);
+	if (name[0] == '@')
+		n->address.sun_path[0] = 0;
+	else
+		n->address_size++;
+	return true;
+}
+
+/* Tells at once that the service is ready. */
+static int notifier_start(struct notifier *n, struct broker *broker)
+{
+	const char *name = getenv("NOTIFY_SOCKET");
+	int r;
+
+	if (!name)
+		return 0;
+	if (!notifier_parse_address(n, name)) {
+		log_warning("NOTIFY_SOCKET=%s is no address of a socket; the service manager is told "
+			    "nothing.", name);
+		return 0;
+	}
+	n->broker = broker;
+	n->fd = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+	if (n->fd < 0)
+		return -errno;
+	if (sd_watchdog_enabled(false, &n->watchdog_usec) <= 0)
+		n->watchdog_usec = 0;
+	r = sd_event_add_io(broker->event, &n->writable, n->fd, EPOLLOUT, on_notifier_writable, n);
+	if (r >= 0)
+		r = sd_event_source_set_enabled(n->writable, SD_EVENT_OFF);
+	if (r >= 0)
+		r = sd_event_add_time(broker->event, &n->timer, CLOCK_MONOTONIC, now_usec(),
+				      n->watchdog_usec / 4, on_notifier_timer, n);
+	if (r < 0)
+		return r;
+	n->ready = true;
+	return on_notifier_timer(n->timer, 0, n);
+}
+
+static void notifier_stop(struct notifier *n)
+{
+	sd_event_source_disable_unref(n->writable);
+	sd_event_source_disable_unref(n->timer);
+	n->fd = safe_close(n->fd);
+}
+
 static int on_terminate(sd_event_source *source, const struct signalfd_siginfo *si, void *userdata)
 {
-	struct broker *broker = userdata;
+	struct service *service = userdata;
+	struct broker *broker = service->broker;
 
 	if (broker->stopping) {
 		log_warning("Asked again to end: ending at once, with %u pins.", broker->n_pins);
@@ -170,71 +344,15 @@ static int on_terminate(sd_event_source *source, const struct signalfd_siginfo *
 	}
 	log_notice("Ending: %u pins are to be let go.", broker->n_pins);
 	broker_stop(broker, on_stopped, broker);
+	service->notifier.stopping = true;
+	if (service->notifier.fd >= 0)
+		notifier_send(&service->notifier);
 	return 0;
 }
 
-struct notify_job {
-	struct job job;
-	char state[128];
-};
-
-/* The manager may be slow to read its socket. */
-static void notify_run(struct job *job)
+static int add_signals(struct service *service)
 {
-	(void)sd_notify(false, container_of(job, struct notify_job, job)->state);
-}
-
-static void notify_done(struct job *job)
-{
-	free(container_of(job, struct notify_job, job));
-}
-
-static void notify(struct broker *broker, const char *state)
-{
-	struct notify_job *j = calloc(1, sizeof(*j));
-
-	if (!j)
-		return;
-	j->job.run = notify_run;
-	j->job.done = notify_done;
-	snprintf(j->state, sizeof(j->state), "%s", state);
-	offload_submit_force(broker->offload, NULL, &j->job);
-}
-
-static int on_watchdog(sd_event_source *source, uint64_t usec, void *userdata)
-{
-	struct broker *broker = userdata;
-	uint64_t interval = 0;
-	char state[128];
-	int r;
-
-	snprintf(state, sizeof(state), "WATCHDOG=1\nSTATUS=%u pins of %u files by %u clients, %u revocations running",
-		 broker->n_pins, broker->n_files, broker->n_clients, broker->n_running);
-	notify(broker, state);
-	if (sd_watchdog_enabled(false, &interval) <= 0)
-		interval = 20 * USEC_PER_SEC;
-	r = sd_event_source_set_time(source, now_usec() + interval / 2);
-	return r < 0 ? r : sd_event_source_set_enabled(source, SD_EVENT_ONESHOT);
-}
-
-static int run(struct broker *broker)
-{
-	sd_event_source *watchdog = NULL;
-	int r = 0;
-
-	if (getenv("NOTIFY_SOCKET")) {
-		r = sd_event_add_time(broker->event, &watchdog, CLOCK_MONOTONIC, now_usec(), 0,
-				      on_watchdog, broker);
-		notify(broker, "READY=1");
-	}
-	if (r >= 0)
-		r = sd_event_loop(broker->event);
-	sd_event_source_disable_unref(watchdog);
-	return r;
-}
-
-static int add_signals(struct broker *broker)
-{
+	sd_event *event = service->broker->event;
 	sigset_t set;
 	int r;
 
@@ -244,8 +362,8 @@ static int add_signals(struct broker *broker)
 	if (sigprocmask(SIG_BLOCK, &set, NULL) < 0)
 		return -errno;
 	signal(SIGPIPE, SIG_IGN);
-	r = sd_event_add_signal(broker->event, NULL, SIGTERM, on_terminate, broker);
-	return r < 0 ? r : sd_event_add_signal(broker->event, NULL, SIGINT, on_terminate, broker);
+	r = sd_event_add_signal(event, NULL, SIGTERM, on_terminate, service);
+	return r < 0 ? r : sd_event_add_signal(event, NULL, SIGINT, on_terminate, service);
 }
 
 /* Every lease is a descriptor or two, and a queued signal. */
@@ -265,30 +383,30 @@ static void raise_limits(void)
 	}
 }
 
-static int start(struct broker *broker, const struct options *options)
+static int start(struct service *service, const struct options *options)
 {
+	struct broker *broker = service->broker;
 	int r;
 
-	open_ids(broker, options->socket ? options->socket : SOCKET_PATH);
-	r = add_signals(broker);
+	r = add_signals(service);
 	if (r >= 0)
 		r = rpc_new(broker, &broker->rpc);
 	if (r >= 0)
-		r = listen_all(broker->rpc, options);
+		r = listen_all(service, options);
 	if (r >= 0)
 		r = bus_new(broker, options->bus, &broker->bus);
-	if (geteuid() != 0)
+	if (r >= 0 && geteuid() != 0)
 		log_notice("Running as uid %u: serving this user's own files only, and signalling "
 			   "and looking into its own processes only.",
 			   geteuid());
-	return r;
+	return r < 0 ? r : notifier_start(&service->notifier, broker);
 }
 
 int main(int argc, char *argv[])
 {
 	struct options options = {};
 	struct config config = {};
-	struct broker *broker = NULL;
+	struct service service = { .notifier.fd = -1 };
 	sd_event *event = NULL;
 	int r;
 
@@ -303,6 +421,8 @@ int main(int argc, char *argv[])
 	}
 	r = config_load(options.config, &config);
 	if (r < 0) {
+		log_errno(LOG_ERR, r, "Cannot read %s",
+			  options.config ? options.config : CONFIG_FILE);
 		log_close(1000);
 		return EX_CONFIG;
 	}
@@ -310,24 +430,24 @@ int main(int argc, char *argv[])
 	if (r >= 0)
 		r = log_attach(event);
 	if (r >= 0)
-		r = broker_new(event, &config, &broker);
+		r = broker_new(event, &config, &service.broker);
 	if (r >= 0)
-		r = start(broker, &options);
+		r = start(&service, &options);
 	if (r >= 0)
-		r = run(broker);
+		r = sd_event_loop(event);
 	else
 		log_errno(LOG_ERR, r, "Cannot start");
 
-	if (broker) {
-		broker->rpc = rpc_free(broker->rpc);
-		broker->bus = bus_free(broker->bus);
-		broker_free(broker);
+	remove_socket(&service);
+	notifier_stop(&service.notifier);
+	if (service.broker) {
+		service.broker->rpc = rpc_free(service.broker->rpc);
+		service.broker->bus = bus_free(service.broker->bus);
+		broker_free(service.broker);
 	}
 	config_clear(&config);
 	log_detach();
 	sd_event_unref(event);
-	if (getenv("NOTIFY_SOCKET"))
-		(void)sd_notify(false, "STOPPING=1");
 	log_info("Ended.");
 	log_close(1000);
 	return r < 0 ? EX_UNAVAILABLE : r;
