@@ -97,7 +97,7 @@ static void send_news(struct bus *bus)
 	for (unsigned i = 0; bus->connected && i < n; i++) {
 		int r = send_one(bus->bus, &bus->news[i]);
 
-		if (r < 0)
+		if (r < 0 && r != -ENOTCONN)
 			log_errno(LOG_WARNING, r, "Cannot tell the bus of %" PRIu64, bus->news[i].id);
 	}
 }

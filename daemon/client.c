@@ -323,6 +323,9 @@ int client_pin(struct client *client, uint64_t file_id, uint64_t context_id,
 	context = client_find_context(client, (int64_t)context_id, ret_refusal);
 	if (!context)
 		return REFUSED;
+	if (context->fd < 0)
+		return refuse(ret_refusal, REFUSAL_NOT_ALLOWED, "closed",
+			      "The context was closed when its pins were let go.");
 	if (n_ranges == 0 || n_ranges > PIN_RANGES_MAX)
 		return refuse_parameter(ret_refusal, "ranges");
 	r = check_file(file, use, access, ret_refusal);

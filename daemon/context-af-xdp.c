@@ -17,5 +17,6 @@ static bool xdp_identify(int fd, const char *link)
 const struct context_ops context_af_xdp = {
 	.kind = "af_xdp",
 	.identify = xdp_identify,
+	.until_close = true,
 	.frees_late = true,
 };

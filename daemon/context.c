@@ -350,6 +350,12 @@ void context_check(struct context *context)
 		n += is_awaited(pin);
 	if (n == 0 || context->fd < 0 || context->reaping)
 		return;
+	if (context->ops->until_close) {
+		/* Those that are not leaving need it open. */
+		if (n == context->n_pins)
+			context_reap(context);
+		return;
+	}
 	j = context_job_new(context, n);
 	if (!j) {
 		check_later(context);
@@ -394,7 +400,7 @@ static void reap_done(struct job *job)
 	else if (j->found < 0)
 		log_errno(LOG_WARNING, j->found, "Cannot find out who else holds context %" PRIu64,
 			  context->id);
-	else
+	else if (j->holder_dead)
 		log_info("Context %" PRIu64 " of a holder is still held by process %d.",
 			 context->id, j->found);
 	if (context_release(context, j->broker)) {
@@ -404,11 +410,13 @@ static void reap_done(struct job *job)
 		for (pin = LIST_FIRST(&context->pins); pin && j->found == 0; pin = next) {
 			next = LIST_NEXT(pin, of_context);
 			if (!pin->over)
-				pin_end(pin, PROOF_PRESUMED);
+				pin_end(pin, client->dead ? PROOF_PRESUMED : PROOF_CLAIMED);
 		}
 		client = broker_find_client(j->broker, client_id);
 		if (j->found != 0)
 			revocation_check_reachable(j->broker);
+		if (j->found != 0 && client && !client->dead && revocation == 0)
+			check_later(context);
 		if (revocation != 0 && !(client && j->found != 0 && detach_now(context, revocation)))
 			revocation_job_done(j->broker, revocation, REVOCATION_DETACHING, false);
 		if (client)

@@ -59,6 +59,10 @@ struct context_ops {
 	 * the holder is believed. */
 	int (*check)(int fd, struct handle *handles, size_t n_handles);
 
+	/* The pages stay pinned until the last close: after Unpin nobody else may hold it, and our own
+	 * copy has to be closed. Default: the holder lets go of single pins. */
+	bool until_close;
+
 	/* The kernel frees the pages some time after the last close. Default: at once. */
 	bool frees_late;
 };
@@ -72,7 +76,7 @@ struct context {
 	struct client *client; /* client::contexts; NULL: removed, and kept for a job's sake */
 	struct user *user;     /* reference; one LIMIT_CONTEXTS */
 	const struct context_ops *ops;
-	int fd; /* owned; a client's: closed by offload; -1: closed already, the holder being dead */
+	int fd; /* owned; a client's: closed by offload; -1: closed already, by a reap */
 	char *label;
 	struct context_description description;
 	LIST_HEAD(, pin) pins; /* owned; of the client's */
@@ -112,8 +116,8 @@ bool context_release(struct context *context, struct broker *broker);
 void context_check(struct context *context);
 
 /*
- * Looks whether any other process holds it. If none does, our own copy is closed, and its pins end
- * with PROOF_PRESUMED. Otherwise they stay.
+ * Looks whether any other process holds it. If none does, our own copy is closed, and its pins end, with
+ * PROOF_PRESUMED if the holder is dead and cannot say so itself. Otherwise they stay.
  */
 void context_reap(struct context *context);
 

@@ -91,12 +91,13 @@ int pin_bind(struct pin *pin, int64_t handle, const struct handle_identity *iden
 
 void pin_leave(struct pin *pin)
 {
-	bool bound = pin->state == PIN_BOUND;
+	const struct context_ops *ops = pin->context->ops;
+	bool check = ops->until_close || (pin->state == PIN_BOUND && ops->check);
 
 	if (pin->state == PIN_LEAVING)
 		return;
 	pin->state = PIN_LEAVING;
-	if (!LIST_EMPTY(&pin->targets) && bound && pin->context->ops->check)
+	if (!LIST_EMPTY(&pin->targets) && check)
 		context_check(pin->context);
 	else
 		pin_end(pin, PROOF_CLAIMED);

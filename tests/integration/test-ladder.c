@@ -249,6 +249,81 @@ static void test_killed(void **state)
 	world_stop();
 }
 
+/* A umem is pinned until the last close, and we have a copy: the pages are gone when the truncate returns. */
+static void test_xdp(void **state)
+{
+	const struct holder_options options = { .xdp = true };
+	struct holder holder;
+	long base = begin(&options, &holder);
+	struct result result;
+	pid_t pid;
+	int fd;
+
+	pid = truncate_start(&fd);
+	holder_expect(&holder, "notice modify -1 0 -");
+	holder_expect(&holder, "notice truncate %d %d truncater", PAGE, pid);
+	holder_expect(&holder, "let-go");
+	result = truncate_finish(pid, fd);
+	assert_int_equal(result.error, 0);
+	assert_in_range(result.usec / 1000, 0, GRACE_MSEC);
+	expect_pinned(result.pinned, base, 0);
+	assert_int_equal(find_end().proof, PINBROKER_PROOF_CLAIMED);
+	assert_true(WIFEXITED(holder_stop(&holder, 0)));
+	world_stop();
+}
+
+static void test_xdp_ignored(void **state)
+{
+	const struct holder_options options = { .xdp = true, .ignore = true };
+	struct holder holder;
+	long base = begin(&options, &holder);
+
+	truncate_and_wait(base, GRACE_MSEC, PINBROKER_PROOF_PRESUMED);
+	expect_signal(holder_stop(&holder, 0), SIGBUS);
+	world_stop();
+}
+
+static void test_extend(void **state)
+{
+	const struct holder_options options = { .ignore = true, .extend = true };
+	struct holder holder;
+	long base = begin(&options, &holder);
+	struct result result;
+	pid_t pid;
+	int fd;
+
+	pid = truncate_start(&fd);
+	holder_expect(&holder, "notice modify -1 0 -");
+	holder_expect(&holder, "extended 7"); /* a little less than both: the notice took its time */
+	holder_expect(&holder, "notice truncate %d %d truncater", PAGE, pid);
+	result = truncate_finish(pid, fd);
+	assert_int_equal(result.error, 0);
+	assert_in_range(result.usec / 1000, GRACE_MSEC + EXTEND_MSEC - 5,
+			GRACE_MSEC + EXTEND_MSEC + LATE_MSEC);
+	expect_pinned(result.pinned, base, 0);
+	assert_true(WIFEXITED(holder_stop(&holder, 0)));
+	world_stop();
+}
+
+/* Who waits for himself is not given the grace: the pins go by force, and at once. */
+static void test_own_break(void **state)
+{
+	const struct holder_options options = { .ignore = true };
+	struct holder holder;
+	long base = begin(&options, &holder);
+	uint64_t usec = usec_now();
+
+	holder_command(&holder, 'b');
+	holder_expect(&holder, "notice modify -1 0 -");
+	holder_expect(&holder, "notice truncate %d %d ", PAGE, holder.pid);
+	holder_expect(&holder, "truncated");
+	assert_in_range((usec_now() - usec) / 1000, 0, GRACE_MSEC / 2);
+	expect_pinned(pinned(), base, 0);
+	assert_int_equal(find_end().state, PINBROKER_REVOCATION_RELEASED);
+	assert_true(WIFEXITED(holder_stop(&holder, 0)));
+	world_stop();
+}
+
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
@@ -262,6 +337,10 @@ int main(void)
 		cmocka_unit_test(test_unmapped),
 		cmocka_unit_test(test_child_keeps_ring),
 		cmocka_unit_test(test_killed),
+		cmocka_unit_test(test_xdp),
+		cmocka_unit_test(test_xdp_ignored),
+		cmocka_unit_test(test_extend),
+		cmocka_unit_test(test_own_break),
 	};
 
 	return cmocka_run_group_tests(tests, NULL, NULL);

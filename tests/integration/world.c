@@ -3,8 +3,10 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/if_xdp.h>
 #include <liburing.h>
 #include <poll.h>
+#include <pthread.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -198,6 +200,7 @@ struct holding {
 	struct io_uring ring, second;
 	pinbroker_file *file;
 	pinbroker_context *context;
+	int xdp;
 	void *map;
 	uint64_t pin;
 	FILE *events;
@@ -238,13 +241,23 @@ static int read_for_ever(struct holding *h)
 	return io_uring_submit(&h->ring);
 }
 
+static int register_umem(struct holding *h)
+{
+	struct xdp_umem_reg umem = { .addr = (uintptr_t)h->map, .len = SIZE, .chunk_size = PAGE };
+
+	/* the oldest form of the struct: it has grown since */
+	return setsockopt(h->xdp, SOL_XDP, XDP_UMEM_REG, &umem, 24) < 0 ? -errno : 0;
+}
+
 static void hold(pinbroker *pb, struct holding *h)
 {
 	struct pinbroker_range range = { 0, SIZE };
 	struct iovec iov = { h->map, SIZE };
 
 	MUST(pinbroker_pin(pb, h->file, h->context, &range, 1, PINBROKER_WRITE, "test", &h->pin));
-	if (!h->options->opaque)
+	if (h->options->xdp)
+		MUST(register_umem(h));
+	else if (!h->options->opaque)
 		MUST(io_uring_register_buffers(&h->ring, &iov, 1));
 	MUST(pinbroker_bind(pb, h->pin, 0));
 	if (h->options->clone)
@@ -261,9 +274,17 @@ static void on_revoke(pinbroker *pb, const struct pinbroker_notice *n, void *use
 	fprintf(h->events, "notice %s %ld %d %s\n", pinbroker_cause_name(n->cause),
 		n->size == PINBROKER_UNKNOWN ? -1 : (long)n->size, n->pid,
 		n->comm ? n->comm : "-");
-	if (!n->update || h->options->ignore)
+	if (h->options->extend && !n->update) {
+		uint64_t deadline;
+
+		MUST(pinbroker_extend(pb, n->revocation, EXTEND_MSEC * 1000, &deadline));
+		fprintf(h->events, "extended %lu\n", (deadline - usec_now()) / 1000);
+	}
+	if ((!n->update && n->cause != PINBROKER_CAUSE_ADMIN) || h->options->ignore)
 		return;
-	if (!h->options->opaque)
+	if (h->options->xdp)
+		MUST(close(h->xdp));
+	else if (!h->options->opaque)
 		MUST(io_uring_unregister_buffers(&h->ring));
 	MUST(pinbroker_unpin(pb, &h->pin, 1, NULL, NULL));
 	fprintf(h->events, "let-go\n");
@@ -274,8 +295,18 @@ static void on_signal(int sig)
 	(void)!write(fileno(signal_events), "signal\n", 7);
 }
 
+static void *truncate_own(void *userdata)
+{
+	struct holding *h = userdata;
+
+	MUST(truncate(file_path, PAGE) < 0 ? -errno : 0);
+	fprintf(h->events, "truncated\n");
+	return NULL;
+}
+
 static void obey(pinbroker *pb, struct holding *h, char command)
 {
+	pthread_t thread;
 	pid_t pid;
 
 	switch (command) {
@@ -296,6 +327,9 @@ static void obey(pinbroker *pb, struct holding *h, char command)
 		MUST(munmap(h->map, SIZE));
 		MUST(close(pinbroker_file_get_fd(h->file)));
 		fprintf(h->events, "unmapped\n");
+		break;
+	case 'b':
+		MUST(-pthread_create(&thread, NULL, truncate_own, h));
 		break;
 	default:
 		_exit(0);
@@ -321,7 +355,11 @@ static void holder_main(const struct holder_options *options, int events, int co
 	MUST(pinbroker_set_revoke_callback(pb, on_revoke, h));
 	MUST(pinbroker_connect(pb));
 	MUST(pinbroker_open_file(pb, file_path, PINBROKER_WRITE, &h->file));
-	if (!options->opaque) {
+	if (options->xdp) {
+		h->xdp = socket(AF_XDP, SOCK_RAW | SOCK_CLOEXEC, 0);
+		MUST(h->xdp < 0 ? -errno : 0);
+		MUST(pinbroker_add_context(pb, h->xdp, "umem", &h->context));
+	} else if (!options->opaque) {
 		MUST(io_uring_queue_init(8, &h->ring, options->ring_flags));
 		MUST(pinbroker_add_context_remote(pb, h->ring.ring_fd, "ring", &h->context));
 	} else {

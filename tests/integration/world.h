@@ -47,15 +47,17 @@ void make_file(void); /* file_path, SIZE bytes */
 struct holder_options {
 	unsigned channels;   /* 0: the socket's */
 	bool opaque;         /* an eventfd for a context: pins nothing */
+	bool xdp;            /* an AF_XDP socket's umem instead of an io_uring */
 	unsigned ring_flags; /* IORING_SETUP_* */
 	bool ignore;         /* does not let go */
+	bool extend;         /* asks for EXTEND_MSEC more, and says how long that is after the notice */
 	bool in_flight;      /* a fixed read from an empty pipe is under way */
 	bool clone;          /* the buffers are in a second ring, too */
 	bool catch_signal;   /* SIGBUS is caught, and says "signal" */
 };
 
 /* A process that pins the file. It says, a line each: "holding PIN", "notice CAUSE SIZE PID COMM",
- * "let-go". By itself it lets go on the notice that says who it was. */
+ * "let-go". By itself it lets go on the notice that says who it was, or on an administrator's. */
 struct holder {
 	pid_t pid;
 	int events;
@@ -66,7 +68,9 @@ struct holder holder_start(const struct holder_options *options);
 void holder_expect(struct holder *h, const char *format, ...)
 	__attribute__((format(printf, 2, 3)));
 /* 'r': makes the file as long as it was, and pins it again. 'f': forks a child that keeps all, and says
- * "child PID". 'm': unmaps the file and closes all but the ring, and says "unmapped". 'x': exits. */
+ * "child PID". 'm': unmaps the file and closes all but the ring, and says "unmapped". 'b': truncates the file itself, in a
+ * thread, and says "truncated". 'x': exits. */
+#define EXTEND_MSEC 300
 void holder_command(struct holder *h, char command);
 int holder_stop(struct holder *h, int sig); /* its wait status; sig 0: it is asked to exit */
 
