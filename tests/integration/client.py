@@ -258,9 +258,11 @@ class World:
         self.bus = self.daemon = self.reader = None
         self.log, self.logged = [], threading.Condition()
 
-    def start(self):
+    def start(self, settings=''):
         config = os.path.join(self.dir, 'conf')
-        with open(config, 'wb'), open(self.file, 'wb') as f:
+        with open(config, 'w', encoding='utf-8') as f:
+            f.write(settings)
+        with open(self.file, 'wb') as f:
             f.write(b'a' * SIZE)
         address = 'unix:path=' + os.path.join(self.dir, 'bus')
         self.bus = subprocess.Popen(['dbus-daemon', '--session', '--nofork', '--nopidfile',
