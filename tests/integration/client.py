@@ -258,22 +258,29 @@ class World:
         self.bus = self.daemon = self.reader = None
         self.log, self.logged = [], threading.Condition()
 
-    def start(self, settings=''):
+    def start(self, settings='', policy=None, wrapper=()):
+        """policy: the bus's whole configuration, with a place for its address."""
         config = os.path.join(self.dir, 'conf')
         with open(config, 'w', encoding='utf-8') as f:
             f.write(settings)
         with open(self.file, 'wb') as f:
             f.write(b'a' * SIZE)
         address = 'unix:path=' + os.path.join(self.dir, 'bus')
-        self.bus = subprocess.Popen(['dbus-daemon', '--session', '--nofork', '--nopidfile',
-                                     '--print-address=1', '--address', address],
-                                    stdout=subprocess.PIPE)
+        bus = ['dbus-daemon', '--nofork', '--nopidfile', '--print-address=1']
+        if policy:
+            bus_config = os.path.join(self.dir, 'bus.conf')
+            with open(bus_config, 'w', encoding='utf-8') as f:
+                f.write(policy.format(address))
+            bus += ['--config-file', bus_config]
+        else:
+            bus += ['--session', '--address', address]
+        self.bus = subprocess.Popen(bus, stdout=subprocess.PIPE)
         expect(self.bus.stdout.readline(), 'the bus does not start')
         ready = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         ready.settimeout(WAIT)
         ready.bind(os.path.join(self.dir, 'ready'))
         self.daemon = subprocess.Popen(
-            [os.environ['PINBROKERD'], '--socket', self.path, '--bus', address,
+            [*wrapper, os.environ['PINBROKERD'], '--socket', self.path, '--bus', address,
              '--config', config],
             stderr=subprocess.PIPE, encoding='utf-8', errors='replace',
             env=dict(os.environ, NOTIFY_SOCKET=os.path.join(self.dir, 'ready')))
