@@ -29,9 +29,15 @@ union call_in {
  */
 extern int (*const call_handlers[METHOD_COUNT])(struct call *call, const union call_in *in);
 
-/* call-list.c */
-int call_list_pins(struct call *call, const union call_in *in);
-int call_list_files(struct call *call, const union call_in *in);
-int call_list_clients(struct call *call, const union call_in *in);
-int call_list_contexts(struct call *call, const union call_in *in);
-int call_list_revocations(struct call *call, const union call_in *in);
+#define CALL_HANDLER(tag, name, kind, IN, OUT) int call_##tag(struct call *call, const union call_in *in);
+INTERFACE_METHODS(CALL_HANDLER)
+#undef CALL_HANDLER
+
+/* For handlers: the client that the connection speaks for, or NULL with the refusal. */
+struct client *call_client(struct call *call);
+/* May it be a name or label? NULL may. */
+bool call_is_name(const char *name);
+/* The descriptor that a parameter names by index becomes the caller's, … */
+int call_take_fd(struct call *call, const char *parameter, int64_t index, int *ret);
+/* … and the message's again. */
+void call_give_fd_back(struct call *call, int64_t index, int fd);

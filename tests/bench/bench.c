@@ -8,7 +8,6 @@
 #include <string.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
-#include <sys/un.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -104,25 +103,6 @@ pid_t serve(void (*run_server)(int fd, void *userdata), void *userdata, int *ret
 	return pid;
 }
 
-void send_message(int s, const char *text, size_t size, int fd)
-{
-	char control[CMSG_SPACE(sizeof(int))] = "";
-	struct iovec iov = { (char *)text, size };
-	struct msghdr mh = { .msg_iov = &iov, .msg_iovlen = 1 };
-	struct cmsghdr *c;
-
-	if (fd >= 0) {
-		mh.msg_control = control;
-		mh.msg_controllen = sizeof(control);
-		c = CMSG_FIRSTHDR(&mh);
-		c->cmsg_level = SOL_SOCKET;
-		c->cmsg_type = SCM_RIGHTS;
-		c->cmsg_len = CMSG_LEN(sizeof(int));
-		memcpy(CMSG_DATA(c), &fd, sizeof(int));
-	}
-	assert_int_equal(sendmsg(s, &mh, MSG_NOSIGNAL), size);
-}
-
 size_t receive_message(int s, char *buffer, size_t size)
 {
 	size_t n = 0;
@@ -152,21 +132,11 @@ size_t receive_message(int s, char *buffer, size_t size)
 	return n;
 }
 
-int dial(void)
-{
-	struct sockaddr_un address = { .sun_family = AF_UNIX };
-	int s = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
-
-	snprintf(address.sun_path, sizeof(address.sun_path), "%s", socket_path);
-	assert_int_equal(connect(s, (struct sockaddr *)&address, sizeof(address)), 0);
-	return s;
-}
-
 const char *call(int s, const char *text, int fd)
 {
 	static char reply[65536];
 
-	send_message(s, text, strlen(text) + 1, fd);
+	assert_true(send_with_fd(s, text, strlen(text) + 1, fd));
 	assert_true(receive_message(s, reply, sizeof(reply)) > 0);
 	if (strstr(reply, "\"error\""))
 		fail_msg("%s: %s", text, reply);

@@ -35,12 +35,10 @@ void report_against(const char *name, struct series *usec, const char *floor_nam
 /* A process that runs serve(fd, userdata), with the other end of its socket. */
 pid_t serve(void (*run)(int fd, void *userdata), void *userdata, int *ret_fd);
 
-/* One message, NUL-terminated, with a descriptor or -1; and one reply, or one size of it. */
-void send_message(int s, const char *text, size_t size, int fd);
+/* One NUL-terminated message, whose descriptor is closed; 0 at the end of the stream. */
 size_t receive_message(int s, char *buffer, size_t size);
 
-/* A connection to the broker, and a call over it; fails on an error reply. */
-int dial(void);
+/* A call over a connection to the broker; fails on an error reply. */
 const char *call(int s, const char *text, int fd);
 /* The number behind "name":[ or "name": in a reply. */
 long reply_number(const char *reply, const char *name);

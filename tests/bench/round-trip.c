@@ -29,7 +29,7 @@ static void bare_server(int s, void *userdata)
 	memset(reply, 'x', sizeof(reply));
 	reply[reply_size - 1] = 0;
 	while (receive_message(s, buffer, sizeof(buffer)) > 0)
-		send_message(s, reply, reply_size, -1);
+		assert_true(send_with_fd(s, reply, reply_size, -1));
 }
 
 static double bare_calls(int s, const char *text, int fd, unsigned n)

@@ -15,7 +15,6 @@
 #include <sys/mount.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
-#include <sys/un.h>
 #include <unistd.h>
 
 /*
@@ -95,36 +94,6 @@ static int lingering_socket(int *ret_listener, int *ret_peer)
 	return fd;
 }
 
-/* Sends a message, or something else, with a descriptor. */
-static void send_raw(int s, const char *text, size_t size, int fd)
-{
-	char control[CMSG_SPACE(sizeof(int))] = "";
-	struct iovec iov = { (char *)text, size };
-	struct msghdr mh = { .msg_iov = &iov, .msg_iovlen = 1 };
-	struct cmsghdr *c;
-
-	if (fd >= 0) {
-		mh.msg_control = control;
-		mh.msg_controllen = sizeof(control);
-		c = CMSG_FIRSTHDR(&mh);
-		c->cmsg_level = SOL_SOCKET;
-		c->cmsg_type = SCM_RIGHTS;
-		c->cmsg_len = CMSG_LEN(sizeof(int));
-		memcpy(CMSG_DATA(c), &fd, sizeof(int));
-	}
-	assert_int_equal(sendmsg(s, &mh, MSG_NOSIGNAL), size);
-}
-
-static int dial(void)
-{
-	struct sockaddr_un address = { .sun_family = AF_UNIX };
-	int s = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
-
-	snprintf(address.sun_path, sizeof(address.sun_path), "%s", socket_path);
-	assert_int_equal(connect(s, (struct sockaddr *)&address, sizeof(address)), 0);
-	return s;
-}
-
 static unsigned count_fds(pid_t pid)
 {
 	struct dirent *de;
@@ -166,7 +135,7 @@ static void test_lingering(void **state)
 	for (size_t i = 0; i < 7; i++) {
 		fd = lingering_socket(&listener[i], &peer[i]);
 		s = dial();
-		send_raw(s, messages[i], strlen(messages[i]) + (i < 6), fd);
+		assert_true(send_with_fd(s, messages[i], strlen(messages[i]) + (i < 6), fd));
 		close(fd);
 		expect_quick(other);
 		close(s);

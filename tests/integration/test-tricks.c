@@ -12,9 +12,7 @@
 #include <sys/eventfd.h>
 #include <sys/mount.h>
 #include <sys/prctl.h>
-#include <sys/socket.h>
 #include <sys/stat.h>
-#include <sys/un.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -88,24 +86,6 @@ static void await(int fd)
 	assert_int_equal(read(fd, &c, 1), 1);
 }
 
-static void send_fd(int s, const char *text, size_t size, int fd)
-{
-	char control[CMSG_SPACE(sizeof(int))] = "";
-	struct iovec iov = { (char *)text, size };
-	struct msghdr mh = { .msg_iov = &iov,
-			     .msg_iovlen = 1,
-			     .msg_control = control,
-			     .msg_controllen = sizeof(control) };
-	struct cmsghdr *c = CMSG_FIRSTHDR(&mh);
-
-	c->cmsg_level = SOL_SOCKET;
-	c->cmsg_type = SCM_RIGHTS;
-	c->cmsg_len = CMSG_LEN(sizeof(int));
-	memcpy(CMSG_DATA(c), &fd, sizeof(int));
-	if (sendmsg(s, &mh, MSG_NOSIGNAL) != (ssize_t)size)
-		_exit(2);
-}
-
 /*
  * A client that sends the broker its own end of their connection: as long as the broker has it, the
  * connection does not hang up. It is refused where it is offered for anything; in a message that never
@@ -118,30 +98,28 @@ static void test_own_end(void **state)
 				  "{\"fileDescriptor\":0}}",
 			  open_file[] = "{\"method\":\"org.pinbroker.OpenFile\",\"parameters\":"
 					"{\"fileDescriptor\":0,\"access\":\"read\"}}";
-	struct sockaddr_un address = { .sun_family = AF_UNIX };
 	uint64_t end = usec_now() + WAIT_MSEC * 1000;
 	int fds[2];
 	pid_t pid;
 
 	begin();
-	snprintf(address.sun_path, sizeof(address.sun_path), "%s", socket_path);
 	assert_int_equal(pipe2(fds, O_CLOEXEC), 0);
 	pid = fork();
 	if (pid == 0) {
-		int s = socket(AF_UNIX, SOCK_STREAM, 0);
+		int s = dial();
 		char reply[4096];
 
-		if (connect(s, (struct sockaddr *)&address, sizeof(address)) < 0 ||
-		    write(s, hello, sizeof(hello)) != sizeof(hello) ||
+		if (write(s, hello, sizeof(hello)) != sizeof(hello) ||
 		    read(s, reply, sizeof(reply)) <= 0)
 			_exit(1);
-		send_fd(s, add, sizeof(add), s);
-		if (read(s, reply, sizeof(reply)) <= 0 || !strstr(reply, "NotSupported"))
+		if (!send_with_fd(s, add, sizeof(add), s) ||
+		    read(s, reply, sizeof(reply)) <= 0 || !strstr(reply, "NotSupported"))
 			_exit(1);
-		send_fd(s, open_file, sizeof(open_file), s);
-		if (read(s, reply, sizeof(reply)) <= 0 || !strstr(reply, "NotLeasable"))
+		if (!send_with_fd(s, open_file, sizeof(open_file), s) ||
+		    read(s, reply, sizeof(reply)) <= 0 || !strstr(reply, "NotLeasable"))
 			_exit(1);
-		send_fd(s, "{", 1, s);
+		if (!send_with_fd(s, "{", 1, s))
+			_exit(1);
 		(void)!write(fds[1], "", 1);
 		for (;;)
 			pause();

@@ -44,6 +44,10 @@ void start_bus(void);
 void mount_fs(const char *fs);
 void make_file(void); /* file_path, SIZE bytes */
 
+/* A connection to the broker, and a message, or a part of one, with a descriptor or -1. */
+int dial(void);
+bool send_with_fd(int s, const void *text, size_t size, int fd);
+
 struct holder_options {
 	unsigned channels;   /* 0: the socket's */
 	bool opaque;         /* an eventfd for a context: pins nothing */

@@ -1,0 +1,219 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#include "call.h"
+
+#include "broker.h"
+#include "bus.h"
+#include "macro.h"
+#include "notice.h"
+#include "peer.h"
+
+/* Hello, Resume and Watch: who a connection speaks for. */
+
+struct hello_job {
+	struct job job;
+	struct peer *peer; /* reference */
+	char *name, *bus_name;
+	struct process process; /* a copy, being described */
+	int result;
+};
+
+static void hello_free(struct hello_job *j)
+{
+	process_clear(&j->process);
+	free(j->name);
+	free(j->bus_name);
+	peer_unref(j->peer);
+	free(j);
+}
+
+static void hello_reply(struct peer *peer, const struct client *client)
+{
+	static const char *features[] = { "io_uring", "af_xdp", "opaque" };
+	struct msg_hello_out out = {
+		.client = (int64_t)client->id,
+		.token = client->token,
+		.version = PINBROKER_VERSION,
+		.features = { features, ELEMENTS(features) },
+	};
+
+	peer_reply(peer, &schema_msg_hello_out, &out, NULL, 0);
+}
+
+/* The bus has said whose name it is: r is 0, REFUSED, or an errno if it could not be asked. */
+static void hello_verified(int r, struct refusal *refusal, void *userdata)
+{
+	struct hello_job *j = userdata;
+	struct peer *peer = j->peer;
+
+	if (peer->connection && peer->client) {
+		if (r == REFUSED)
+			peer_refuse(peer, r, refusal);
+		else
+			hello_reply(peer, peer->client);
+		peer_done(peer);
+	}
+	hello_free(j);
+}
+
+static void hello_done(struct job *job)
+{
+	struct hello_job *j = container_of(job, struct hello_job, job);
+	struct peer *peer = j->peer;
+	struct refusal refusal;
+	struct client *client = peer->client;
+	int r = j->result;
+
+	if (!peer->connection) {
+		hello_free(j);
+		return;
+	}
+	if (r >= 0 && !client) {
+		r = client_new(peer->broker, peer->user, &j->process, &client, &refusal);
+		if (r == 0)
+			peer_set_client(peer, client);
+	}
+	if (r != 0) {
+		peer_refuse(peer, r, &refusal);
+		peer_done(peer);
+		hello_free(j);
+		return;
+	}
+	free(client->name);
+	client->name = TAKE_PTR(j->name);
+	free(client->bus_name);
+	client->bus_name = TAKE_PTR(j->bus_name);
+	client->bus_name_verified = false;
+	if (client->bus_name && peer->broker->bus &&
+	    bus_verify_client(peer->broker->bus, client, hello_verified, j) >= 0)
+		return;
+	hello_verified(0, NULL, j);
+}
+
+static void hello_run(struct job *job)
+{
+	struct hello_job *j = container_of(job, struct hello_job, job);
+
+	j->result = process_describe(&j->process);
+}
+
+int call_hello(struct call *call, const union call_in *in)
+{
+	const struct msg_hello_in *hello = &in->hello;
+	struct peer *peer = call->peer;
+	struct hello_job *j;
+
+	if (peer->watching)
+		return refuse(&call->refusal, REFUSAL_NOT_ALLOWED, "watching",
+			      "This connection is a stream of notices.");
+	if (!call_is_name(hello->name))
+		return refuse_parameter(&call->refusal, "name");
+	if (hello->busName && !bus_name_is_unique(hello->busName))
+		return refuse_parameter(&call->refusal, "busName");
+	j = calloc(1, sizeof(*j));
+	if (!j)
+		return -ENOMEM;
+	j->peer = peer_ref(peer);
+	j->process.pidfd = -1;
+	if ((hello->name && !(j->name = strdup(hello->name))) ||
+	    (hello->busName && !(j->bus_name = strdup(hello->busName))) ||
+	    process_copy(&peer->process, &j->process) < 0) {
+		hello_free(j);
+		return -ENOMEM;
+	}
+	j->job.run = hello_run;
+	j->job.done = hello_done;
+	if (offload_submit(peer->broker->offload, peer->user, &j->job) < 0) {
+		hello_free(j);
+		return refuse_limit(&call->refusal, peer->user, LIMIT_UNFINISHED);
+	}
+	return CALL_PENDING;
+}
+
+/* Only the process that said Hello, with the token, may take its client up. */
+static struct client *prove_client(struct call *call, int64_t id, const char *token)
+{
+	struct peer *peer = call->peer;
+	struct client *client = broker_find_client(peer->broker, (uint64_t)id);
+
+	if (!client || client->dead || client->process.uid != peer->process.uid ||
+	    client->process.pid != peer->process.pid || !client_check_token(client, token)) {
+		refuse_no_such(&call->refusal, "client", (uint64_t)id);
+		return NULL;
+	}
+	if (peer->client) {
+		refuse(&call->refusal, REFUSAL_NOT_ALLOWED, "hello",
+		       "This connection speaks for client %llu already.",
+		       (unsigned long long)peer->client->id);
+		return NULL;
+	}
+	return client;
+}
+
+struct notices {
+	struct msg_notice *items;
+	size_t n;
+};
+
+/* The notice's strings live on, its list of pins does not. */
+static int collect_notice(const struct msg_notice *notice, void *userdata)
+{
+	struct notices *notices = userdata;
+	struct msg_notice *items, *copy;
+	size_t size = notice->pins.n_items * sizeof(int64_t);
+
+	items = realloc(notices->items, (notices->n + 1) * sizeof(*items));
+	if (!items)
+		return -ENOMEM;
+	notices->items = items;
+	copy = &items[notices->n];
+	*copy = *notice;
+	copy->pins.items = malloc(size);
+	if (!copy->pins.items)
+		return -ENOMEM;
+	memcpy(copy->pins.items, notice->pins.items, size);
+	notices->n++;
+	return 0;
+}
+
+int call_resume(struct call *call, const union call_in *in)
+{
+	struct client *client = prove_client(call, in->resume.client, in->resume.token);
+	struct notices notices = {};
+	int r;
+
+	if (!client)
+		return REFUSED;
+	r = notice_for_each(client, collect_notice, &notices);
+	if (r >= 0) {
+		struct msg_resume_out out = { .notices = { notices.items, notices.n } };
+
+		peer_set_client(call->peer, client);
+		peer_reply(call->peer, &schema_msg_resume_out, &out, NULL, 0);
+	}
+	for (size_t i = 0; i < notices.n; i++)
+		free(notices.items[i].pins.items);
+	free(notices.items);
+	return r;
+}
+
+static int watch_notice(const struct msg_notice *notice, void *userdata)
+{
+	peer_reply_more(userdata, &schema_msg_watch_out, &(struct msg_watch_out){ *notice });
+	return 0;
+}
+
+int call_watch(struct call *call, const union call_in *in)
+{
+	struct client *client = prove_client(call, in->watch.client, in->watch.token);
+	int r;
+
+	if (!client)
+		return REFUSED;
+	/* What began before somebody watched is told first. */
+	r = notice_for_each(client, watch_notice, call->peer);
+	if (r < 0)
+		return r;
+	peer_set_client(call->peer, client);
+	call->peer->watching = true;
+	return CALL_PENDING;
+}

@@ -1,0 +1,154 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#include "call.h"
+
+#include "broker.h"
+#include "macro.h"
+#include "open.h"
+#include "peer.h"
+
+/* OpenFile, CloseFile and Preflight. */
+
+static void open_done(struct open_result *result, void *userdata)
+{
+	struct peer *peer = userdata;
+	struct file *file = result->r == 0 ? broker_find_file(peer->broker, result->file) : NULL;
+
+	if (!peer->connection) {
+		offload_close(peer->broker->offload, peer->user, result->fd);
+	} else if (result->r != 0) {
+		peer_refuse(peer, result->r, &result->refusal);
+		peer_done(peer);
+	} else {
+		struct msg_open_file_out out = { .file = (int64_t)result->file };
+
+		file_info(file, &out.info);
+		peer_reply(peer, &schema_msg_open_file_out, &out, &result->fd, 1);
+		peer_done(peer);
+	}
+	peer_unref(peer);
+}
+
+int call_open_file(struct call *call, const union call_in *in)
+{
+	const struct msg_open_file_in *open_file = &in->open_file;
+	struct client *client = call_client(call);
+	int r, fd = -1;
+
+	if (!client)
+		return REFUSED;
+	r = call_take_fd(call, "fileDescriptor", open_file->fileDescriptor, &fd);
+	if (r != 0)
+		return r;
+	r = open_start(client, fd, (enum access)open_file->access, open_done,
+		       peer_ref(call->peer), &call->refusal);
+	if (r != 0) {
+		call_give_fd_back(call, open_file->fileDescriptor, fd);
+		peer_unref(call->peer);
+		return r;
+	}
+	return CALL_PENDING;
+}
+
+int call_close_file(struct call *call, const union call_in *in)
+{
+	struct client *client = call_client(call);
+	struct file *file;
+	struct use *use;
+
+	if (!client)
+		return REFUSED;
+	file = broker_find_file(client->broker, (uint64_t)in->close_file.file);
+	use = file ? client_find_use(client, file) : NULL;
+	if (!use)
+		return refuse_no_such(&call->refusal, "file", (uint64_t)in->close_file.file);
+	if (use->n_pins > 0)
+		return refuse(&call->refusal, REFUSAL_BUSY, "pinned",
+			      "%u pins of yours are on %s: unpin them first.", use->n_pins,
+			      file->path);
+	use_free(use);
+	peer_reply(call->peer, &schema_msg_close_file_out, NULL, NULL, 0);
+	return 0;
+}
+
+struct preflight_job {
+	struct job job;
+	struct peer *peer; /* reference */
+	int fd;            /* owned */
+	enum access access;
+	struct probe probe; /* owned */
+	struct refusal refusal;
+	int result;
+};
+
+static void preflight_run(struct job *job)
+{
+	struct preflight_job *j = container_of(job, struct preflight_job, job);
+	const struct config *config = &j->peer->broker->config;
+	const struct process *process = &j->peer->process;
+
+	j->result = access_probe(j->fd, process, config->file_systems, &j->probe, &j->refusal);
+	if (j->result == 0)
+		j->result = access_check_open(j->fd, process, j->access, &j->refusal);
+	if (j->result == 0)
+		j->result = access_check_lease(j->fd, process, &j->probe, config->leases,
+					       &j->refusal);
+}
+
+static void preflight_done(struct job *job)
+{
+	struct preflight_job *j = container_of(job, struct preflight_job, job);
+	struct peer *peer = j->peer;
+	bool settles = j->access == ACCESS_WRITE && peer->broker->config.readers == READERS_WAIT;
+	char message[300];
+	struct msg_preflight_out out = {
+		.leasable = j->result == 0,
+		.dax = j->probe.dax,
+		.leaseBreakUSec = (int64_t)lease_break_usec(),
+		.settleUSec = settles ? (int64_t)lease_break_usec() : 0,
+	};
+
+	if (j->result == REFUSED) {
+		out.reason = refusal_message(&j->refusal, message);
+		out.fileSystem = j->refusal.file_system[0] ? j->refusal.file_system : NULL;
+	} else if (j->result < 0) {
+		out.reason = strerror(-j->result);
+	} else {
+		out.fileSystem = j->probe.file_system;
+	}
+	if (peer->connection) {
+		peer_reply(peer, &schema_msg_preflight_out, &out, NULL, 0);
+		peer_done(peer);
+	}
+	probe_clear(&j->probe);
+	offload_close(peer->broker->offload, peer->user, j->fd);
+	peer_unref(peer);
+	free(j);
+}
+
+int call_preflight(struct call *call, const union call_in *in)
+{
+	struct peer *peer = call->peer;
+	struct preflight_job *j;
+	int r;
+
+	j = calloc(1, sizeof(*j));
+	if (!j)
+		return -ENOMEM;
+	r = call_take_fd(call, "fileDescriptor", in->preflight.fileDescriptor, &j->fd);
+	if (r == 0) {
+		j->access = (enum access)in->preflight.access;
+		j->peer = peer;
+		j->job.run = preflight_run;
+		j->job.done = preflight_done;
+		if (offload_submit(peer->broker->offload, peer->user, &j->job) < 0) {
+			call_give_fd_back(call, in->preflight.fileDescriptor, j->fd);
+			r = refuse_limit(&call->refusal, peer->user, LIMIT_UNFINISHED);
+		}
+	}
+	if (r != 0) {
+		free(j);
+		return r;
+	}
+	peer_ref(peer);
+	return CALL_PENDING;
+}

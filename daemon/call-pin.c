@@ -1,0 +1,154 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#include "call.h"
+
+#include "broker.h"
+#include "macro.h"
+#include "peer.h"
+
+/* Pin, Bind, Unpin and Extend. */
+
+int call_pin(struct call *call, const union call_in *in)
+{
+	const struct msg_pin_in *pin = &in->pin;
+	struct client *client = call_client(call);
+	int64_t ids[PIN_RANGES_MAX];
+	int r;
+
+	if (!client)
+		return REFUSED;
+	if (!call_is_name(pin->label))
+		return refuse_parameter(&call->refusal, "label");
+	r = client_pin(client, (uint64_t)pin->file, (uint64_t)pin->context, pin->ranges.items,
+		       pin->ranges.n_items, (enum access)pin->access, pin->label, ids,
+		       &call->refusal);
+	if (r == 0)
+		peer_reply(call->peer, &schema_msg_pin_out,
+			   &(struct msg_pin_out){ .pins = { ids, pin->ranges.n_items } }, NULL, 0);
+	return r;
+}
+
+struct bind_job {
+	struct job job;
+	struct peer *peer;       /* reference */
+	struct context *context; /* held */
+	struct broker *broker;
+	int fd;
+	uint64_t pin;
+	int64_t handle;
+	struct handle_identity identity;
+	int result;
+};
+
+static void bind_run(struct job *job)
+{
+	struct bind_job *j = container_of(job, struct bind_job, job);
+
+	j->result = j->context->ops->read_handle(j->fd, j->handle, &j->identity);
+}
+
+static void bind_done(struct job *job)
+{
+	struct bind_job *j = container_of(job, struct bind_job, job);
+	struct peer *peer = j->peer;
+	struct refusal refusal;
+	struct pin *pin;
+	int r = j->result == -ENOENT ? refuse_parameter(&refusal, "handle") : j->result;
+
+	(void)context_release(j->context, j->broker);
+	pin = broker_find_pin(j->broker, j->pin);
+	if (r == 0)
+		r = pin ? pin_bind(pin, j->handle, &j->identity, &refusal)
+			: refuse_no_such(&refusal, "pin", j->pin);
+	if (peer->connection) {
+		if (r == 0)
+			peer_reply(peer, &schema_msg_bind_out, NULL, NULL, 0);
+		else
+			peer_refuse(peer, r, &refusal);
+		peer_done(peer);
+	}
+	peer_unref(peer);
+	free(j);
+}
+
+int call_bind(struct call *call, const union call_in *in)
+{
+	struct client *client = call_client(call);
+	struct context *context;
+	struct bind_job *j;
+	struct pin *pin;
+	int r;
+
+	if (!client)
+		return REFUSED;
+	pin = client_find_pin(client, in->bind.pin, &call->refusal);
+	if (!pin)
+		return REFUSED;
+	if (in->bind.handle < 0)
+		return refuse_parameter(&call->refusal, "handle");
+	context = pin->context;
+	if (!context->ops->read_handle || context->fd < 0 || pin->over) {
+		r = pin_bind(pin, in->bind.handle, &(struct handle_identity){}, &call->refusal);
+		if (r == 0)
+			peer_reply(call->peer, &schema_msg_bind_out, NULL, NULL, 0);
+		return r;
+	}
+	j = calloc(1, sizeof(*j));
+	if (!j)
+		return -ENOMEM;
+	j->broker = client->broker;
+	j->fd = context->fd;
+	j->pin = pin->id;
+	j->handle = in->bind.handle;
+	j->job.run = bind_run;
+	j->job.done = bind_done;
+	j->context = context_hold(context);
+	if (offload_submit(client->broker->offload, client->user, &j->job) < 0) {
+		(void)context_release(context, j->broker);
+		free(j);
+		return refuse_limit(&call->refusal, client->user, LIMIT_UNFINISHED);
+	}
+	j->peer = peer_ref(call->peer);
+	return CALL_PENDING;
+}
+
+int call_unpin(struct call *call, const union call_in *in)
+{
+	const struct ints *pins = &in->unpin.pins;
+	struct client *client = call_client(call);
+	_cleanup_(freep) int64_t *ended = NULL;
+	size_t n_ended;
+	int r;
+
+	if (!client)
+		return REFUSED;
+	ended = calloc(pins->n_items + 1, sizeof(*ended));
+	if (!ended)
+		return -ENOMEM;
+	r = client_unpin(client, pins->items, pins->n_items, ended, &n_ended, &call->refusal);
+	if (r == 0)
+		peer_reply(call->peer, &schema_msg_unpin_out,
+			   &(struct msg_unpin_out){ .ended = { ended, n_ended } }, NULL, 0);
+	return r;
+}
+
+int call_extend(struct call *call, const union call_in *in)
+{
+	struct client *client = call_client(call);
+	struct revocation *rev;
+	uint64_t deadline;
+	int r;
+
+	if (!client)
+		return REFUSED;
+	if (in->extend.byUSec < 0)
+		return refuse_parameter(&call->refusal, "byUSec");
+	rev = broker_find_revocation(client->broker, (uint64_t)in->extend.revocation);
+	if (!rev || !revocation_is_running(rev))
+		return refuse_no_such(&call->refusal, "revocation",
+				      (uint64_t)in->extend.revocation);
+	r = revocation_extend(rev, client, (uint64_t)in->extend.byUSec, &deadline, &call->refusal);
+	if (r == 0)
+		peer_reply(call->peer, &schema_msg_extend_out,
+			   &(struct msg_extend_out){ (int64_t)deadline }, NULL, 0);
+	return r;
+}
