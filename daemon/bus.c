@@ -22,6 +22,9 @@
 #define NEWS_USEC (2 * USEC_PER_MSEC)
 #define NEWS_MAX  64U
 
+/* With more messages than that waiting for a bus that does not read, the news are left out. */
+#define BACKLOG_MAX 64U
+
 struct news {
 	enum {
 		NEWS_ADDED,
@@ -39,6 +42,7 @@ struct bus {
 	char *address; /* owned; NULL: the system bus */
 	sd_bus *bus;   /* NULL: to be connected anew */
 	bool connected;
+	bool behind; /* does not read */
 	uint64_t reconnect_usec; /* the present back-off */
 	sd_event_source *reconnect;
 	struct news news[NEWS_MAX]; /* in the order of what happened */
@@ -89,12 +93,23 @@ static int send_one(sd_bus *bus, const struct news *n)
 	}
 }
 
+static bool is_behind(struct bus *bus)
+{
+	uint64_t n = 0;
+	bool behind = sd_bus_get_n_queued_write(bus->bus, &n) >= 0 && n > BACKLOG_MAX;
+
+	if (behind && !bus->behind)
+		log_warning("The message bus does not keep up: it is not told what comes and goes.");
+	bus->behind = behind;
+	return behind;
+}
+
 static void send_news(struct bus *bus)
 {
 	unsigned n = bus->n_news;
 
 	bus->n_news = 0;
-	for (unsigned i = 0; bus->connected && i < n; i++) {
+	for (unsigned i = 0; bus->connected && i < n && !is_behind(bus); i++) {
 		int r = send_one(bus->bus, &bus->news[i]);
 
 		if (r < 0 && r != -ENOTCONN)

@@ -2,6 +2,7 @@
 #include <fcntl.h>
 #include <getopt.h>
 #include <limits.h>
+#include <malloc.h>
 #include <signal.h>
 #include <stddef.h>
 #include <stdio.h>
@@ -302,6 +303,7 @@ int main(int argc, char *argv[])
 	if (r != 0)
 		return r - 1;
 	raise_limits();
+	(void)mallopt(M_ARENA_MAX, 2); /* the threads allocate little: they share one */
 	r = log_open(LOG_INFO);
 	if (r < 0) {
 		fprintf(stderr, "pinbrokerd: Cannot start logging: %s\n", strerror(-r));
