@@ -135,7 +135,8 @@ class Connection:
     def send_bytes(self, data, fds=()):
         control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array('i', fds))] if fds else []
         n = self.socket.sendmsg([data], control)
-        self.socket.sendall(data[n:])
+        if n < len(data):  # the answer may be the peer's last, and nothing can be sent any more
+            self.socket.sendall(data[n:])
 
     def send(self, method, parameters=None, fds=(), more=False):
         message = {'method': method}
