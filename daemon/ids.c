@@ -4,6 +4,7 @@
 #include <fcntl.h>
 #include <inttypes.h>
 #include <stdio.h>
+#include <sys/file.h>
 
 #include "log.h"
 #include "macro.h"
@@ -23,16 +24,21 @@ static void reserve(struct ids *ids)
 		log_errno(LOG_WARNING, errno, "Cannot record which identifiers are in use");
 }
 
-void ids_open(struct ids *ids, const char *path)
+int ids_open(struct ids *ids, const char *path)
 {
 	char text[24] = "";
 
 	*ids = (struct ids){ .fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600) };
-	if (ids->fd < 0)
+	if (ids->fd < 0) {
 		log_errno(LOG_WARNING, errno, "Cannot open %s, identifiers begin anew", path);
-	else if (pread(ids->fd, text, sizeof(text) - 1, 0) > 0)
+	} else if (flock(ids->fd, LOCK_EX | LOCK_NB) < 0 && errno == EWOULDBLOCK) {
+		ids_close(ids);
+		return -EADDRINUSE;
+	} else if (pread(ids->fd, text, sizeof(text) - 1, 0) > 0) {
 		ids->last = strtoull(text, NULL, 10);
+	}
 	reserve(ids);
+	return 0;
 }
 
 void ids_close(struct ids *ids)

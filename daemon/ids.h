@@ -13,7 +13,8 @@ struct ids {
 	uint64_t last, reserved;
 };
 
-/* Goes on after what the file says. A file that cannot be had is logged, and done without. */
-void ids_open(struct ids *ids, const char *path);
+/* Goes on after what the file says. A file that cannot be had is logged, and done without; -EADDRINUSE if
+ * another daemon has it: it is locked until the end. */
+int ids_open(struct ids *ids, const char *path);
 void ids_close(struct ids *ids);
 uint64_t ids_next(struct ids *ids);

@@ -162,12 +162,12 @@ static void remove_socket(struct service *service)
 }
 
 /* Beside the socket, which lies on a file system that a reboot clears. */
-static void open_ids(struct broker *broker, const char *socket)
+static int open_ids(struct broker *broker, const char *socket)
 {
 	char path[PATH_MAX];
 
 	snprintf(path, sizeof(path), "%s.ids", socket);
-	ids_open(&broker->ids, path);
+	return ids_open(&broker->ids, path);
 }
 
 static int listen_passed(struct rpc *rpc, int fd, struct sockaddr_un *ret_address)
@@ -206,15 +206,13 @@ static int listen_all(struct service *service, const struct options *options)
 		if (r < 0)
 			return r;
 	}
-	if (n == 1 && !options->socket) {
-		open_ids(service->broker, address.sun_path[0] ? address.sun_path : path);
-		return 0;
-	}
-	r = listen_at(service, path);
-	if (r < 0)
-		return log_errno(LOG_ERR, r, "Cannot listen on %s", path);
-	open_ids(service->broker, path);
-	return 0;
+	if (n == 1 && !options->socket)
+		return open_ids(service->broker, address.sun_path[0] ? address.sun_path : path);
+	/* In this order: of two that start at once only one has the identifiers, and looks at the socket. */
+	r = open_ids(service->broker, path);
+	if (r >= 0)
+		r = listen_at(service, path);
+	return r < 0 ? log_errno(LOG_ERR, r, "Cannot listen on %s", path) : 0;
 }
 
 static void on_stopped(void *userdata)

@@ -9,6 +9,7 @@ Starts a bus and the daemon ($PINBROKERD) itself. Every reply is held to the typ
 import array
 import ctypes
 import errno
+import fcntl
 import json
 import mmap
 import os
@@ -29,6 +30,13 @@ PAGE = mmap.PAGESIZE
 PAGES = 4096
 SIZE = PAGES * PAGE
 PROTOCOL = os.path.join(os.path.dirname(os.path.abspath(__file__)), '..', '..', 'protocol')
+
+# The counters of pins and the lease-break-time are the machine's: one test at a time, also of several
+# runs. world.c takes the same.
+MACHINE_LOCK = os.open('/dev/shm/pinbroker-tests.lock',
+                       os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+fcntl.flock(MACHINE_LOCK, fcntl.LOCK_EX)
+
 SERVICE, PINBROKER = 'org.varlink.service', 'org.pinbroker'
 
 

@@ -12,6 +12,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
+#include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/mount.h>
 #include <sys/pidfd.h>
@@ -24,10 +25,24 @@
 #include <time.h>
 #include <unistd.h>
 
+#define MACHINE_LOCK "/dev/shm/pinbroker-tests.lock" /* client.py's, too */
+
 char dir[] = "/tmp/pinbroker-test-XXXXXX";
 char mount_point[64], socket_path[80], bus_address[80], file_path[80];
 static char bus_path[64], config_path[64];
 pid_t daemon_pid, bus_pid;
+
+/* The counters of pins and the lease-break-time are the machine's: one test at a time, also of several
+ * runs. Held until the process ends. */
+static void __attribute__((constructor)) lock_machine(void)
+{
+	int fd = open(MACHINE_LOCK, O_RDWR | O_CREAT | O_NOFOLLOW | O_CLOEXEC, 0600);
+
+	if (fd < 0 || flock(fd, LOCK_EX) < 0) {
+		perror(MACHINE_LOCK);
+		exit(1);
+	}
+}
 
 uint64_t usec_now(void)
 {
