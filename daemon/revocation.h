@@ -92,6 +92,10 @@ void revocation_blame(struct revocation *revocation, const struct conflict *who,
 /* A pin has ended; called by pin_end() for each of the pin's targets. */
 void revocation_target_gone(struct target *target, enum proof proof);
 
+/* revocation-signal.c: sends a holder the signal of the present rung, if it is still who connected and holds
+ * a context of its pins; revocation_job_done() follows. 1, or -ENOMEM. */
+int revocation_signal(struct revocation *revocation, struct client *client, int sig);
+
 /* A job that a rung started has come back; reached: a signal was delivered. */
 void revocation_job_done(struct broker *broker, uint64_t id, enum revocation_state rung,
 			 bool reached);

@@ -332,6 +332,36 @@ static void test_overflow(void **state)
 	world_stop();
 }
 
+/* The kernel's patience is shorter than the ladder: all of it is walked, in what time there is (I3). */
+static void test_short_break_time(void **state)
+{
+	const struct holder_options options = { .opaque = true, .ignore = true, .catch_signal = true };
+	struct result result;
+	struct holder holder;
+	int fd, status;
+	pid_t pid;
+
+	write_break_time("2");
+	world_start("");
+	mount_fs("tmpfs");
+	make_file();
+	holder = holder_start(&options);
+	holder_expect(&holder, "holding ");
+	pid = truncate_start(&fd);
+	holder_expect(&holder, "notice modify -1 0 -");
+	holder_expect(&holder, "notice truncate %d %d truncater", PAGE, pid);
+	holder_expect(&holder, "signal");
+	result = truncate_finish(pid, fd);
+	restore_break_time();
+	assert_int_equal(result.error, 0);
+	/* 10 s of grace, 5 s after the signal, and 3 s for the rest, in 1.8 s */
+	assert_in_range(result.usec / 1000, 1500, 1950);
+	status = holder_stop(&holder, 0);
+	assert_true(WIFSIGNALED(status));
+	assert_int_equal(WTERMSIG(status), SIGKILL);
+	world_stop();
+}
+
 /* --- the bus --- */
 
 static void test_bus_lost(void **state)
@@ -379,6 +409,7 @@ int main(void)
 		cmocka_unit_test(test_settling),
 		cmocka_unit_test(test_exposed),
 		cmocka_unit_test(test_overflow),
+		cmocka_unit_test(test_short_break_time),
 		cmocka_unit_test(test_bus_lost),
 	};
 
