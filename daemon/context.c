@@ -382,8 +382,8 @@ static void reap_run(struct job *job)
 		return;
 	pin_counter_start(&counter);
 	close(j->fd);
-	if (j->ops->frees_late)
-		pin_counter_wait(&counter, j->n_pages);
+	if (j->ops->frees_usec > 0)
+		pin_counter_wait(&counter, j->n_pages, j->ops->frees_usec);
 }
 
 static void reap_done(struct job *job)

@@ -63,8 +63,8 @@ struct context_ops {
 	 * copy has to be closed. Default: the holder lets go of single pins. */
 	bool until_close;
 
-	/* The kernel frees the pages some time after the last close. Default: at once. */
-	bool frees_late;
+	/* How long after the last close the kernel begins to free the pages, at most. Default: at once. */
+	uint64_t frees_usec;
 };
 
 extern const struct context_ops context_io_uring;

@@ -7,9 +7,9 @@
 #include "macro.h"
 #include "process.h"
 
-/* An io_uring's pages were seen to be freed 3 to 15 ms after its last close. */
+/* Once the pages have begun to be freed. */
 #define STILL_USEC (25 * USEC_PER_MSEC)
-#define WAIT_USEC  (100 * USEC_PER_MSEC)
+#define WAIT_USEC  (500 * USEC_PER_MSEC)
 
 static uint64_t read_released(void)
 {
@@ -31,7 +31,7 @@ void pin_counter_start(struct pin_counter *counter)
 	counter->released = read_released();
 }
 
-void pin_counter_wait(const struct pin_counter *counter, uint64_t n_pages)
+void pin_counter_wait(const struct pin_counter *counter, uint64_t n_pages, uint64_t begin_usec)
 {
 	uint64_t start = now_usec(), changed = start, last = counter->released;
 
@@ -45,7 +45,8 @@ void pin_counter_wait(const struct pin_counter *counter, uint64_t n_pages)
 			last = released;
 			changed = now;
 		}
-		if (now - changed >= STILL_USEC || now - start >= WAIT_USEC)
+		if (now - changed >= (changed == start ? begin_usec : STILL_USEC) ||
+		    now - start >= WAIT_USEC)
 			return;
 		usleep(USEC_PER_MSEC);
 	}

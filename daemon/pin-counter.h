@@ -13,5 +13,5 @@ struct pin_counter {
 };
 
 void pin_counter_start(struct pin_counter *counter);
-/* Waits until n_pages have been released since the start, or nothing more happens. (offload) */
-void pin_counter_wait(const struct pin_counter *counter, uint64_t n_pages);
+/* Waits until n_pages have been released since the start, or no more are, or none within begin_usec. (offload) */
+void pin_counter_wait(const struct pin_counter *counter, uint64_t n_pages, uint64_t begin_usec);

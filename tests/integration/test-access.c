@@ -235,7 +235,9 @@ static void test_sharing(void **state)
 static void test_unprivileged(void **state)
 {
 	char socket_name[80], address[80];
-	int status;
+	const char *argv[] = { "pinbrokerd", "--socket", socket_name, "--bus", address, NULL };
+	/* She may not be let into the directory where it was built. */
+	int status, daemon_fd = open(getenv("PINBROKERD"), O_PATH | O_CLOEXEC);
 	pid_t pid;
 
 	begin("tmpfs", "");
@@ -246,10 +248,10 @@ static void test_unprivileged(void **state)
 	if (pid == 0) {
 		prctl(PR_SET_PDEATHSIG, SIGKILL);
 		become(ALICE, false);
-		execl(getenv("PINBROKERD"), "pinbrokerd", "--socket", socket_name, "--bus", address,
-		      NULL);
+		fexecve(daemon_fd, (char *const *)argv, environ);
 		_exit(127);
 	}
+	close(daemon_fd);
 	wait_for_socket(socket_name);
 	snprintf(socket_path, sizeof(socket_path), "%s", socket_name);
 	assert_int_equal(open_as(ALICE, false, file_path, PINBROKER_WRITE), 0);
