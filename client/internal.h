@@ -65,6 +65,7 @@ struct pinbroker {
 	struct connection *request; /* NULL while broken */
 	uint64_t client;            /* 0: never connected */
 	char *token;
+	char *version;
 	char **features;
 	size_t n_features;
 	atomic_bool connected; /* once, and for good */

@@ -336,6 +336,13 @@ EXPORT int pinbroker_get_client(pinbroker *pb, uint64_t *ret)
 	return 0;
 }
 
+EXPORT const char *pinbroker_get_version(pinbroker *pb)
+{
+	if (check_process(pb) < 0 || !atomic_load(&pb->connected))
+		return NULL;
+	return pb->version;
+}
+
 EXPORT int pinbroker_has_feature(pinbroker *pb, const char *feature)
 {
 	int r;
@@ -347,4 +354,15 @@ EXPORT int pinbroker_has_feature(pinbroker *pb, const char *feature)
 		if (strcmp(pb->features[i], feature) == 0)
 			return 1;
 	return 0;
+}
+
+EXPORT int pinbroker_list_features(
+	pinbroker *pb, int (*callback)(const char *feature, void *userdata), void *userdata)
+{
+	int r;
+
+	r = check_usable(pb);
+	for (size_t i = 0; r == 0 && i < pb->n_features; i++)
+		r = callback(pb->features[i], userdata);
+	return r;
 }

@@ -344,8 +344,21 @@ int pinbroker_dispatch(pinbroker *pb);
 /* This client's id. */
 int pinbroker_get_client(pinbroker *pb, uint64_t *ret);
 
+/*
+ * The broker's version, as it told it in pinbroker_connect(). Valid as long as the handle; NULL
+ * before pinbroker_connect() has succeeded.
+ */
+const char *pinbroker_get_version(pinbroker *pb);
+
 /* Returns 1 if the broker has the named feature, 0 if not. */
 int pinbroker_has_feature(pinbroker *pb, const char *feature);
+
+/*
+ * Calls back for each of the broker's features, whose name is valid as long as the handle. What a
+ * callback returns other than 0 ends the listing and is returned.
+ */
+int pinbroker_list_features(
+	pinbroker *pb, int (*callback)(const char *feature, void *userdata), void *userdata);
 
 /*
  * About the calling thread's last failed call on this handle; successful calls leave it. Never

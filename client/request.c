@@ -65,32 +65,21 @@ static int request_hello_on(pinbroker *pb, struct connection *c, const char *bus
 	return request_on(pb, c, METHOD_Hello, &in, out, until_usec, reply);
 }
 
+/* What was learnt in part is forgotten with the rest. */
 static int request_learn(pinbroker *pb, const struct msg_hello_out *out)
 {
-	char **features = NULL;
-	char *token;
-	size_t n;
-
-	token = strdup(out->token);
-	if (!token)
-		return -ENOMEM;
-	features = calloc(out->features.n_items + 1, sizeof(*features));
-	for (n = 0; features && n < out->features.n_items; n++) {
-		features[n] = strdup(out->features.items[n]);
-		if (!features[n])
-			break;
-	}
-	if (!features || n < out->features.n_items) {
-		while (n > 0)
-			free(features[--n]);
-		free(features);
-		free(token);
-		return -ENOMEM;
-	}
 	pb->client = (uint64_t)out->client;
-	pb->token = token;
-	pb->features = features;
-	pb->n_features = n;
+	pb->token = strdup(out->token);
+	pb->version = strdup(out->version);
+	pb->features = calloc(out->features.n_items + 1, sizeof(*pb->features));
+	if (!pb->token || !pb->version || !pb->features)
+		return -ENOMEM;
+	for (size_t i = 0; i < out->features.n_items; i++) {
+		pb->features[i] = strdup(out->features.items[i]);
+		if (!pb->features[i])
+			return -ENOMEM;
+		pb->n_features++;
+	}
 	return 0;
 }
 
@@ -100,9 +89,11 @@ void request_forget(pinbroker *pb)
 	for (size_t i = 0; i < pb->n_features; i++)
 		free(pb->features[i]);
 	free(pb->features);
+	free(pb->version);
 	free(pb->token);
 	pb->features = NULL;
 	pb->n_features = 0;
+	pb->version = NULL;
 	pb->token = NULL;
 	pb->client = 0;
 }

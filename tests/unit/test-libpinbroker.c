@@ -387,8 +387,9 @@ static void script_end(struct script *s)
 	assert_string_equal(s->error, "");
 }
 
-#define HELLO_REPLY \
-	"{\"parameters\":{\"client\":1,\"token\":\"t\",\"version\":\"0\",\"features\":[\"a\"]}}"
+#define HELLO_REPLY                                                                            \
+	"{\"parameters\":{\"client\":1,\"token\":\"t\",\"version\":\"0\",\"features\":[\"a\"," \
+	"\"c\"]}}"
 #define NOTICE(pid)                                                                            \
 	"{\"revocation\":3,\"client\":1,\"file\":2,\"path\":\"/f\",\"pins\":[8],\"conflict\":" \
 	"{\"cause\":\"truncate\",\"offset\":0,\"length\":0" pid "},\"deadlineUSec\":99}"
@@ -427,6 +428,44 @@ static void dispatch_once(pinbroker *pb)
 	pinbroker_dispatch(pb);
 }
 
+static int collect_feature(const char *feature, void *userdata)
+{
+	strcat(userdata, feature);
+	return 0;
+}
+
+static int find_feature(const char *feature, void *userdata)
+{
+	strcat(userdata, feature);
+	return strcmp(feature, "a") == 0 ? -ELOOP : 0;
+}
+
+static void test_broker_introduces_itself(void **state)
+{
+	static const struct step steps[] = {
+		{ACCEPT, 0},
+		{ANSWER, 0, "Hello", HELLO_REPLY},
+		{END},
+	};
+	char names[8] = "";
+	struct script s;
+	pinbroker *pb;
+
+	pb = script_new(&s, steps, 0);
+	assert_null(pinbroker_get_version(pb));
+	assert_int_equal(pinbroker_list_features(pb, collect_feature, names), -ENOTCONN);
+	assert_int_equal(pinbroker_connect(pb), 0);
+	assert_string_equal(pinbroker_get_version(pb), "0");
+	assert_int_equal(pinbroker_list_features(pb, collect_feature, names), 0);
+	assert_string_equal(names, "ac");
+	assert_int_equal(pinbroker_list_features(pb, find_feature, names), -ELOOP);
+	assert_string_equal(names, "aca");
+	assert_int_equal(pinbroker_has_feature(pb, "a"), 1);
+	assert_int_equal(pinbroker_has_feature(pb, "b"), 0);
+	pinbroker_unref(pb);
+	script_end(&s);
+}
+
 static void test_unread_call_is_repeated_after_resume(void **state)
 {
 	static const struct step steps[] = {
@@ -448,8 +487,6 @@ static void test_unread_call_is_repeated_after_resume(void **state)
 
 	pb = script_start(&s, steps, 0);
 	pinbroker_set_revoke_callback(pb, on_revoke, &seen);
-	assert_int_equal(pinbroker_has_feature(pb, "a"), 1);
-	assert_int_equal(pinbroker_has_feature(pb, "b"), 0);
 	assert_int_equal(pinbroker_unpin(pb, &pin, 1, &ended, &n), 0);
 	assert_int_equal(n, 1);
 	assert_int_equal(ended, 8);
@@ -592,6 +629,7 @@ int main(void)
 		HANDLE(test_error_belongs_to_its_handle),
 		HANDLE(test_absent_broker_is_named),
 		HANDLE(test_child_is_turned_away),
+		cmocka_unit_test(test_broker_introduces_itself),
 		cmocka_unit_test(test_unread_call_is_repeated_after_resume),
 		cmocka_unit_test(test_call_that_was_read_is_not_repeated),
 		cmocka_unit_test(test_forgotten_client_is_told),
