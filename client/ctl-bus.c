@@ -37,19 +37,14 @@ int fail_bus_call(const sd_bus_error *error, int r, const char *what)
 	return fail(code, "%s: %s%s", what, error->message ?: strerror(-r), advice);
 }
 
-int ctl_bus_open(const struct ctl *ctl, sd_bus **ret)
+int ctl_bus_connect(const struct ctl *ctl, sd_bus **ret)
 {
 	_cleanup_(sd_bus_flush_close_unrefp) sd_bus *bus = NULL;
 	const char *address = bus_address(ctl);
 	int r;
 
-	if (!address) {
-		r = sd_bus_open_system(&bus);
-		if (r < 0)
-			return fail_bus(ctl, r, "Cannot reach the broker");
-		*ret = TAKE_PTR(bus);
-		return 0;
-	}
+	if (!address)
+		return sd_bus_open_system(ret);
 	r = sd_bus_new(&bus);
 	if (r >= 0)
 		r = sd_bus_set_address(bus, address);
@@ -57,8 +52,14 @@ int ctl_bus_open(const struct ctl *ctl, sd_bus **ret)
 		r = sd_bus_set_bus_client(bus, true);
 	if (r >= 0)
 		r = sd_bus_start(bus);
-	if (r < 0)
-		return fail_bus(ctl, r, "Cannot reach the broker");
-	*ret = TAKE_PTR(bus);
-	return 0;
+	if (r >= 0)
+		*ret = TAKE_PTR(bus);
+	return r;
+}
+
+int ctl_bus_open(const struct ctl *ctl, sd_bus **ret)
+{
+	int r = ctl_bus_connect(ctl, ret);
+
+	return r < 0 ? fail_bus(ctl, r, "Cannot reach the broker") : 0;
 }

@@ -1,4 +1,5 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
+#include "ctl-event.h"
 #include "ctl-region.h"
 #include "ctl-ring.h"
 #include "ctl.h"
@@ -26,7 +27,6 @@ extern char **environ;
 struct hold {
 	struct ctl *ctl;
 	const char *path;
-	char *word; /* owned; the path as printed */
 	enum pinbroker_access access;
 	bool ignore;
 	char **command; /* NULL: none */
@@ -48,65 +48,52 @@ struct hold {
 	pid_t child; /* 0: none, or ended */
 };
 
-/* ---- What is printed. Words, so that a script can read it; the first ones stay as they are. ----
- */
-
-static void say_time(void)
-{
-	struct timespec ts;
-	char text[32];
-	struct tm tm;
-
-	clock_gettime(CLOCK_REALTIME, &ts);
-	localtime_r(&ts.tv_sec, &tm);
-	strftime(text, sizeof(text), "%H:%M:%S", &tm);
-	printf(" time %s.%03ld\n", text, ts.tv_nsec / 1000000);
-}
+/* ---- What is told ---- */
 
 static void say_holding(const struct hold *h, const struct region *region)
 {
-	printf("holding %s pin %" PRIu64 " offset %" PRIu64 " length %" PRIu64
-	       " access %s pages %s",
-		h->word, region->pin, region->range.offset, region->range.length,
-		pinbroker_access_name(h->access), h->placeholders ? "placeholder" : "pinned");
-	say_time();
+	json_object *o = event_new("holding", h->path);
+
+	json_add_number(o, "pin", region->pin);
+	json_add_number(o, "offset", region->range.offset);
+	json_add_number(o, "length", region->range.length);
+	json_add_string(o, "access", pinbroker_access_name(h->access));
+	json_add_string(o, "pages", h->placeholders ? "placeholder" : "pinned");
+	event_say(o, h->ctl);
 }
 
 static void say_released(const struct hold *h, uint64_t pin, bool ended)
 {
-	printf("released %s pin %" PRIu64 "%s", h->word, pin, ended ? " ended" : "");
-	say_time();
+	json_object *o = event_new("released", h->path);
+
+	json_add_number(o, "pin", pin);
+	json_add_string(o, "by", ended ? "force" : NULL);
+	event_say(o, h->ctl);
 }
 
 static void say_notice(const struct hold *h, const struct pinbroker_notice *n)
 {
+	json_object *o = event_new(n->update ? "updated" : "revoked", h->path);
+	json_object *pins = must(json_object_new_array());
 	uint64_t now = now_usec();
-	const char *separator = "";
 
-	printf("%s %s pin ", n->update ? "updated" : "revoked", h->word);
-	for (size_t i = 0; i < n->n_pins; i++, separator = ",")
-		printf("%s%" PRIu64, separator, n->pins[i]);
-	printf(" revocation %" PRIu64 " cause %s offset %" PRIu64 " length %" PRIu64, n->revocation,
-		pinbroker_cause_name(n->cause), n->offset, n->length);
-	if (n->size != PINBROKER_UNKNOWN)
-		printf(" size %" PRIu64, n->size);
-	if (n->pid > 0)
-		printf(" pid %d", (int)n->pid);
-	if (n->uid != PINBROKER_NO_UID)
-		printf(" uid %u", (unsigned)n->uid);
-	if (n->comm) {
-		_cleanup_(freep) char *comm = escape_word(n->comm);
-
-		printf(" comm %s", comm);
-	}
-	if (n->reason && *n->reason) {
-		_cleanup_(freep) char *reason = escape_word(n->reason);
-
-		printf(" reason %s", reason);
-	}
-	printf(" left %.3f",
-		n->deadline_usec > now ? (double)(n->deadline_usec - now) / USEC_PER_SEC : 0.0);
-	say_time();
+	for (size_t i = 0; i < n->n_pins; i++)
+		json_object_array_add(pins, must(json_object_new_int64((int64_t)n->pins[i])));
+	json_add(o, "pins", pins);
+	json_add_number(o, "revocation", n->revocation);
+	json_add_string(o, "cause", pinbroker_cause_name(n->cause));
+	json_add_number(o, "offset", n->offset);
+	json_add_number(o, "length", n->length);
+	json_add_number(o, "size", n->size);
+	json_add_number(o, "pid", n->pid > 0 ? (uint64_t)n->pid : PINBROKER_UNKNOWN);
+	json_add_number(o, "uid", n->uid != PINBROKER_NO_UID ? n->uid : PINBROKER_UNKNOWN);
+	json_add_string(o, "comm", n->comm);
+	json_add_string(o, "reason", n->reason && *n->reason ? n->reason : NULL);
+	json_add(o, "left",
+		must(json_object_new_double(
+			n->deadline_usec > now ? (double)(n->deadline_usec - now) / USEC_PER_SEC
+					       : 0.0)));
+	event_say(o, h->ctl);
 }
 
 /* ---- Letting go ---- */
@@ -439,7 +426,6 @@ static void hold_close(struct hold *h)
 	pinbroker_unref(h->pb);
 	safe_close(h->signal_fd);
 	free(h->regions);
-	free(h->word);
 }
 
 /* ---- What is asked for ---- */
@@ -524,7 +510,6 @@ int ctl_hold(struct ctl *ctl, int argc, char *argv[])
 	r = hold_parse(&h, argc, argv);
 	if (r < 0) {
 		setvbuf(stdout, NULL, _IOLBF, 0);
-		h.word = escape_word(h.path);
 		r = hold_run(&h);
 		hold_close(&h);
 		return r ?: h.code;

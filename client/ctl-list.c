@@ -5,26 +5,21 @@
 #include <inttypes.h>
 #include <string.h>
 
-enum { OPTION_JSON = OPTION_VERB, OPTION_NO_LEGEND, OPTION_NO_PAGER, OPTION_FILE, OPTION_CLIENT };
+enum { OPTION_FILE = OPTION_VERB, OPTION_CLIENT };
 
-struct list {
-	struct ctl *ctl;
-	pinbroker *pb;
-	struct table *table;
-	uint64_t file, client; /* 0: any */
-};
+static bool list_wants(const struct list *list, uint64_t id)
+{
+	for (size_t i = 0; i < list->n_ids; i++)
+		if (list->ids[i] == id)
+			return true;
+	return !list->ids;
+}
 
 static void table_size(struct table *t, uint64_t size)
 {
-	static const char units[] = "KMGTPE";
-	uint64_t whole = size;
 	char text[32];
-	int i = -1;
 
-	/* Only what is exact is abbreviated. */
-	for (; whole >= 1024 && whole % 1024 == 0 && units[i + 1]; i++)
-		whole /= 1024;
-	snprintf(text, sizeof(text), "%" PRIu64 "%.1s", whole, i < 0 ? "" : &units[i]);
+	format_size(size, text);
 	table_number_as(t, size, text);
 }
 
@@ -53,8 +48,11 @@ static const struct column pin_columns[] = {
 
 static int add_pin(const struct pinbroker_pin_info *info, void *userdata)
 {
-	struct table *t = userdata;
+	struct list *list = userdata;
+	struct table *t = list->table;
 
+	if (!list_wants(list, info->pin))
+		return 0;
 	table_number(t, info->pin);
 	table_number(t, info->client);
 	table_number(t, info->file);
@@ -73,7 +71,7 @@ static int add_pin(const struct pinbroker_pin_info *info, void *userdata)
 static int list_pins(struct list *list)
 {
 	list->table = table_new(pin_columns, ELEMENTS(pin_columns));
-	return pinbroker_list_pins(list->pb, list->file, list->client, add_pin, list->table);
+	return pinbroker_list_pins(list->pb, list->file, list->client, add_pin, list);
 }
 
 static const struct column file_columns[] = {
@@ -93,8 +91,11 @@ static const struct column file_columns[] = {
 
 static int add_file(const struct pinbroker_file_info *info, void *userdata)
 {
-	struct table *t = userdata;
+	struct list *list = userdata;
+	struct table *t = list->table;
 
+	if (!list_wants(list, info->file))
+		return 0;
 	table_number(t, info->file);
 	table_string(t, info->file_system);
 	table_number(t, info->device);
@@ -113,7 +114,7 @@ static int add_file(const struct pinbroker_file_info *info, void *userdata)
 static int list_files(struct list *list)
 {
 	list->table = table_new(file_columns, ELEMENTS(file_columns));
-	return pinbroker_list_files(list->pb, add_file, list->table);
+	return pinbroker_list_files(list->pb, add_file, list);
 }
 
 static const struct column client_columns[] = {
@@ -134,8 +135,11 @@ static const struct column client_columns[] = {
 
 static int add_client(const struct pinbroker_client_info *info, void *userdata)
 {
-	struct table *t = userdata;
+	struct list *list = userdata;
+	struct table *t = list->table;
 
+	if (!list_wants(list, info->client))
+		return 0;
 	table_number(t, info->client);
 	table_number(t, (uint64_t)info->pid);
 	table_number(t, info->uid);
@@ -155,7 +159,7 @@ static int add_client(const struct pinbroker_client_info *info, void *userdata)
 static int list_clients(struct list *list)
 {
 	list->table = table_new(client_columns, ELEMENTS(client_columns));
-	return pinbroker_list_clients(list->pb, add_client, list->table);
+	return pinbroker_list_clients(list->pb, add_client, list);
 }
 
 static const struct column context_columns[] = {
@@ -171,8 +175,11 @@ static const struct column context_columns[] = {
 
 static int add_context(const struct pinbroker_context_info *info, void *userdata)
 {
-	struct table *t = userdata;
+	struct list *list = userdata;
+	struct table *t = list->table;
 
+	if (!list_wants(list, info->context))
+		return 0;
 	table_number(t, info->context);
 	table_number(t, info->client);
 	table_string(t, info->kind);
@@ -187,7 +194,7 @@ static int add_context(const struct pinbroker_context_info *info, void *userdata
 static int list_contexts(struct list *list)
 {
 	list->table = table_new(context_columns, ELEMENTS(context_columns));
-	return pinbroker_list_contexts(list->pb, list->client, add_context, list->table);
+	return pinbroker_list_contexts(list->pb, list->client, add_context, list);
 }
 
 static const struct column revocation_columns[] = {
@@ -213,8 +220,11 @@ static const struct column revocation_columns[] = {
 
 static int add_revocation(const struct pinbroker_revocation_info *info, void *userdata)
 {
-	struct table *t = userdata;
+	struct list *list = userdata;
+	struct table *t = list->table;
 
+	if (!list_wants(list, info->revocation))
+		return 0;
 	table_number(t, info->revocation);
 	table_string(t, pinbroker_revocation_state_name(info->state));
 	table_string(t, pinbroker_cause_name(info->cause));
@@ -226,7 +236,11 @@ static int add_revocation(const struct pinbroker_revocation_info *info, void *us
 	table_string(t, info->comm);
 	table_string(t, info->reason);
 	table_when(t, info->start_usec);
-	table_when(t, info->deadline_usec);
+	/* A deadline that was kept says nothing any more. */
+	if (info->end_usec == PINBROKER_UNKNOWN)
+		table_when(t, info->deadline_usec);
+	else
+		table_number_as(t, info->deadline_usec, "-");
 	table_when(t, info->end_usec);
 	table_number(t, info->n_pins);
 	table_number(t, info->n_remaining);
@@ -239,45 +253,46 @@ static int add_revocation(const struct pinbroker_revocation_info *info, void *us
 static int list_revocations(struct list *list)
 {
 	list->table = table_new(revocation_columns, ELEMENTS(revocation_columns));
-	return pinbroker_list_revocations(list->pb, add_revocation, list->table);
+	return pinbroker_list_revocations(list->pb, add_revocation, list);
 }
 
-static const struct {
-	const char *what;
-	int (*list)(struct list *list);
-} lists[] = {
-	{"pins", list_pins},
-	{"files", list_files},
-	{"clients", list_clients},
-	{"contexts", list_contexts},
-	{"revocations", list_revocations},
+const struct list_kind list_kinds[LIST_KINDS] = {
+	{"pin", "pins", list_pins},
+	{"file", "files", list_files},
+	{"client", "clients", list_clients},
+	{"context", "contexts", list_contexts},
+	{"revocation", "revocations", list_revocations},
 };
 
-static int list_run(struct list *list, const char *what)
+int list_fill(struct list *list, const struct list_kind *kind)
+{
+	int r = kind->fill(list);
+
+	if (r >= 0)
+		return 0;
+	return fail_call(list->pb, pinbroker_last_error(list->pb)->name ? r : -ENOTCONN,
+		"Cannot list the %s", kind->plural);
+}
+
+static int list_run(struct ctl *ctl, struct list *list, const char *what)
 {
 	int r;
 
-	for (size_t i = 0; i < ELEMENTS(lists); i++) {
-		if (strcmp(what, lists[i].what) != 0)
+	for (size_t i = 0; i < LIST_KINDS; i++) {
+		if (strcmp(what, list_kinds[i].plural) != 0)
 			continue;
-		r = lists[i].list(list);
-		if (r < 0) {
-			r = pinbroker_last_error(list->pb)->name ? r : -ENOTCONN;
-			return fail_call(list->pb, r, "Cannot list the %s", what);
-		}
-		table_print(list->table, list->ctl, what);
-		return EX_OK;
+		r = list_fill(list, &list_kinds[i]);
+		if (r == 0)
+			table_print(list->table, ctl, what);
+		return r;
 	}
 	return fail_usage(
 		"pins, files, clients, contexts or revocations can be listed, not %s.", what);
 }
 
-static int list_parse(struct list *list, int argc, char *argv[])
+static int list_parse(struct ctl *ctl, struct list *list, int argc, char *argv[])
 {
 	static const struct option options[] = {
-		{"json", required_argument, NULL, OPTION_JSON},
-		{"no-legend", no_argument, NULL, OPTION_NO_LEGEND},
-		{"no-pager", no_argument, NULL, OPTION_NO_PAGER},
 		{"file", required_argument, NULL, OPTION_FILE},
 		{"client", required_argument, NULL, OPTION_CLIENT},
 		COMMON_OPTIONS,
@@ -287,15 +302,6 @@ static int list_parse(struct list *list, int argc, char *argv[])
 	while ((c = getopt_long(argc, argv, "h", options, NULL)) >= 0) {
 		r = -1;
 		switch (c) {
-		case OPTION_JSON:
-			r = ctl_json_option(list->ctl, optarg);
-			break;
-		case OPTION_NO_LEGEND:
-			list->ctl->legend = false;
-			break;
-		case OPTION_NO_PAGER:
-			list->ctl->pager = false;
-			break;
 		case OPTION_FILE:
 			if (!parse_u64(optarg, &list->file) || list->file == 0)
 				r = fail_usage("--file is the id of a file, not %s.", optarg);
@@ -305,7 +311,7 @@ static int list_parse(struct list *list, int argc, char *argv[])
 				r = fail_usage("--client is the id of a client, not %s.", optarg);
 			break;
 		default:
-			r = ctl_common_option(list->ctl, c);
+			r = ctl_common_option(ctl, c);
 		}
 		if (r >= 0)
 			return r;
@@ -315,10 +321,10 @@ static int list_parse(struct list *list, int argc, char *argv[])
 
 int ctl_list(struct ctl *ctl, int argc, char *argv[])
 {
-	struct list list = {.ctl = ctl};
+	struct list list = {};
 	int r;
 
-	r = list_parse(&list, argc, argv);
+	r = list_parse(ctl, &list, argc, argv);
 	if (r >= 0)
 		return r;
 	if (argc - optind > 1)
@@ -326,7 +332,7 @@ int ctl_list(struct ctl *ctl, int argc, char *argv[])
 	r = ctl_client(ctl, &list.pb);
 	if (r > 0)
 		return r;
-	r = list_run(&list, optind < argc ? argv[optind] : "pins");
+	r = list_run(ctl, &list, optind < argc ? argv[optind] : "pins");
 	table_free(list.table);
 	pinbroker_unref(list.pb);
 	return r;

@@ -1,6 +1,10 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
+#include "ctl-mount.h"
+#include "ctl-openers.h"
+#include "ctl-remaining.h"
 #include "ctl.h"
 
+#include <fcntl.h>
 #include <getopt.h>
 #include <inttypes.h>
 #include <limits.h>
@@ -10,18 +14,23 @@
 enum {
 	OPTION_FILE = OPTION_VERB,
 	OPTION_CLIENT,
+	OPTION_MOUNT,
+	OPTION_DEVICE,
 	OPTION_REASON,
 	OPTION_TIMEOUT,
 	OPTION_WAIT,
 	OPTION_NO_WAIT,
 };
 
+/* How long those who have something open on a mount are waited for after the end of their pins:
+ * a holder that lets go mostly closes its file, or exits, a moment later. */
+#define LEAVE_USEC (2 * USEC_PER_SEC)
+#define LOOK_USEC  (50 * USEC_PER_MSEC)
+
 struct revoke {
 	struct ctl *ctl;
-	const char *path;
-	uint64_t client; /* 0: none given */
-	uint64_t *pins;  /* owned */
-	size_t n_pins;
+	const char *method;
+	struct target target;
 	const char *reason;
 	uint64_t timeout_usec; /* 0: the broker's own */
 	bool wait;
@@ -86,22 +95,20 @@ static int revoke_listen(struct revoke *rv)
 static int revoke_request(struct revoke *rv, sd_bus_message **ret)
 {
 	_cleanup_(sd_bus_message_unrefp) sd_bus_message *m = NULL;
-	const char *method = rv->path         ? "RevokePath"
-			     : rv->client > 0 ? "RevokeClient"
-					      : "RevokePins";
 	int r;
 
 	r = sd_bus_message_new_method_call(
-		rv->bus, &m, BROKER_NAME, BROKER_PATH, BROKER_INTERFACE, method);
+		rv->bus, &m, BROKER_NAME, BROKER_PATH, BROKER_INTERFACE, rv->method);
 	if (r < 0)
 		return r;
 	sd_bus_message_set_allow_interactive_authorization(m, true);
-	if (rv->path)
-		r = sd_bus_message_append(m, "s", rv->path);
-	else if (rv->client > 0)
-		r = sd_bus_message_append(m, "t", rv->client);
+	if (rv->target.path || rv->target.device)
+		r = sd_bus_message_append(m, "s", rv->target.path ?: rv->target.device);
+	else if (rv->target.client > 0)
+		r = sd_bus_message_append(m, "t", rv->target.client);
 	else
-		r = sd_bus_message_append_array(m, 't', rv->pins, rv->n_pins * sizeof(*rv->pins));
+		r = sd_bus_message_append_array(
+			m, 't', rv->target.pins, rv->target.n_pins * sizeof(*rv->target.pins));
 	if (r < 0)
 		return r;
 	r = sd_bus_message_append(m, "st", rv->reason ?: "", rv->timeout_usec);
@@ -129,65 +136,37 @@ static int revoke_call(struct revoke *rv)
 		rv->broker = must(strdup(sd_bus_message_get_sender(reply) ?: ""));
 		return 0;
 	}
-	if (rv->path)
-		snprintf(what, sizeof(what), "Cannot revoke the pins on %s", rv->path);
-	else if (rv->client > 0)
+	if (rv->target.path || rv->target.device)
+		snprintf(what, sizeof(what), "Cannot revoke the pins on %s",
+			rv->target.path ?: rv->target.device);
+	else if (rv->target.client > 0)
 		snprintf(what, sizeof(what), "Cannot revoke the pins of client %" PRIu64,
-			rv->client);
+			rv->target.client);
 	else
-		snprintf(what, sizeof(what), "Cannot revoke pin %" PRIu64 "%s", rv->pins[0],
-			rv->n_pins > 1 ? " and the others" : "");
+		snprintf(what, sizeof(what), "Cannot revoke pin %" PRIu64 "%s", rv->target.pins[0],
+			rv->target.n_pins > 1 ? " and the others" : "");
 	return fail_bus_call(&error, r, what);
 }
 
 /* ---- The end ---- */
 
-struct remaining {
-	pinbroker *pb;
-	uint64_t revocation, client;
-	size_t n;
-};
-
-static int say_client(const struct pinbroker_client_info *info, void *userdata)
+/* Those who keep an umount from succeeding, once they have had a moment to leave. */
+static void revoke_find_openers(const struct revoke *rv, struct openers *ret)
 {
-	const struct remaining *rm = userdata;
+	_cleanup_(close_fdp) int fd = open(rv->target.path, O_PATH | O_CLOEXEC);
+	_cleanup_(freep) struct mount *m = must(calloc(1, sizeof(*m)));
+	uint64_t until = now_usec() + LEAVE_USEC;
 
-	if (info->client != rm->client)
-		return 0;
-	fprintf(stderr, " (%s, pid %d, uid %u%s)", info->comm, (int)info->pid, (unsigned)info->uid,
-		info->alive ? "" : ", dead");
-	return 1;
-}
-
-static int say_remaining(const struct pinbroker_pin_info *info, void *userdata)
-{
-	struct remaining *rm = userdata;
-	_cleanup_(freep) char *path = escape_text(info->path);
-
-	if (info->revocation != rm->revocation)
-		return 0;
-	rm->n++;
-	rm->client = info->client;
-	fprintf(stderr, "  pin %" PRIu64 " on %s, held by client %" PRIu64, info->pin, path,
-		info->client);
-	pinbroker_list_clients(rm->pb, say_client, rm);
-	fputc('\n', stderr);
-	return 0;
-}
-
-static void revoke_say_remaining(const struct revoke *rv)
-{
-	struct remaining rm = {.revocation = rv->id};
-	int r;
-
-	if (ctl_client(rv->ctl, &rm.pb) > 0)
+	*ret = (struct openers){};
+	if (mount_of(fd, m) < 0)
 		return;
-	r = pinbroker_list_pins(rm.pb, 0, 0, say_remaining, &rm);
-	if (r < 0)
-		fail_call(rm.pb, r, "Cannot list who remains");
-	else if (rm.n == 0)
-		fputs("  No pin of it is listed any more.\n", stderr);
-	pinbroker_unref(rm.pb);
+	for (;;) {
+		openers_of_mount(m->id, m->device, rv->target.path, ret);
+		if (ret->n == 0 || now_usec() >= until)
+			return;
+		openers_clear(ret);
+		usleep(LOOK_USEC);
+	}
 }
 
 static const struct ended *revoke_find_ended(const struct revoke *rv)
@@ -196,6 +175,51 @@ static const struct ended *revoke_find_ended(const struct revoke *rv)
 		if (rv->ended[i].id == rv->id && strcmp(rv->ended[i].sender, rv->broker) == 0)
 			return &rv->ended[i];
 	return NULL;
+}
+
+/* outcome: NULL if it has not been waited for. */
+static void revoke_report_json(const struct revoke *rv, const char *outcome, json_object *remaining,
+	const struct openers *openers)
+{
+	json_object *o = must(json_object_new_object());
+
+	json_add_number(o, "revocation", rv->id);
+	json_add_string(o, "outcome", outcome);
+	if (outcome)
+		json_add(o, "remaining", json_object_get(remaining));
+	if (outcome && rv->target.mount)
+		json_add(o, "openers", openers_to_json(openers));
+	json_print(o, rv->ctl);
+}
+
+static int revoke_report(struct revoke *rv, const char *outcome)
+{
+	bool released = strcmp(outcome, "released") == 0;
+	struct openers openers = {};
+	json_object *remaining;
+	int r = EX_OK;
+
+	remaining = released ? must(json_object_new_array()) : remaining_list(rv->ctl, &rv->target);
+	if (rv->target.mount)
+		revoke_find_openers(rv, &openers);
+	if (rv->ctl->json != JSON_OFF)
+		revoke_report_json(rv, outcome, remaining, &openers);
+	else
+		printf("revocation %" PRIu64 " %s\n", rv->id, outcome);
+	if (!released) {
+		r = fail(EX_TEMPFAIL, "Revocation %" PRIu64 " ended as %s. What remains:", rv->id,
+			outcome);
+		if (remaining)
+			remaining_say(remaining);
+	}
+	if (openers.n > 0) {
+		r = fail(EX_TEMPFAIL,
+			"%s cannot be unmounted while it is in use by:", rv->target.path);
+		openers_print(&openers, stderr);
+	}
+	json_object_put(remaining);
+	openers_clear(&openers);
+	return r;
 }
 
 static int revoke_wait(struct revoke *rv)
@@ -218,12 +242,7 @@ static int revoke_wait(struct revoke *rv)
 				", which goes on: %s. See pinbrokerctl list revocations.",
 				rv->id, strerror(-r));
 	}
-	printf("revocation %" PRIu64 " %s\n", rv->id, e->outcome);
-	if (strcmp(e->outcome, "released") == 0)
-		return EX_OK;
-	fail(0, "Revocation %" PRIu64 " ended as %s. What remains:", rv->id, e->outcome);
-	revoke_say_remaining(rv);
-	return EX_TEMPFAIL;
+	return revoke_report(rv, e->outcome);
 }
 
 static int revoke_run(struct revoke *rv)
@@ -243,7 +262,10 @@ static int revoke_run(struct revoke *rv)
 		return r;
 	if (rv->wait)
 		return revoke_wait(rv);
-	printf("revocation %" PRIu64 " started\n", rv->id);
+	if (rv->ctl->json != JSON_OFF)
+		revoke_report_json(rv, NULL, NULL, NULL);
+	else
+		printf("revocation %" PRIu64 " started\n", rv->id);
 	return EX_OK;
 }
 
@@ -264,16 +286,32 @@ static bool parse_timeout(const char *s, uint64_t *ret)
 	return true;
 }
 
+static int revoke_set_method(struct revoke *rv, const char *method)
+{
+	if (rv->method)
+		return fail_usage("Give either pins, or one of --file, --client, --mount and "
+				  "--device.");
+	rv->method = method;
+	return -1;
+}
+
 static int revoke_option(struct revoke *rv, int c)
 {
 	switch (c) {
 	case OPTION_FILE:
-		rv->path = optarg;
-		return -1;
+		rv->target.path = optarg;
+		return revoke_set_method(rv, "RevokePath");
+	case OPTION_MOUNT:
+		rv->target.path = optarg;
+		rv->target.mount = true;
+		return revoke_set_method(rv, "RevokeMount");
+	case OPTION_DEVICE:
+		rv->target.device = optarg;
+		return revoke_set_method(rv, "RevokeDevice");
 	case OPTION_CLIENT:
-		if (!parse_u64(optarg, &rv->client) || rv->client == 0)
+		if (!parse_u64(optarg, &rv->target.client) || rv->target.client == 0)
 			return fail_usage("--client is the id of a client, not %s.", optarg);
-		return -1;
+		return revoke_set_method(rv, "RevokeClient");
 	case OPTION_REASON:
 		rv->reason = optarg;
 		return -1;
@@ -295,6 +333,8 @@ static int revoke_parse(struct revoke *rv, int argc, char *argv[])
 	static const struct option options[] = {
 		{"file", required_argument, NULL, OPTION_FILE},
 		{"client", required_argument, NULL, OPTION_CLIENT},
+		{"mount", required_argument, NULL, OPTION_MOUNT},
+		{"device", required_argument, NULL, OPTION_DEVICE},
 		{"reason", required_argument, NULL, OPTION_REASON},
 		{"timeout", required_argument, NULL, OPTION_TIMEOUT},
 		{"wait", no_argument, NULL, OPTION_WAIT},
@@ -308,19 +348,39 @@ static int revoke_parse(struct revoke *rv, int argc, char *argv[])
 		if (r >= 0)
 			return r;
 	}
-	rv->pins = must(calloc((size_t)argc, sizeof(*rv->pins)));
+	rv->target.pins = must(calloc((size_t)argc, sizeof(*rv->target.pins)));
 	for (; optind < argc; optind++)
-		if (!parse_u64(argv[optind], &rv->pins[rv->n_pins++]))
+		if (!parse_u64(argv[optind], &rv->target.pins[rv->target.n_pins++]))
 			return fail_usage("A pin is given by its number, not by %s.", argv[optind]);
-	if ((rv->path ? 1 : 0) + (rv->client > 0 ? 1 : 0) + (rv->n_pins > 0 ? 1 : 0) != 1)
-		return fail_usage("Give either pins, or --file, or --client.");
+	if (rv->target.n_pins > 0)
+		return revoke_set_method(rv, "RevokePins");
+	if (!rv->method)
+		return fail_usage("There is nothing to revoke: give pins, or one of --file, "
+				  "--client, --mount and --device.");
 	return -1;
 }
 
 /* The broker compares with the path as listed, and asks no file system. */
-static const char *revoke_resolve(const char *path, char buffer[static PATH_MAX])
+static int revoke_resolve(struct revoke *rv, char buffer[static PATH_MAX])
 {
-	return realpath(path, buffer) ?: path;
+	_cleanup_(close_fdp) int fd = -1;
+	_cleanup_(freep) struct mount *m = must(calloc(1, sizeof(*m)));
+	int r;
+
+	if (!rv->target.path)
+		return 0;
+	rv->target.path = realpath(rv->target.path, buffer) ?: rv->target.path;
+	if (!rv->target.mount)
+		return 0;
+	fd = open(rv->target.path, O_PATH | O_CLOEXEC);
+	r = fd < 0 ? -errno : mount_of(fd, m);
+	if (r < 0)
+		return fail(
+			EX_NOINPUT, "Cannot find the mount %s: %s.", rv->target.path, strerror(-r));
+	if (!m->is_root)
+		return fail(EX_USAGE, "%s is no mount point, but on that of %s: give that.",
+			rv->target.path, m->point);
+	return 0;
 }
 
 int ctl_revoke(struct ctl *ctl, int argc, char *argv[])
@@ -330,14 +390,11 @@ int ctl_revoke(struct ctl *ctl, int argc, char *argv[])
 	int r;
 
 	r = revoke_parse(&rv, argc, argv);
-	if (r < 0) {
-		if (rv.path)
-			rv.path = revoke_resolve(rv.path, path);
-		r = revoke_run(&rv);
-	}
+	if (r < 0)
+		r = revoke_resolve(&rv, path) ?: revoke_run(&rv);
 	sd_bus_flush_close_unref(rv.bus);
 	free(rv.broker);
 	free(rv.ended);
-	free(rv.pins);
+	free(rv.target.pins);
 	return r;
 }

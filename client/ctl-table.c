@@ -84,10 +84,14 @@ void table_bool(struct table *t, bool value)
 	table_cell(t, strdup(value ? "yes" : "no"), must(json_object_new_boolean(value)));
 }
 
-static void table_print_json(const struct table *t, enum json_mode mode)
+size_t table_rows(const struct table *t)
+{
+	return t->n_cells / t->n_columns;
+}
+
+json_object *table_to_json(const struct table *t)
 {
 	json_object *array = must(json_object_new_array());
-	int flags = JSON_C_TO_STRING_NOSLASHESCAPE;
 
 	for (size_t row = 0; row < t->n_cells; row += t->n_columns) {
 		json_object *o = must(json_object_new_object());
@@ -98,16 +102,12 @@ static void table_print_json(const struct table *t, enum json_mode mode)
 					o, t->columns[i].key, json_object_get(t->jsons[row + i]));
 		json_object_array_add(array, o);
 	}
-	if (mode == JSON_PRETTY)
-		flags |= JSON_C_TO_STRING_PRETTY | JSON_C_TO_STRING_SPACED;
-	puts(must((char *)json_object_to_json_string_ext(array, flags)));
-	json_object_put(array);
+	return array;
 }
 
 /* ---- The table ---- */
 
-/* Columns that text takes on the terminal; bytes that are no characters count as one each. */
-static size_t text_width(const char *text)
+size_t text_width(const char *text)
 {
 	size_t width = 0, n = strlen(text);
 	mbstate_t state = {};
@@ -185,8 +185,7 @@ static void print_cell(const char *text, const struct column *column, size_t wid
 	putchar(last ? '\n' : ' ');
 }
 
-/* SIZE_MAX where there is no terminal. To be asked before the pager takes its place. */
-static size_t terminal_width(void)
+size_t terminal_width(void)
 {
 	const char *columns = getenv("COLUMNS");
 	struct winsize ws;
@@ -252,30 +251,56 @@ static void table_print_row(const struct table *t, char *const *texts, const siz
 
 static void table_print_count(const struct table *t, const char *what)
 {
-	size_t n = t->n_cells / t->n_columns;
+	size_t n = table_rows(t);
 
 	/* "pins" without the s */
 	printf("%s%zu %.*s listed.\n", n > 0 ? "\n" : "", n, (int)(strlen(what) - (n == 1)), what);
 }
 
+static void table_print_within(const struct table *t, const struct ctl *ctl, size_t available)
+{
+	_cleanup_(freep) size_t *widths = must(calloc(t->n_columns, sizeof(*widths)));
+
+	table_measure(t, ctl, available, widths);
+	if (ctl->legend && t->n_cells > 0)
+		table_print_row(t, NULL, widths);
+	for (size_t row = 0; row < t->n_cells; row += t->n_columns)
+		table_print_row(t, t->texts + row, widths);
+}
+
+void table_print_rows(const struct table *t, const struct ctl *ctl)
+{
+	table_print_within(t, ctl, terminal_width());
+}
+
 void table_print(const struct table *t, const struct ctl *ctl, const char *what)
 {
 	size_t available = terminal_width();
-	_cleanup_(freep) size_t *widths = must(calloc(t->n_columns, sizeof(*widths)));
 
 	pager_open(ctl);
 	if (ctl->json != JSON_OFF) {
-		table_print_json(t, ctl->json);
+		json_print(table_to_json(t), ctl);
 	} else {
-		table_measure(t, ctl, available, widths);
-		if (ctl->legend && t->n_cells > 0)
-			table_print_row(t, NULL, widths);
-		for (size_t row = 0; row < t->n_cells; row += t->n_columns)
-			table_print_row(t, t->texts + row, widths);
-		if (ctl->legend)
+		table_print_within(t, ctl, available);
+		if (ctl->legend && what)
 			table_print_count(t, what);
 	}
 	pager_close();
+}
+
+void table_print_vertical(const struct table *t, const char *what)
+{
+	int width = 0;
+
+	for (size_t i = 0; i < t->n_columns; i++)
+		if ((int)strlen(t->columns[i].key) > width)
+			width = (int)strlen(t->columns[i].key);
+	for (size_t row = 0; row < t->n_cells; row += t->n_columns) {
+		printf("%s %s\n", what, t->texts[row]);
+		for (size_t i = 1; i < t->n_columns; i++)
+			if (!(t->columns[i].flags & COLUMN_TABLE_ONLY))
+				printf("  %*s: %s\n", width, t->columns[i].key, t->texts[row + i]);
+	}
 }
 
 /* ---- The pager ---- */

@@ -3,10 +3,7 @@
 
 #include <getopt.h>
 #include <inttypes.h>
-#include <json-c/json.h>
 #include <string.h>
-
-enum { OPTION_JSON = OPTION_VERB, OPTION_NO_LEGEND, OPTION_NO_PAGER };
 
 struct watch {
 	struct ctl *ctl;
@@ -62,44 +59,29 @@ static void say_line(const struct event *e, const struct pinbroker_revocation_in
 	putchar('\n');
 }
 
-static void add_string(json_object *o, const char *key, const char *value)
-{
-	if (value)
-		json_object_object_add(o, key, json_object_new_string(value));
-}
-
-static void add_number(json_object *o, const char *key, uint64_t value)
-{
-	if (value != PINBROKER_UNKNOWN)
-		json_object_object_add(o, key, json_object_new_int64((int64_t)value));
-}
-
 static void say_json(
-	const struct event *e, const struct pinbroker_revocation_info *info, enum json_mode mode)
+	const struct ctl *ctl, const struct event *e, const struct pinbroker_revocation_info *info)
 {
 	json_object *o = must(json_object_new_object());
-	int flags = JSON_C_TO_STRING_NOSLASHESCAPE;
 
-	add_string(o, "event", e->name);
-	add_number(o, "timeUSec", now_usec());
-	add_number(o, "revocation", e->revocation);
-	add_string(o, "outcome", e->outcome);
+	json_add_string(o, "event", e->name);
+	json_add_number(o, "timeUSec", now_usec());
+	json_add_number(o, "revocation", e->revocation);
+	json_add_string(o, "outcome", e->outcome);
 	if (info) {
-		add_string(o, "cause", pinbroker_cause_name(info->cause));
-		add_number(o, "size", info->size);
-		add_number(o, "pid", info->pid > 0 ? (uint64_t)info->pid : PINBROKER_UNKNOWN);
-		add_string(o, "comm", info->comm);
-		add_string(o, "reason", info->reason);
-		add_string(o, "path", info->path);
-		add_number(o, "pins", info->n_pins);
-		add_number(o, "remaining", info->n_remaining);
-		add_number(o, "deadlineUSec", info->deadline_usec);
-		add_string(o, "proof", info->has_proof ? pinbroker_proof_name(info->proof) : NULL);
+		json_add_string(o, "cause", pinbroker_cause_name(info->cause));
+		json_add_number(o, "size", info->size);
+		json_add_number(o, "pid", info->pid > 0 ? (uint64_t)info->pid : PINBROKER_UNKNOWN);
+		json_add_string(o, "comm", info->comm);
+		json_add_string(o, "reason", info->reason);
+		json_add_string(o, "path", info->path);
+		json_add_number(o, "pins", info->n_pins);
+		json_add_number(o, "remaining", info->n_remaining);
+		json_add_number(o, "deadlineUSec", info->deadline_usec);
+		json_add_string(
+			o, "proof", info->has_proof ? pinbroker_proof_name(info->proof) : NULL);
 	}
-	if (mode == JSON_PRETTY)
-		flags |= JSON_C_TO_STRING_PRETTY | JSON_C_TO_STRING_SPACED;
-	puts(must((char *)json_object_to_json_string_ext(o, flags)));
-	json_object_put(o);
+	json_print(o, ctl);
 }
 
 struct search {
@@ -111,7 +93,7 @@ static void say_event(
 	const struct watch *w, const struct event *e, const struct pinbroker_revocation_info *info)
 {
 	if (w->ctl->json != JSON_OFF)
-		say_json(e, info, w->ctl->json);
+		say_json(w->ctl, e, info);
 	else
 		say_line(e, info);
 }
@@ -185,26 +167,12 @@ static int watch_run(struct watch *w)
 
 int ctl_watch(struct ctl *ctl, int argc, char *argv[])
 {
-	static const struct option options[] = {
-		{"json", required_argument, NULL, OPTION_JSON},
-		{"no-legend", no_argument, NULL, OPTION_NO_LEGEND},
-		{"no-pager", no_argument, NULL, OPTION_NO_PAGER},
-		COMMON_OPTIONS,
-	};
 	struct watch w = {.ctl = ctl};
-	int c, r;
+	int r;
 
-	while ((c = getopt_long(argc, argv, "h", options, NULL)) >= 0) {
-		r = -1;
-		if (c == OPTION_JSON)
-			r = ctl_json_option(ctl, optarg);
-		else if (c == OPTION_NO_LEGEND)
-			ctl->legend = false;
-		else if (c != OPTION_NO_PAGER)
-			r = ctl_common_option(ctl, c);
-		if (r >= 0)
-			return r;
-	}
+	r = ctl_common_options(ctl, argc, argv);
+	if (r >= 0)
+		return r;
 	if (optind < argc)
 		return fail_usage("watch takes no arguments.");
 	setvbuf(stdout, NULL, _IOLBF, 0);

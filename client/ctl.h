@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 #pragma once
 
+#include <json-c/json.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -26,12 +27,23 @@ struct ctl {
 #define BROKER_INTERFACE "org.pinbroker1.Manager"
 
 /* Codes from 256 on have no short form. */
-enum { OPTION_BUS = 256, OPTION_SOCKET, OPTION_VERSION, OPTION_VERB };
+enum {
+	OPTION_BUS = 256,
+	OPTION_SOCKET,
+	OPTION_JSON,
+	OPTION_NO_LEGEND,
+	OPTION_NO_PAGER,
+	OPTION_VERSION,
+	OPTION_VERB,
+};
 
 /* The last entry ends the table. */
 #define COMMON_OPTIONS                                                                            \
 	{"bus", required_argument, NULL, OPTION_BUS},                                             \
 		{"socket", required_argument, NULL, OPTION_SOCKET},                               \
+		{"json", required_argument, NULL, OPTION_JSON},                                   \
+		{"no-legend", no_argument, NULL, OPTION_NO_LEGEND},                               \
+		{"no-pager", no_argument, NULL, OPTION_NO_PAGER},                                 \
 		{"help", no_argument, NULL, 'h'}, {"version", no_argument, NULL, OPTION_VERSION}, \
 	{                                                                                         \
 	}
@@ -41,12 +53,17 @@ enum { OPTION_BUS = 256, OPTION_SOCKET, OPTION_VERSION, OPTION_VERB };
  * the exit code to end with, or -1 to go on.
  */
 int ctl_common_option(struct ctl *ctl, int c);
-int ctl_json_option(struct ctl *ctl, const char *value); /* likewise */
+/* For a verb that has the common options only; likewise. */
+int ctl_common_options(struct ctl *ctl, int argc, char *argv[]);
 
 /* Each verb gets its arguments with its own name in argv[0], and returns the exit code. */
+int ctl_status(struct ctl *ctl, int argc, char *argv[]);
 int ctl_list(struct ctl *ctl, int argc, char *argv[]);
+int ctl_show(struct ctl *ctl, int argc, char *argv[]);
 int ctl_revoke(struct ctl *ctl, int argc, char *argv[]);
 int ctl_watch(struct ctl *ctl, int argc, char *argv[]);
+int ctl_map(struct ctl *ctl, int argc, char *argv[]);
+int ctl_preflight(struct ctl *ctl, int argc, char *argv[]);
 int ctl_hold(struct ctl *ctl, int argc, char *argv[]);
 
 /* Says what is wrong on stderr, and returns the exit code. */
@@ -57,13 +74,24 @@ int fail_usage(const char *format, ...) __attribute__((format(printf, 1, 2)));
 /* Ends the process if p is NULL. */
 void *must(void *p);
 
+static inline void close_filep(FILE **f)
+{
+	if (*f)
+		fclose(*f);
+}
+
 bool parse_u64(const char *s, uint64_t *ret);
 /* "/srv/a b\n" as "/srv/a\040b\012": one word on one line, as in /proc/self/mountinfo. */
 char *escape_word(const char *s);
 /* Replaces what a terminal could take for a command. */
 char *escape_text(const char *s);
+/* Whether it is a directory's path or that of something in it; the latter without a slash at its
+ * end. */
+bool is_below(const char *path, const char *directory);
 /* "in 9.8 s", "2.5 min ago", relative to now; PINBROKER_UNKNOWN: "". */
 void format_when(uint64_t usec, char *ret, size_t size);
+/* "4096", "64K", "3G": only what is exact is abbreviated. */
+void format_size(uint64_t size, char ret[static 32]);
 
 /* Makes a handle for looking and listing, which need no connection. 0, or an exit code with the
  * message said. */
@@ -93,14 +121,55 @@ void table_number(struct table *t, uint64_t value); /* PINBROKER_UNKNOWN: null *
 void table_number_as(struct table *t, uint64_t value, const char *text); /* text in a table */
 void table_string(struct table *t, const char *value);                   /* NULL: null; copied */
 void table_bool(struct table *t, bool value);
-/* what: the plural, for the legend. */
+size_t table_rows(const struct table *t);
+/* what: the plural, for the legend; NULL: no count. */
 void table_print(const struct table *t, const struct ctl *ctl, const char *what);
+/* The same without pager and count, whatever --json says. */
+void table_print_rows(const struct table *t, const struct ctl *ctl);
+/* Each row as a list of "key: value" under a heading, "what 17". */
+void table_print_vertical(const struct table *t, const char *what);
+/* Of objects; the caller owns it. */
+json_object *table_to_json(const struct table *t);
+
+/* SIZE_MAX where there is no terminal. To be asked before the pager takes its place. */
+size_t terminal_width(void);
+/* Columns that text takes on the terminal; bytes that are no characters count as one each. */
+size_t text_width(const char *text);
 
 /* Sends stdout through $PAGER where it is a terminal; pager_close() waits for it to end. */
 void pager_open(const struct ctl *ctl);
 void pager_close(void);
 
+/* ctl-json.c. Out of memory ends the process. Values that are not known are null. */
+void json_add(json_object *o, const char *key, json_object *value);
+void json_add_string(json_object *o, const char *key, const char *value);
+void json_add_number(json_object *o, const char *key, uint64_t value);
+void json_add_bool(json_object *o, const char *key, bool value);
+/* On a line or several, as --json says; takes it over. */
+void json_print(json_object *o, const struct ctl *ctl);
+
+/* ctl-list.c: objects of one kind as rows of a table. */
+struct list {
+	pinbroker *pb;
+	struct table *table;   /* owned */
+	uint64_t file, client; /* only those on it, of it; 0: any */
+	const uint64_t *ids;   /* only these; NULL: all */
+	size_t n_ids;
+};
+
+struct list_kind {
+	const char *singular, *plural;
+	/* Makes and fills the table. 0 or negative errno, of the library. */
+	int (*fill)(struct list *list);
+};
+
+#define LIST_KINDS 5
+extern const struct list_kind list_kinds[LIST_KINDS];
+/* Fills; 0, or an exit code with the message said. */
+int list_fill(struct list *list, const struct list_kind *kind);
+
 /* ctl-bus.c */
+int ctl_bus_connect(const struct ctl *ctl, sd_bus **ret); /* 0 or negative errno */
 /* 0, or an exit code with the message said. */
 int ctl_bus_open(const struct ctl *ctl, sd_bus **ret);
 int fail_bus(const struct ctl *ctl, int r, const char *what);

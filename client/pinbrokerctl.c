@@ -12,9 +12,13 @@ static const struct {
 	const char *name;
 	int (*run)(struct ctl *ctl, int argc, char *argv[]);
 } verbs[] = {
+	{"status", ctl_status},
 	{"list", ctl_list},
+	{"show", ctl_show},
 	{"revoke", ctl_revoke},
 	{"watch", ctl_watch},
+	{"map", ctl_map},
+	{"preflight", ctl_preflight},
 	{"hold", ctl_hold},
 };
 
@@ -24,33 +28,40 @@ static const char help_text[] =
 	"See who has pinned pages of which files, and make them let go.\n"
 	"\n"
 	"Commands:\n"
+	"  status                  Show the broker, the kernel, exposures, revocations\n"
 	"  list [pins|files|clients|contexts|revocations]\n"
 	"                          List objects (pins by default)\n"
+	"  show ID…                Show objects, of whatever kind\n"
 	"  revoke PIN…             Have pins let go of\n"
 	"  revoke --file PATH      … all those on a file\n"
 	"  revoke --client ID      … all those of a client\n"
+	"  revoke --mount DIR      … all those on files of a mount\n"
+	"  revoke --device NAME    … all those through a device\n"
 	"  watch                   Show revocations as they start and end\n"
+	"  map FILE                Draw the pins over a file\n"
+	"  preflight FILE          Tell what can be promised for a file, and who has it open\n"
 	"  hold FILE [-- COMMAND…] Pin a file (while a command runs)\n"
 	"\n"
 	"Options:\n"
 	"     --bus ADDRESS        D-Bus address (default: $PINBROKER_BUS, the system bus)\n"
 	"     --socket PATH        The broker's socket (default: $PINBROKER_SOCKET,\n"
 	"                          /run/pinbroker/org.pinbroker)\n"
-	"  -h --help               Show this help\n"
-	"     --version            Show the version\n"
-	"\n"
-	"list and watch:\n"
 	"     --json=short|pretty  Print JSON\n"
 	"     --no-legend          Print neither titles nor a count\n"
 	"     --no-pager           Do not pipe the output into a pager\n"
-	"list pins:\n"
-	"     --file ID, --client ID  Only those on a file, of a client\n"
+	"  -h --help               Show this help\n"
+	"     --version            Show the version\n"
+	"\n"
+	"list:\n"
+	"     --file ID            Only pins on a file\n"
+	"     --client ID          Only pins and contexts of a client\n"
 	"revoke:\n"
 	"     --reason TEXT        Tell the holders why\n"
 	"     --timeout SEC        How long they have (default: RevokeGraceSec=)\n"
 	"     --no-wait            Do not wait for the end\n"
-	"hold:\n"
+	"preflight, hold:\n"
 	"     --access read|write  What to open the file for (default: read)\n"
+	"hold:\n"
 	"     --range OFFSET:LENGTH  What to pin, may be repeated (default: all)\n"
 	"     --on-revoke release|ignore  What to do when asked to let go (default: release)\n";
 
@@ -185,6 +196,15 @@ char *escape_text(const char *s)
 	return text;
 }
 
+bool is_below(const char *path, const char *directory)
+{
+	size_t n = strlen(directory);
+
+	if (n == 1)
+		return *path == '/';
+	return strncmp(path, directory, n) == 0 && (path[n] == '/' || path[n] == 0);
+}
+
 void format_when(uint64_t usec, char *ret, size_t size)
 {
 	uint64_t now = now_usec();
@@ -209,6 +229,16 @@ void format_when(uint64_t usec, char *ret, size_t size)
 	snprintf(ret, size, "%s%.1f %s%s", past ? "" : "in ", seconds, unit, past ? " ago" : "");
 }
 
+void format_size(uint64_t size, char ret[static 32])
+{
+	static const char units[] = "KMGTPE";
+	int i = -1;
+
+	for (; size >= 1024 && size % 1024 == 0 && units[i + 1]; i++)
+		size /= 1024;
+	snprintf(ret, 32, "%" PRIu64 "%.1s", size, i < 0 ? "" : &units[i]);
+}
+
 int ctl_client(const struct ctl *ctl, pinbroker **ret)
 {
 	int r;
@@ -223,7 +253,7 @@ int ctl_client(const struct ctl *ctl, pinbroker **ret)
 	return 0;
 }
 
-int ctl_json_option(struct ctl *ctl, const char *value)
+static int json_option(struct ctl *ctl, const char *value)
 {
 	if (strcmp(value, "short") == 0)
 		ctl->json = JSON_SHORT;
@@ -243,6 +273,14 @@ int ctl_common_option(struct ctl *ctl, int c)
 	case OPTION_SOCKET:
 		ctl->socket_path = optarg;
 		return -1;
+	case OPTION_JSON:
+		return json_option(ctl, optarg);
+	case OPTION_NO_LEGEND:
+		ctl->legend = false;
+		return -1;
+	case OPTION_NO_PAGER:
+		ctl->pager = false;
+		return -1;
 	case OPTION_VERSION:
 		puts("pinbrokerctl " PINBROKER_VERSION);
 		return EX_OK;
@@ -255,18 +293,22 @@ int ctl_common_option(struct ctl *ctl, int c)
 	}
 }
 
-static int parse_options(struct ctl *ctl, int argc, char *argv[])
+static int parse_options(struct ctl *ctl, int argc, char *argv[], const char *short_options)
 {
 	static const struct option options[] = {COMMON_OPTIONS};
 	int c, r;
 
-	/* "+": what comes after the verb is the verb's. */
-	while ((c = getopt_long(argc, argv, "+h", options, NULL)) >= 0) {
+	while ((c = getopt_long(argc, argv, short_options, options, NULL)) >= 0) {
 		r = ctl_common_option(ctl, c);
 		if (r >= 0)
 			return r;
 	}
 	return -1;
+}
+
+int ctl_common_options(struct ctl *ctl, int argc, char *argv[])
+{
+	return parse_options(ctl, argc, argv, "h");
 }
 
 int main(int argc, char *argv[])
@@ -276,7 +318,8 @@ int main(int argc, char *argv[])
 	int r;
 
 	setlocale(LC_CTYPE, "");
-	r = parse_options(&ctl, argc, argv);
+	/* "+": what comes after the verb is the verb's. */
+	r = parse_options(&ctl, argc, argv, "+h");
 	if (r >= 0)
 		return r;
 	if (optind >= argc)

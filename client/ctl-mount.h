@@ -1,0 +1,20 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#pragma once
+
+#include <limits.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <sys/types.h>
+
+/* The mount that something is on, without asking its file system. */
+struct mount {
+	uint64_t id;
+	dev_t device;
+	bool is_root; /* what was asked about is the mount point itself */
+	char point[PATH_MAX];
+	char type[64];
+	char source[PATH_MAX];
+};
+
+/* fd: may be O_PATH. 0 or negative errno. */
+int mount_of(int fd, struct mount *ret);
