@@ -25,6 +25,8 @@
 /* A holder that lets go at once is not kept from it by the search for who made him; nor could that find
  * anybody in time. */
 #define LOOK_USEC (1 * USEC_PER_MSEC)
+/* Who opened without waiting is not found. Another may come who waits, of which there is no signal. */
+#define AGAIN_USEC (1 * USEC_PER_SEC)
 
 struct suspect {
 	uint64_t file;
@@ -250,13 +252,44 @@ static int on_timer(sd_event_source *source, uint64_t usec, void *userdata)
 	return 0;
 }
 
-static void look_later(struct blame *blame)
+static void blame_done(struct job *job);
+
+static void look_later(struct blame *blame, uint64_t usec)
 {
-	if (sd_event_source_get_enabled(blame->timer, NULL) > 0)
+	uint64_t due;
+
+	if (sd_event_source_get_enabled(blame->timer, NULL) > 0 &&
+	    sd_event_source_get_time(blame->timer, &due) >= 0 && due <= now_usec() + usec)
 		return;
-	if (sd_event_source_set_time_relative(blame->timer, LOOK_USEC) < 0 ||
+	if (sd_event_source_set_time_relative(blame->timer, usec) < 0 ||
 	    sd_event_source_set_enabled(blame->timer, SD_EVENT_ONESHOT) < 0)
 		(void)on_timer(blame->timer, 0, blame);
+}
+
+static void add_suspect(struct blame *blame, const struct file *file)
+{
+	const char *name = strrchr(file->path, '/');
+	struct suspect *s;
+
+	if (!blame->next) {
+		blame->next = calloc(1, sizeof(*blame->next));
+		if (!blame->next) {
+			log_errno(LOG_WARNING, ENOMEM, "Cannot find out who wants %s", file->path);
+			return;
+		}
+		blame->next->blame = blame;
+		blame->next->job.run = blame_run;
+		blame->next->job.done = blame_done;
+	}
+	if (blame->next->n_suspects == BATCH_MAX) {
+		log_debug("Not looking who wants %s: too many at once.", file->path);
+		return;
+	}
+	s = &blame->next->suspects[blame->next->n_suspects++];
+	s->file = file->id;
+	s->key = file->key;
+	s->any_device = strcmp(file->file_system, "btrfs") == 0;
+	snprintf(s->name, sizeof(s->name), "%s", name ? name + 1 : file->path);
 }
 
 static void blame_done(struct job *job)
@@ -264,17 +297,23 @@ static void blame_done(struct job *job)
 	struct blame_job *j = container_of(job, struct blame_job, job);
 	struct blame *blame = j->blame;
 
+	bool more = blame->next && blame->next->n_suspects > 0;
+
 	blame->running = NULL;
 	for (size_t i = 0; i < j->n_suspects; i++) {
 		const struct suspect *s = &j->suspects[i];
 		struct file *file = broker_find_file(blame->broker, s->file);
 
-		if (s->n_breakers > 0 && file && file->revocation)
+		if (!file || !file->revocation)
+			continue;
+		if (s->n_breakers > 0)
 			revocation_blame(file->revocation, &s->who, s->breakers, s->n_breakers);
+		else
+			add_suspect(blame, file);
 	}
 	free(j);
 	if (blame->next && blame->next->n_suspects > 0)
-		look_later(blame);
+		look_later(blame, more ? LOOK_USEC : AGAIN_USEC);
 }
 
 int blame_new(struct broker *broker, struct blame **ret)
@@ -308,28 +347,7 @@ struct blame *blame_free(struct blame *blame)
 
 void blame_request(struct blame *blame, const struct file *file)
 {
-	const char *name = strrchr(file->path, '/');
-	struct suspect *s;
-
-	if (!blame->next) {
-		blame->next = calloc(1, sizeof(*blame->next));
-		if (!blame->next) {
-			log_errno(LOG_WARNING, ENOMEM, "Cannot find out who wants %s", file->path);
-			return;
-		}
-		blame->next->blame = blame;
-		blame->next->job.run = blame_run;
-		blame->next->job.done = blame_done;
-	}
-	if (blame->next->n_suspects == BATCH_MAX) {
-		log_debug("Not looking who wants %s: too many at once.", file->path);
-		return;
-	}
-	s = &blame->next->suspects[blame->next->n_suspects++];
-	s->file = file->id;
-	s->key = file->key;
-	s->any_device = strcmp(file->file_system, "btrfs") == 0;
-	snprintf(s->name, sizeof(s->name), "%s", name ? name + 1 : file->path);
-	if (!blame->running)
-		look_later(blame);
+	add_suspect(blame, file);
+	if (blame->next && !blame->running)
+		look_later(blame, LOOK_USEC);
 }

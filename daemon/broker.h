@@ -52,7 +52,8 @@ struct broker {
 	struct pin_ids pins;
 	struct revocation_ids revocations; /* running and remembered ones */
 	struct revocation_list ended;      /* remembered, oldest first */
-	unsigned n_ended, n_running, n_pins, n_files, n_clients;
+	unsigned n_ended, n_running, n_files, n_clients;
+	unsigned n_pins; /* those that are not over */
 
 	struct file_inodes files_by_inode;
 	struct file_fds files_by_fd; /* by the lease's descriptor: what si_fd names */

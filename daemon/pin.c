@@ -35,6 +35,7 @@ int pin_new(struct context *context, struct use *use, const struct msg_range *ra
 	use->n_pins++;
 	client->n_pins++;
 	client->pinned_bytes += pin->length;
+	client->broker->n_pins++;
 	broker_add_pin(client->broker, pin);
 	*ret = pin;
 	return 0;
@@ -50,6 +51,7 @@ static void leave_file(struct pin *pin)
 	use->n_pins--;
 	use->client->n_pins--;
 	use->client->pinned_bytes -= pin->length;
+	use->client->broker->n_pins--;
 	pin->context->n_pins--;
 	user_discharge(pin->context->user, LIMIT_PINNED_BYTES, pin->length);
 	pin->use = NULL;

@@ -123,13 +123,11 @@ void broker_remove_lease_fd(struct broker *broker, struct file *file)
 void broker_add_pin(struct broker *broker, struct pin *pin)
 {
 	pin_ids_RB_INSERT(&broker->pins, pin);
-	broker->n_pins++;
 }
 
 void broker_remove_pin(struct broker *broker, struct pin *pin)
 {
 	pin_ids_RB_REMOVE(&broker->pins, pin);
-	broker->n_pins--;
 }
 
 void broker_add_revocation(struct broker *broker, struct revocation *revocation)

@@ -12,7 +12,8 @@ import sys
 import tempfile
 import time
 
-from client import Connection, PAGE, Refused, SIZE, WAIT, World, equal, expect
+from client import (Connection, PAGE, Refused, SIZE, WAIT, World, equal, expect,
+                    truncate_in_child)
 
 PB = 'org.pinbroker.'
 FILE_SYSTEMS = ('ext4', 'xfs', 'btrfs', 'hugetlbfs')
@@ -134,6 +135,23 @@ def test_revocation_in_the_way():
                   {'revocation': revocation['revocation'], 'byUSec': 1})
         write_at_last(world.file)
         other.call('Unpin', {'pins': other.call('Pin', other_pin)['pins']})
+
+
+def test_who_comes_later():
+    """One who did not wait leaves no trace; one who then waits for the same break is found all the same."""
+    with running() as world:
+        h = Holder(world)
+        pins = h.call('Pin', {'file': h.open(world.file)['file'], 'context': h.context(),
+                              'access': 'read', 'ranges': ranges((0, PAGE))})['pins']
+        expect(break_lease(world.file))
+        pid, result = truncate_in_child(world.file, PAGE)
+        world.wait_for_log(lambda: any(f'on behalf of python3 (pid {pid})' in line
+                                       for line in world.log))
+        conflict = h.connection.list(PB + 'ListRevocations')[0]['conflict']
+        equal((conflict['cause'], conflict['size'], conflict['pid']), ('truncate', PAGE, pid))
+        h.call('Unpin', {'pins': pins})
+        os.waitpid(pid, 0)
+        os.close(result)
 
 
 def test_reading_and_writing():
@@ -289,7 +307,8 @@ def test_file_system(kind):
 
 def main():
     signal.alarm(120)
-    for test in (test_ranges, test_revocation_in_the_way, test_reading_and_writing,
+    for test in (test_ranges, test_revocation_in_the_way, test_who_comes_later,
+                 test_reading_and_writing,
                  test_others_objects, test_limits, test_open_descriptor_wanted):
         test()
         print(f'ok {test.__name__}', flush=True)

@@ -246,6 +246,13 @@ def test_revoked(world, tool):
         tool.run('revoke', pin, '--timeout=0')
         equal(os.waitpid(child, 0)[1], 0)
         os.close(result)
+        # destroyed by force, it is none any more, though its holder has not let go of it
+        equal((tool.json('list'), tool.json('status')['counts']['pins']), ([], 0))
+        busctl = subprocess.run(
+            ['busctl', '--address=' + tool.env['PINBROKER_BUS'], 'get-property', 'org.pinbroker1',
+             '/org/pinbroker1', 'org.pinbroker1.Manager', 'Counts'], check=True, timeout=WAIT,
+            stdout=subprocess.PIPE, text=True).stdout
+        expect('"pins" 0 ' in busctl, busctl)
 
         started, ended = watch.stdout.readline(), None
         expect(re.search(rf' revocation {revocation} started: modify, {world.file}, 1 of 1 pins, '
