@@ -110,6 +110,7 @@ class Install(Case):
             os.path.join(self.unit_directory(), 'pinbrokerd.socket'): 0o644,
             os.path.join(directory('datadir'), 'dbus-1/system.d/org.pinbroker1.conf'): 0o644,
             os.path.join(self.systemd('sysusersdir', 'lib/sysusers.d'), 'pinbroker.conf'): 0o644,
+            os.path.join(self.systemd('catalogdir', 'lib/systemd/catalog'), 'pinbroker.catalog'): 0o644,
             os.path.join(directory('sysconfdir'), 'pinbroker/pinbroker.conf'): 0o644,
         }
         self.assertRegex(self.unit_directory(), r'lib/systemd/system$')
