@@ -226,6 +226,9 @@ class Package(Case):
 
 
 def main():
+    # so that the root does not stay behind
+    for sig in (signal.SIGALRM, signal.SIGTERM):
+        signal.signal(sig, signal.default_int_handler)
     signal.alarm(1100)
     missing = [tool for tool in TOOLS if not shutil.which(tool)]
     if missing or os.getuid() != 0:
