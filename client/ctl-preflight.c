@@ -238,8 +238,11 @@ static void print_times(const struct preflight *p)
 
 	if (!info)
 		return;
-	printf("   Breaks: the kernel waits %llu s at most (lease-break-time)\n",
-		info->lease_break_usec / USEC_PER_SEC);
+	if (info->lease_break_usec > 0)
+		printf("   Breaks: the kernel waits %llu s at most (lease-break-time)\n",
+			info->lease_break_usec / USEC_PER_SEC);
+	else
+		puts("   Breaks: the kernel waits without limit (lease-break-time is 0)");
 	if (info->settle_usec > 0)
 		printf("   Settle: readers wait for %llu s, once, after it is opened for "
 		       "writing\n",

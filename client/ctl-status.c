@@ -248,7 +248,9 @@ static void print_kernel(const struct kernel *k)
 	printf("   Kernel: Linux %s", k->uts.release);
 	if (k->leases_enabled == 0)
 		fputs(", LEASES ARE OFF (sysctl fs.leases-enable)", stdout);
-	if (k->lease_break_seconds != PINBROKER_UNKNOWN)
+	if (k->lease_break_seconds == 0)
+		fputs(", lease-break-time 0 (without limit)", stdout);
+	else if (k->lease_break_seconds != PINBROKER_UNKNOWN)
 		printf(", lease-break-time %" PRIu64 " s", k->lease_break_seconds);
 	if (k->io_uring_disabled == 1)
 		fputs(", io_uring for the group in kernel.io_uring_group only", stdout);

@@ -257,8 +257,8 @@ struct pinbroker_preflight_info {
 	bool leasable;             /* pinbroker_open_file() would work */
 	const char *reason;        /* why not, or NULL */
 	bool dax;                  /* the file is really mapped without a page cache */
-	uint64_t lease_break_usec; /* how long the kernel waits for a broken lease */
-	uint64_t settle_usec;      /* how long a write lease would hold up readers */
+	uint64_t lease_break_usec; /* how long the kernel waits for a broken lease; 0: for ever */
+	uint64_t settle_usec;      /* how long a write lease would hold up readers; 0: not at all */
 };
 
 /* ---- The client ---- */
@@ -412,7 +412,7 @@ int pinbroker_add_context(pinbroker *pb, int fd, const char *label, pinbroker_co
 int pinbroker_add_context_remote(pinbroker *pb, int fd, const char *label, pinbroker_context **ret);
 
 uint64_t pinbroker_context_get_id(const pinbroker_context *context);
-/* "rdma", "xdp", "vfio", "io_uring" … Valid as long as the context. */
+/* "io_uring", "af_xdp", "opaque" … Valid as long as the context. */
 const char *pinbroker_context_get_kind(const pinbroker_context *context);
 /* The kernel's name of the device, or NULL. Valid as long as the context. */
 const char *pinbroker_context_get_device(const pinbroker_context *context);

@@ -59,9 +59,8 @@ static const char help_text[] =
 	"     --reason TEXT        Tell the holders why\n"
 	"     --timeout SEC        How long they have (default: RevokeGraceSec=)\n"
 	"     --no-wait            Do not wait for the end\n"
-	"preflight, hold:\n"
-	"     --access read|write  What to open the file for (default: read)\n"
 	"hold:\n"
+	"     --access read|write  What to open the file for (default: read)\n"
 	"     --range OFFSET:LENGTH  What to pin, may be repeated (default: all)\n"
 	"     --on-revoke release|ignore  What to do when asked to let go (default: release)\n";
 

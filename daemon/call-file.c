@@ -98,13 +98,14 @@ static void preflight_done(struct job *job)
 {
 	struct preflight_job *j = container_of(job, struct preflight_job, job);
 	struct peer *peer = j->peer;
-	bool settles = j->access == ACCESS_WRITE && peer->broker->config.readers == READERS_WAIT;
+	bool settles = j->access == ACCESS_WRITE && !file_admits_readers(peer->broker);
+	uint64_t break_usec = lease_break_usec();
 	char message[300];
 	struct msg_preflight_out out = {
 		.leasable = j->result == 0,
 		.dax = j->probe.dax,
-		.leaseBreakUSec = (int64_t)lease_break_usec(),
-		.settleUSec = settles ? (int64_t)lease_break_usec() : 0,
+		.leaseBreakUSec = break_usec != USEC_INFINITY ? (int64_t)break_usec : 0,
+		.settleUSec = settles ? (int64_t)break_usec : 0,
 	};
 
 	if (j->result == REFUSED) {

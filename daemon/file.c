@@ -130,6 +130,12 @@ static void set_exposed(struct file *file)
 			  file->path, file->n_pins);
 }
 
+/* Where leases never settle, readers would wait for ever. */
+bool file_admits_readers(const struct broker *broker)
+{
+	return broker->config.readers == READERS_ADMIT || lease_break_usec() == USEC_INFINITY;
+}
+
 /* Opening the file as a reader would: it provokes the break that settles a write lease, and later
  * shows that it has settled. */
 struct settle_job {
@@ -257,7 +263,7 @@ static int take(struct file *file)
 	set_exposed(file);
 	log_event(LOG_INFO, MESSAGE_LEASE_TAKEN, &fields, "Lease of %s taken (%s).", file->path,
 		  enumeration_name(&enumeration_lease_state, file->lease.state));
-	if (file->lease.state == LEASE_WRITE && file->broker->config.readers == READERS_WAIT)
+	if (file->lease.state == LEASE_WRITE && !file_admits_readers(file->broker))
 		settle(file);
 	return 0;
 }
@@ -283,7 +289,7 @@ static void break_by_reader(struct file *file)
 {
 	struct log_fields fields = file_fields(file);
 
-	if (file->broker->config.readers == READERS_ADMIT) {
+	if (file_admits_readers(file->broker)) {
 		log_event(LOG_INFO, MESSAGE_LEASE_BROKEN, &fields,
 			  "Lease of %s broken by a reader, who is admitted.", file->path);
 		release(file);

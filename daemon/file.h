@@ -70,6 +70,9 @@ int file_try_lease(struct file *file);
 /* Takes the description away, lease and all, and returns it. */
 int file_take_description(struct file *file);
 
+/* Readers= of the configuration, as far as the kernel lets it be. */
+bool file_admits_readers(const struct broker *broker);
+
 /* Looks at the lease and does what follows. To be called whenever anything may have changed. */
 void file_update(struct file *file);
 /* inotify saw something while there was no lease. */

@@ -62,6 +62,7 @@ uint64_t lease_break_usec(void)
 {
 	static int fd = -1; /* stays open: it is read anew for each break, as it can be changed at any time */
 	char buffer[32];
+	uint64_t seconds;
 	ssize_t n;
 
 	if (fd < 0)
@@ -70,5 +71,6 @@ uint64_t lease_break_usec(void)
 	if (n <= 0)
 		return 45 * USEC_PER_SEC;
 	buffer[n] = 0;
-	return strtoull(buffer, NULL, 10) * USEC_PER_SEC;
+	seconds = strtoull(buffer, NULL, 10);
+	return seconds > 0 ? seconds * USEC_PER_SEC : USEC_INFINITY;
 }

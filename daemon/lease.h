@@ -48,5 +48,6 @@ static inline bool lease_is_held(const struct lease *lease)
 	return lease->state != LEASE_NONE && lease->state != LEASE_BREAKING;
 }
 
-/* /proc/sys/fs/lease-break-time, in microseconds */
+/* /proc/sys/fs/lease-break-time, in microseconds; USEC_INFINITY where it is 0: the kernel then never takes a
+ * lease away by itself, nor settles one (6.18). */
 uint64_t lease_break_usec(void);

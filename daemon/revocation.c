@@ -24,6 +24,9 @@
 #define MARGIN_PART 10
 #define MARGIN_USEC (1 * USEC_PER_SEC)
 
+/* In its place where the kernel sets no bound: its default. */
+#define BUDGET_USEC (45 * USEC_PER_SEC)
+
 struct conflict conflict_new(enum cause cause)
 {
 	return (struct conflict){ .cause = cause, .size = INT_NULL, .uid = INT_NULL };
@@ -90,6 +93,9 @@ static void plan(struct revocation *rev, uint64_t grace_usec)
 			  "%.1f s: all steps shortened to %.0f%%.",
 			  (double)lease_break_usec() / 1e6, (double)total / 1e6, scale * 100);
 	}
+	/* Nobody waits without bound, also where the kernel would let him. */
+	if (lease_break_usec() == USEC_INFINITY)
+		budget = rev->by_break && total > BUDGET_USEC ? total : BUDGET_USEC;
 	if (__builtin_add_overflow(rev->start_usec, grace_usec, &rev->deadline_usec))
 		rev->deadline_usec = UINT64_MAX / 2;
 	rev->latest_usec = rev->by_break ? rev->start_usec + budget - later

@@ -362,6 +362,36 @@ static void test_short_break_time(void **state)
 	world_stop();
 }
 
+/* 0 is no time at all for the kernel: it waits for ever. The ladder takes its own time all the same; and as
+ * no lease would ever settle, readers are admitted. */
+static void test_no_break_time(void **state)
+{
+	const struct holder_options options = { .ignore = true };
+	struct result result;
+	struct holder holder;
+	uint64_t usec;
+	long base;
+	pid_t pid;
+	int fd;
+
+	write_break_time("0");
+	base = begin("[Revocation]\nRevokeGraceSec=500ms\n", &options, &holder);
+	pid = truncate_start(&fd);
+	result = truncate_finish(pid, fd);
+	assert_int_equal(result.error, 0);
+	assert_in_range(result.usec / 1000, 495, 600);
+	expect_pinned(result.pinned, base, 0);
+
+	wait_for_lease(PINBROKER_LEASE_WRITE);
+	fd = timed_open(O_RDONLY, &usec);
+	assert_true(fd >= 0);
+	assert_true(usec < 1000000);
+	close(fd);
+	restore_break_time();
+	holder_stop(&holder, SIGKILL);
+	world_stop();
+}
+
 /* --- the bus --- */
 
 static void test_bus_lost(void **state)
@@ -410,6 +440,7 @@ int main(void)
 		cmocka_unit_test(test_exposed),
 		cmocka_unit_test(test_overflow),
 		cmocka_unit_test(test_short_break_time),
+		cmocka_unit_test(test_no_break_time),
 		cmocka_unit_test(test_bus_lost),
 	};
 
