@@ -19,20 +19,11 @@ void bus_credentials_init(void)
 }
 
 int bus_credentials_ask(sd_bus *bus, const char *name, sd_bus_message_handler_t done,
-			void *userdata, sd_bus_destroy_t free_userdata)
+			void *userdata, sd_bus_slot **ret_slot)
 {
-	sd_bus_slot *slot;
-	int r;
-
-	r = sd_bus_call_method_async(bus, &slot, "org.freedesktop.DBus", "/org/freedesktop/DBus",
-				     "org.freedesktop.DBus", "GetConnectionCredentials", done,
-				     userdata, "s", name);
-	if (r < 0)
-		return r;
-	(void)sd_bus_slot_set_destroy_callback(slot, free_userdata);
-	(void)sd_bus_slot_set_floating(slot, true);
-	sd_bus_slot_unref(slot);
-	return 0;
+	return sd_bus_call_method_async(bus, ret_slot, "org.freedesktop.DBus",
+					"/org/freedesktop/DBus", "org.freedesktop.DBus",
+					"GetConnectionCredentials", done, userdata, "s", name);
 }
 
 static int read_groups(sd_bus_message *m, struct bus_credentials *c)

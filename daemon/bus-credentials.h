@@ -15,10 +15,9 @@ struct bus_credentials {
 	bool administrator; /* in BUS_GROUP */
 };
 
-/* Calls done() with the bus's answer, and free_userdata() after that or when the bus goes away without
- * one; not if this fails. */
+/* Calls done() with the bus's answer, unless *ret_slot is unreferenced before. */
 int bus_credentials_ask(sd_bus *bus, const char *name, sd_bus_message_handler_t done,
-			void *userdata, sd_bus_destroy_t free_userdata);
+			void *userdata, sd_bus_slot **ret_slot);
 int bus_credentials_read(sd_bus_message *answer, struct bus_credentials *ret);
 
 /* Looks the group up, once, before the loop runs: that may wait. */

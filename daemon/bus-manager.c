@@ -7,7 +7,6 @@
 
 #include "admin.h"
 #include "broker.h"
-#include "bus-credentials.h"
 #include "bus-object.h"
 #include "bus.h"
 #include "macro.h"
@@ -43,64 +42,6 @@ static int reply_revocation(sd_bus_message *m, int r, uint64_t id, const struct 
 	return r == 0 ? sd_bus_reply_method_return(m, "t", id) : reply_refusal(m, r, refusal);
 }
 
-/* --- who may --- */
-
-struct authorization {
-	struct broker *broker;
-	sd_bus_message *m; /* reference */
-	sd_bus_message_handler_t go_on;
-};
-
-static void authorization_free(void *userdata)
-{
-	struct authorization *a = userdata;
-
-	sd_bus_message_unref(a->m);
-	free(a);
-}
-
-static int on_sender(sd_bus_message *reply, void *userdata, sd_bus_error *error)
-{
-	struct authorization *a = userdata;
-	struct bus_credentials sender;
-	int r;
-
-	r = bus_credentials_read(reply, &sender);
-	if (r >= 0 && (sender.uid == 0 || sender.uid == geteuid() || sender.administrator))
-		r = a->go_on(a->m, a->broker, NULL);
-	else
-		r = sd_bus_reply_method_errorf(a->m, SD_BUS_ERROR_ACCESS_DENIED,
-					       "Only root and the group " BUS_GROUP " may do this.");
-	return r < 0 ? sd_bus_reply_method_errno(a->m, r, NULL) : 0;
-}
-
-/* Asks who the sender is without waiting for the answer, and goes on when it has come. */
-static int authorize(sd_bus_message *m, struct broker *broker, sd_bus_message_handler_t go_on)
-{
-	struct authorization *a;
-	int r;
-
-	a = calloc(1, sizeof(*a));
-	if (!a)
-		return -ENOMEM;
-	a->broker = broker;
-	a->m = sd_bus_message_ref(m);
-	a->go_on = go_on;
-	r = bus_credentials_ask(sd_bus_message_get_bus(m), sd_bus_message_get_sender(m), on_sender,
-				a, authorization_free);
-	if (r < 0) {
-		authorization_free(a);
-		return r;
-	}
-	return 1;
-}
-
-#define AUTHORIZED(method)                                                                         \
-	static int on_##method(sd_bus_message *m, void *userdata, sd_bus_error *error)             \
-	{                                                                                          \
-		return authorize(m, userdata, method);                                             \
-	}
-
 /* --- Revoke* --- */
 
 static int revoke_pins(sd_bus_message *m, void *userdata, sd_bus_error *error)
@@ -121,7 +62,6 @@ static int revoke_pins(sd_bus_message *m, void *userdata, sd_bus_error *error)
 			      &refusal);
 	return reply_revocation(m, r, id, &refusal);
 }
-AUTHORIZED(revoke_pins)
 
 #define REVOKE_BY_ID(what)                                                                         \
 	static int revoke_##what(sd_bus_message *m, void *userdata, sd_bus_error *error)           \
@@ -136,8 +76,7 @@ AUTHORIZED(revoke_pins)
 			return r;                                                                  \
 		r = admin_revoke_##what(userdata, object, reason, timeout, &id, &refusal);         \
 		return reply_revocation(m, r, id, &refusal);                                       \
-	}                                                                                          \
-	AUTHORIZED(revoke_##what)
+	}
 
 #define REVOKE_BY_NAME(what)                                                                       \
 	static int revoke_##what(sd_bus_message *m, void *userdata, sd_bus_error *error)           \
@@ -152,8 +91,7 @@ AUTHORIZED(revoke_pins)
 			return r;                                                                  \
 		r = admin_revoke_##what(userdata, object, reason, timeout, &id, &refusal);         \
 		return reply_revocation(m, r, id, &refusal);                                       \
-	}                                                                                          \
-	AUTHORIZED(revoke_##what)
+	}
 
 REVOKE_BY_ID(file)
 REVOKE_BY_ID(client)
@@ -306,8 +244,7 @@ static int append_object(sd_bus_message *m, const struct schema *schema, const v
 	static int list_##type##s(sd_bus_message *m, void *userdata, sd_bus_error *error)          \
 	{                                                                                          \
 		return reply_list(m, userdata, append_##type##s);                                  \
-	}                                                                                          \
-	AUTHORIZED(list_##type##s)
+	}
 
 static int reply_list(sd_bus_message *m, struct broker *broker,
 		      int (*append)(sd_bus_message *reply, struct broker *broker,
@@ -378,20 +315,20 @@ static int get_counts(sd_bus *bus, const char *path, const char *interface, cons
 		SD_BUS_PARAM(revocation)
 #define EXPAND(macro, ...) macro(__VA_ARGS__)
 
-/* UNPRIVILEGED: sd-bus would ask for the sender's credentials and wait; authorize() does not. */
+/* UNPRIVILEGED: sd-bus would ask for the sender's credentials and wait; bus-authorization.c does not. */
 static const sd_bus_vtable manager_vtable[] = {
 	SD_BUS_VTABLE_START(0),
-	EXPAND(METHOD, "ListPins", LIST_ARGS, on_list_pins),
-	EXPAND(METHOD, "ListFiles", LIST_ARGS, on_list_files),
-	EXPAND(METHOD, "ListClients", LIST_ARGS, on_list_clients),
-	EXPAND(METHOD, "ListContexts", LIST_ARGS, on_list_contexts),
-	EXPAND(METHOD, "ListRevocations", LIST_ARGS, on_list_revocations),
-	EXPAND(METHOD, "RevokePins", REVOKE_ARGS("at", pins), on_revoke_pins),
-	EXPAND(METHOD, "RevokeFile", REVOKE_ARGS("t", file), on_revoke_file),
-	EXPAND(METHOD, "RevokePath", REVOKE_ARGS("s", path), on_revoke_path),
-	EXPAND(METHOD, "RevokeClient", REVOKE_ARGS("t", client), on_revoke_client),
-	EXPAND(METHOD, "RevokeMount", REVOKE_ARGS("s", path), on_revoke_mount),
-	EXPAND(METHOD, "RevokeDevice", REVOKE_ARGS("s", device), on_revoke_device),
+	EXPAND(METHOD, "ListPins", LIST_ARGS, list_pins),
+	EXPAND(METHOD, "ListFiles", LIST_ARGS, list_files),
+	EXPAND(METHOD, "ListClients", LIST_ARGS, list_clients),
+	EXPAND(METHOD, "ListContexts", LIST_ARGS, list_contexts),
+	EXPAND(METHOD, "ListRevocations", LIST_ARGS, list_revocations),
+	EXPAND(METHOD, "RevokePins", REVOKE_ARGS("at", pins), revoke_pins),
+	EXPAND(METHOD, "RevokeFile", REVOKE_ARGS("t", file), revoke_file),
+	EXPAND(METHOD, "RevokePath", REVOKE_ARGS("s", path), revoke_path),
+	EXPAND(METHOD, "RevokeClient", REVOKE_ARGS("t", client), revoke_client),
+	EXPAND(METHOD, "RevokeMount", REVOKE_ARGS("s", path), revoke_mount),
+	EXPAND(METHOD, "RevokeDevice", REVOKE_ARGS("s", device), revoke_device),
 	SD_BUS_PROPERTY("Version", "s", get_version, 0, SD_BUS_VTABLE_PROPERTY_CONST),
 	SD_BUS_PROPERTY("Features", "as", get_features, 0, SD_BUS_VTABLE_PROPERTY_CONST),
 	SD_BUS_PROPERTY("Counts", "a{st}", get_counts, 0, 0),

@@ -8,6 +8,7 @@
 #include <systemd/sd-bus.h>
 
 #include "broker.h"
+#include "bus-authorization.h"
 #include "bus-credentials.h"
 #include "bus-manager.h"
 #include "bus-object.h"
@@ -41,6 +42,7 @@ struct bus {
 	struct broker *broker;
 	char *address; /* owned; NULL: the system bus */
 	sd_bus *bus;   /* NULL: to be connected anew */
+	struct bus_authorization *authorization; /* owned; of this connection */
 	bool connected;
 	bool behind; /* does not read */
 	uint64_t reconnect_usec; /* the present back-off */
@@ -128,6 +130,7 @@ static void drop(struct bus *bus)
 	send_news(bus);
 	if (!bus->bus)
 		return;
+	bus->authorization = bus_authorization_free(bus->authorization);
 	sd_bus_detach_event(bus->bus);
 	bus->bus = sd_bus_close_unref(bus->bus);
 }
@@ -205,6 +208,11 @@ static int bus_start(struct bus *bus)
 		r = sd_bus_set_bus_client(bus->bus, true);
 	if (r >= 0)
 		r = sd_bus_set_connected_signal(bus->bus, true);
+	/* Closing what a stranger sends can wait. */
+	if (r >= 0)
+		r = sd_bus_negotiate_fds(bus->bus, false);
+	if (r >= 0)
+		r = bus_authorization_new(bus->bus, bus->broker, &bus->authorization);
 	if (r >= 0)
 		r = bus_manager_add(bus->bus, bus->broker);
 	if (r >= 0)
@@ -352,6 +360,7 @@ int bus_verify_client(struct bus *bus, struct client *client,
 		      void *userdata)
 {
 	struct verification *v;
+	sd_bus_slot *slot;
 	int r;
 
 	if (!bus->connected)
@@ -363,11 +372,14 @@ int bus_verify_client(struct bus *bus, struct client *client,
 	}
 	v->bus = bus;
 	v->client = client->id;
-	r = bus_credentials_ask(bus->bus, client->bus_name, on_credentials, v, verification_free);
+	r = bus_credentials_ask(bus->bus, client->bus_name, on_credentials, v, &slot);
 	if (r < 0) {
 		verification_free(v);
 		return r;
 	}
+	(void)sd_bus_slot_set_destroy_callback(slot, verification_free);
+	(void)sd_bus_slot_set_floating(slot, true);
+	sd_bus_slot_unref(slot);
 	v->done = done;
 	v->userdata = userdata;
 	return 0;

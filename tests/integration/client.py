@@ -264,17 +264,17 @@ class World:
         self.dir = tempfile.mkdtemp(prefix='pinbroker-test-', dir='/dev/shm')
         self.path = os.path.join(self.dir, 'socket')
         self.file = os.path.join(self.dir, 'data')
-        self.bus = self.daemon = self.reader = None
+        self.bus = self.daemon = self.reader = self.address = None
         self.log, self.logged = [], threading.Condition()
 
-    def start(self, settings='', policy=None, wrapper=()):
+    def start(self, settings='', policy=None, wrapper=(), env=None):
         """policy: the bus's whole configuration, with a place for its address."""
         config = os.path.join(self.dir, 'conf')
         with open(config, 'w', encoding='utf-8') as f:
             f.write(settings)
         with open(self.file, 'wb') as f:
             f.write(b'a' * SIZE)
-        address = 'unix:path=' + os.path.join(self.dir, 'bus')
+        address = self.address = 'unix:path=' + os.path.join(self.dir, 'bus')
         bus = ['dbus-daemon', '--nofork', '--nopidfile', '--print-address=1']
         if policy:
             bus_config = os.path.join(self.dir, 'bus.conf')
@@ -292,7 +292,7 @@ class World:
             [*wrapper, os.environ['PINBROKERD'], '--socket', self.path, '--bus', address,
              '--config', config],
             stderr=subprocess.PIPE, encoding='utf-8', errors='replace',
-            env=dict(os.environ, NOTIFY_SOCKET=os.path.join(self.dir, 'ready')))
+            env=dict(os.environ, **env or {}, NOTIFY_SOCKET=os.path.join(self.dir, 'ready')))
         self.reader = threading.Thread(target=self.read_log)
         self.reader.start()
         while b'READY=1' not in ready.recv(4096).split(b'\n'):

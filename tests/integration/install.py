@@ -6,6 +6,7 @@ take it, and that a program can be built with it.
 
 import json
 import os
+import re
 import shutil
 import signal
 import stat
@@ -109,6 +110,10 @@ class Install(Case):
             os.path.join(self.unit_directory(), 'pinbrokerd.service'): 0o644,
             os.path.join(self.unit_directory(), 'pinbrokerd.socket'): 0o644,
             os.path.join(directory('datadir'), 'dbus-1/system.d/org.pinbroker1.conf'): 0o644,
+            os.path.join(directory('datadir'),
+                         'dbus-1/system-services/org.pinbroker1.service'): 0o644,
+            os.path.join(directory('datadir'),
+                         'polkit-1/actions/org.pinbroker1.policy'): 0o644,
             os.path.join(self.systemd('sysusersdir', 'lib/sysusers.d'), 'pinbroker.conf'): 0o644,
             os.path.join(self.systemd('catalogdir', 'lib/systemd/catalog'), 'pinbroker.catalog'): 0o644,
             os.path.join(directory('sysconfdir'), 'pinbroker/pinbroker.conf'): 0o644,
@@ -176,9 +181,10 @@ class Install(Case):
 
     @unittest.skipUnless(os.getuid() == 0, 'needs root to become somebody else')
     def test_bus_policy(self):
-        """root may own the name and call; nobody may neither."""
+        """root may own the name and call; nobody may own nothing, and call what polkit allows."""
         os.chmod(self.dir, 0o755)
         policy = self.installed(self.directory('datadir'), 'dbus-1/system.d')
+        services = self.installed(self.directory('datadir'), 'dbus-1/system-services')
         config = os.path.join(self.dir, 'bus.conf')
         self.write(config, f'''<busconfig><type>system</type><listen>{self.address}</listen>
             <auth>EXTERNAL</auth><policy context="default"><allow user="*"/><deny own="*"/>
@@ -188,8 +194,13 @@ class Install(Case):
             <allow receive_type="method_call"/><allow receive_type="method_return"/>
             <allow receive_type="error"/><allow receive_type="signal"/>
             <allow send_destination="org.freedesktop.DBus"/></policy>
-            <includedir>{policy}</includedir></busconfig>''')
+            <servicedir>{services}</servicedir><includedir>{policy}</includedir></busconfig>''')
         self.start_bus('--config-file', config)
+        self.assertIn('org.pinbroker1', self.run_command(
+            ['busctl', '--address', self.address, 'list', '--activatable', '--no-legend']))
+        with open(services + '/org.pinbroker1.service', encoding='utf-8') as f:
+            unit = re.search(r'(?m)^SystemdService=(.*)$', f.read()).group(1)
+        self.assertTrue(os.path.exists(self.installed(self.unit_directory(), unit)), unit)
         daemon = self.start()
         daemon.wait_for_log('On the bus as org.pinbroker1')
         call = ['busctl', '--address', self.address, 'get-property', 'org.pinbroker1',

@@ -62,9 +62,10 @@ def interfaces_of(root):
 class Holder:
     """Two pins of the world's file, through a context that holds nothing."""
 
-    def __init__(self, world):
+    def __init__(self, world, bus_name=None):
         self.connection = Connection(world.path)
-        self.client = self.connection.call('org.pinbroker.Hello', {'name': 'holder'})['client']
+        self.client = self.connection.call('org.pinbroker.Hello', {
+            'name': 'holder', 'busName': bus_name})['client']
         fd = os.open(world.file, os.O_PATH | os.O_CLOEXEC)
         self.file = self.connection.call(
             'org.pinbroker.OpenFile', {'fileDescriptor': 0, 'access': 'read'}, [fd])['file']
