@@ -40,10 +40,21 @@ union info {
 		type##_info(p, &ret->type);                                                        \
 	}
 
+#define VIEW(type)                                                                                 \
+	static struct bus_view *view_##type(void *p)                                               \
+	{                                                                                          \
+		return &((struct type *)p)->view;                                                  \
+	}
+
 KIND(client)
 KIND(file)
 KIND(revocation)
 KIND(pin)
+VIEW(client)
+VIEW(file)
+VIEW(revocation)
+
+#define view_pin NULL
 
 static const struct kind {
 	const char *prefix, *interface;
@@ -51,13 +62,25 @@ static const struct kind {
 	void *(*find)(struct broker *broker, uint64_t id);
 	uint64_t (*next)(struct broker *broker, uint64_t after); /* 0: none */
 	void (*info)(const void *object, union info *ret);
+	struct bus_view *(*view)(void *object);
+	const char *told[BUS_TOLD_MAX]; /* fields whose changes are told */
+	const char *untold[3];          /* others that change; all else does not */
 } kinds[BUS_OBJECT_COUNT] = {
-#define ROW(type, path, name) \
-	{ path, "org.pinbroker1." name, &schema_msg_##type##_info, find_##type, next_##type, info_##type }
-	[BUS_CLIENT] = ROW(client, BUS_PATH "/client", "Client"),
-	[BUS_FILE] = ROW(file, BUS_PATH "/file", "File"),
-	[BUS_REVOCATION] = ROW(revocation, BUS_PATH "/revocation", "Revocation"),
-	[BUS_PIN] = ROW(pin, BUS_PATH "/file", "Pin"),
+#define ROW(type, path, name)                                                                      \
+	path, "org.pinbroker1." name, &schema_msg_##type##_info, find_##type, next_##type,         \
+		info_##type, view_##type
+	[BUS_CLIENT] = { ROW(client, BUS_PATH "/client", "Client"),
+			 { "name", "busName", "alive", "connected", "files", "contexts",
+			   "pins", "pinnedBytes" } },
+	[BUS_FILE] = { ROW(file, BUS_PATH "/file", "File"),
+		       { "access", "lease", "settledUSec", "exposed", "clients", "pins" },
+		       { "size" } },
+	[BUS_REVOCATION] = { ROW(revocation, BUS_PATH "/revocation", "Revocation"),
+			     { "cause", "offset", "length", "size", "pid", "uid", "comm", "state",
+			       "deadlineUSec", "endUSec", "remaining", "proof" } },
+	[BUS_PIN] = { ROW(pin, BUS_PATH "/file", "Pin"),
+		      {},
+		      { "handle", "state", "revocation" } },
 #undef ROW
 };
 
@@ -171,7 +194,16 @@ static int get_property(sd_bus *bus, const char *path, const char *interface, co
 	return bus_append_value(reply, wanted.field, (const char *)&info + wanted.offset);
 }
 
+static bool is_listed(const char *const *names, size_t n, const char *name)
+{
+	for (size_t i = 0; i < n && names[i]; i++)
+		if (strcmp(names[i], name) == 0)
+			return true;
+	return false;
+}
+
 struct properties {
+	const struct kind *kind;
 	sd_bus_vtable *vtable;
 	char (*names)[NAME_MAX_SIZE];
 	size_t n;
@@ -180,13 +212,19 @@ struct properties {
 static int add_property(const struct field *field, size_t offset, void *userdata)
 {
 	struct properties *p = userdata;
+	uint64_t flags = SD_BUS_VTABLE_PROPERTY_CONST;
 	char *name = p->names[p->n];
 
 	if (p->n == PROPERTIES_MAX || strlen(field->name) >= NAME_MAX_SIZE)
 		return -E2BIG;
 	strcpy(name, field->name);
 	name[0] = (char)toupper(name[0]);
-	p->vtable[++p->n] = (sd_bus_vtable)SD_BUS_PROPERTY(name, bus_field_type(field), get_property, 0, 0);
+	if (is_listed(p->kind->told, BUS_TOLD_MAX, field->name))
+		flags = SD_BUS_VTABLE_PROPERTY_EMITS_CHANGE;
+	else if (is_listed(p->kind->untold, ELEMENTS(p->kind->untold), field->name))
+		flags = 0;
+	p->vtable[++p->n] = (sd_bus_vtable)SD_BUS_PROPERTY(name, bus_field_type(field),
+							   get_property, 0, flags);
 	return 0;
 }
 
@@ -195,7 +233,11 @@ static const sd_bus_vtable *get_vtable(enum bus_object kind)
 {
 	static sd_bus_vtable vtables[BUS_OBJECT_COUNT][PROPERTIES_MAX + 2];
 	static char names[BUS_OBJECT_COUNT][PROPERTIES_MAX][NAME_MAX_SIZE];
-	struct properties p = { .vtable = vtables[kind], .names = names[kind] };
+	struct properties p = {
+		.kind = &kinds[kind],
+		.vtable = vtables[kind],
+		.names = names[kind],
+	};
 
 	if (p.vtable[0].type == _SD_BUS_VTABLE_START)
 		return p.vtable;
@@ -351,12 +393,104 @@ int bus_objects_add(sd_bus *bus, struct broker *broker)
 	return r;
 }
 
-int bus_object_added(sd_bus *bus, enum bus_object kind, uint64_t id)
+/* --- changes --- */
+
+/* FNV-1a */
+static uint64_t hash_text(const char *text)
 {
+	uint64_t hash = 0xcbf29ce484222325;
+
+	for (; text && *text; text++)
+		hash = (hash ^ (unsigned char)*text) * 0x100000001b3;
+	return hash;
+}
+
+static uint64_t read_value(const struct field *field, const void *value)
+{
+	switch (field->kind) {
+	case FIELD_BOOL:
+		return *(const bool *)value;
+	case FIELD_INT:
+		return (uint64_t) * (const int64_t *)value;
+	case FIELD_ENUM:
+		return (uint64_t) * (const int *)value;
+	default:
+		return hash_text(*(const char *const *)value);
+	}
+}
+
+struct comparison {
+	const struct kind *kind;
+	const sd_bus_vtable *property;
+	const union info *info;
+	uint64_t *told;
+	bool all; /* nothing was told before */
+	char *changed[BUS_TOLD_MAX + 1];
+	size_t n;
+};
+
+static int compare_told(const struct field *field, size_t offset, void *userdata)
+{
+	struct comparison *c = userdata;
+	uint64_t value;
+
+	c->property++;
+	if (!is_listed(c->kind->told, BUS_TOLD_MAX, field->name))
+		return 0;
+	value = read_value(field, (const char *)c->info + offset);
+	if (c->all || *c->told != value)
+		c->changed[c->n++] = (char *)c->property->x.property.member;
+	*c->told++ = value;
+	return 0;
+}
+
+/* Finds the properties that differ from what was told, and notes what is told now. */
+static void compare(struct bus_view *view, const void *object, unsigned connection,
+		    struct comparison *ret)
+{
+	union info info;
+
+	*ret = (struct comparison){
+		.kind = &kinds[view->kind],
+		.property = get_vtable(view->kind),
+		.info = &info,
+		.told = view->told,
+		.all = view->connection != connection,
+	};
+	ret->kind->info(object, &info);
+	view->connection = connection;
+	(void)for_each_field(ret->kind->schema, 0, compare_told, ret);
+}
+
+int bus_object_added(sd_bus *bus, struct broker *broker, enum bus_object kind, uint64_t id,
+		     unsigned connection)
+{
+	void *object = kinds[kind].find(broker, id);
+	struct comparison c;
 	char path[128];
 
+	if (!object)
+		return 0;
+	compare(kinds[kind].view(object), object, connection, &c);
 	snprintf(path, sizeof(path), "%s/%" PRIu64, kinds[kind].prefix, id);
 	return sd_bus_emit_interfaces_added(bus, path, kinds[kind].interface, NULL);
+}
+
+int bus_object_changed(sd_bus *bus, struct broker *broker, struct bus_view *view,
+		       unsigned connection)
+{
+	const struct kind *kind = &kinds[view->kind];
+	void *object = kind->find(broker, view->id);
+	struct comparison c;
+	char path[128];
+
+	if (!object)
+		return 0;
+	compare(view, object, connection, &c);
+	if (c.n == 0)
+		return 0;
+	snprintf(path, sizeof(path), "%s/%" PRIu64, kind->prefix, view->id);
+	return sd_bus_emit_properties_changed_strv(bus, path, kind->interface, c.changed);
 }
 
 int bus_object_removed(sd_bus *bus, enum bus_object kind, uint64_t id)

@@ -4,6 +4,7 @@
 #include <stdint.h>
 #include <systemd/sd-bus.h>
 
+#include "bus-view.h"
 #include "protocol/schema.h"
 
 struct broker;
@@ -14,19 +15,14 @@ struct broker;
  * capital letter; where the socket has null, a number is UINT64_MAX and a text empty.
  */
 
-/* The objects that ObjectManager shows; pins are found below their files, or by ListPins. */
-enum bus_object {
-	BUS_CLIENT,
-	BUS_FILE,
-	BUS_REVOCATION,
-	BUS_PIN,
-	BUS_OBJECT_COUNT,
-};
-
 int bus_objects_add(sd_bus *bus, struct broker *broker);
 
-/* InterfacesAdded and InterfacesRemoved. */
-int bus_object_added(sd_bus *bus, enum bus_object kind, uint64_t id);
+/* InterfacesAdded and InterfacesRemoved, and PropertiesChanged with what is no longer as it was told on this
+ * connection, if anything. */
+int bus_object_added(sd_bus *bus, struct broker *broker, enum bus_object kind, uint64_t id,
+		     unsigned connection);
+int bus_object_changed(sd_bus *bus, struct broker *broker, struct bus_view *view,
+		       unsigned connection);
 int bus_object_removed(sd_bus *bus, enum bus_object kind, uint64_t id);
 
 /* The D-Bus type of a field, and the value at `value` in a message; for OBJECT fields -EOPNOTSUPP. */

@@ -19,9 +19,13 @@
 #define RECONNECT_FIRST_USEC (100 * USEC_PER_MSEC)
 #define RECONNECT_LAST_USEC  (5 * USEC_PER_SEC)
 
-/* What everybody may know goes out a moment later than the notice to the holder, who lets go meanwhile. */
+/* What administrators are told goes out a moment later than the notice to the holder, who lets go meanwhile. */
 #define NEWS_USEC (2 * USEC_PER_MSEC)
 #define NEWS_MAX  64U
+
+/* Changes are told ten times a second at most, so many objects in a turn of the loop. */
+#define CHANGES_USEC (100 * USEC_PER_MSEC)
+#define CHANGES_MAX  64U
 
 /* With more messages than that waiting for a bus that does not read, the news are left out. */
 #define BACKLOG_MAX 64U
@@ -44,12 +48,16 @@ struct bus {
 	sd_bus *bus;   /* NULL: to be connected anew */
 	struct bus_authorization *authorization; /* owned; of this connection */
 	bool connected;
+	unsigned connection; /* the number of the present one */
 	bool behind; /* does not read */
 	uint64_t reconnect_usec; /* the present back-off */
 	sd_event_source *reconnect;
 	struct news news[NEWS_MAX]; /* in the order of what happened */
 	unsigned n_news;
 	sd_event_source *news_timer; /* enabled while there are any */
+	TAILQ_HEAD(, bus_view) changed; /* longest ago first */
+	unsigned n_changed, n_due;      /* the first n_due are being told */
+	sd_event_source *changes_timer; /* enabled while there are any */
 };
 
 static int bus_connect(struct bus *bus);
@@ -79,17 +87,19 @@ static void reconnect_later(struct bus *bus)
 		log_errno(LOG_ERR, r, "Cannot arm the timer for the bus");
 }
 
-static int send_one(sd_bus *bus, const struct news *n)
+static int send_one(struct bus *bus, const struct news *n)
 {
 	switch (n->what) {
 	case NEWS_ADDED:
-		return bus_object_added(bus, n->kind, n->id);
+		return bus_object_added(bus->bus, bus->broker, n->kind, n->id, bus->connection);
 	case NEWS_REMOVED:
-		return bus_object_removed(bus, n->kind, n->id);
+		return bus_object_removed(bus->bus, n->kind, n->id);
 	case NEWS_STARTED:
-		return sd_bus_emit_signal(bus, BUS_PATH, BUS_INTERFACE, "RevocationStarted", "t", n->id);
+		return sd_bus_emit_signal(bus->bus, BUS_PATH, BUS_INTERFACE, "RevocationStarted",
+					  "t", n->id);
 	default:
-		return sd_bus_emit_signal(bus, BUS_PATH, BUS_INTERFACE, "RevocationEnded", "ts", n->id,
+		return sd_bus_emit_signal(bus->bus, BUS_PATH, BUS_INTERFACE, "RevocationEnded",
+					  "ts", n->id,
 					  enumeration_name(&enumeration_revocation_state,
 							   (int)n->outcome));
 	}
@@ -112,7 +122,7 @@ static void send_news(struct bus *bus)
 
 	bus->n_news = 0;
 	for (unsigned i = 0; bus->connected && i < n && !is_behind(bus); i++) {
-		int r = send_one(bus->bus, &bus->news[i]);
+		int r = send_one(bus, &bus->news[i]);
 
 		if (r < 0 && r != -ENOTCONN)
 			log_errno(LOG_WARNING, r, "Cannot tell the bus of %" PRIu64, bus->news[i].id);
@@ -125,9 +135,55 @@ static int on_news(sd_event_source *source, uint64_t usec, void *userdata)
 	return 0;
 }
 
+static void forget_change(struct bus *bus, struct bus_view *view)
+{
+	TAILQ_REMOVE(&bus->changed, view, of_bus);
+	view->changed = false;
+	bus->n_changed--;
+}
+
+static void set_changes_timer(struct bus *bus, uint64_t usec)
+{
+	int r = sd_event_source_set_time_relative(bus->changes_timer, usec);
+
+	if (r >= 0)
+		r = sd_event_source_set_enabled(bus->changes_timer, SD_EVENT_ONESHOT);
+	if (r < 0)
+		log_errno(LOG_ERR, r, "Cannot arm the timer of what changes");
+}
+
+/* What has changed again meanwhile is told the next time. */
+static int on_changes(sd_event_source *source, uint64_t usec, void *userdata)
+{
+	struct bus *bus = userdata;
+
+	send_news(bus); /* they may be of the same objects */
+	if (bus->n_due == 0)
+		bus->n_due = bus->n_changed;
+	for (unsigned i = 0; i < CHANGES_MAX && bus->n_due > 0 && !TAILQ_EMPTY(&bus->changed) &&
+			     bus->connected && !is_behind(bus);
+	     i++) {
+		struct bus_view *view = TAILQ_FIRST(&bus->changed);
+		int r;
+
+		forget_change(bus, view);
+		bus->n_due--;
+		r = bus_object_changed(bus->bus, bus->broker, view, bus->connection);
+		if (r < 0 && r != -ENOTCONN)
+			log_errno(LOG_WARNING, r, "Cannot tell the bus of %" PRIu64, view->id);
+	}
+	if (TAILQ_EMPTY(&bus->changed))
+		bus->n_due = 0;
+	else if (bus->connected)
+		set_changes_timer(bus, bus->n_due > 0 && !bus->behind ? 0 : CHANGES_USEC);
+	return 0;
+}
+
 static void drop(struct bus *bus)
 {
 	send_news(bus);
+	while (!TAILQ_EMPTY(&bus->changed))
+		forget_change(bus, TAILQ_FIRST(&bus->changed));
 	if (!bus->bus)
 		return;
 	bus->authorization = bus_authorization_free(bus->authorization);
@@ -187,6 +243,7 @@ static int on_connected(sd_bus_message *m, void *userdata, sd_bus_error *error)
 	int r;
 
 	bus->connected = true;
+	bus->connection++;
 	r = sd_bus_request_name_async(bus->bus, NULL, BUS_NAME, 0,
 				      on_named, bus);
 	if (r < 0)
@@ -258,6 +315,7 @@ int bus_new(struct broker *broker, const char *address, struct bus **ret)
 	if (!bus)
 		return -ENOMEM;
 	bus->broker = broker;
+	TAILQ_INIT(&bus->changed);
 	bus_credentials_init();
 	if (address) {
 		bus->address = strdup(address);
@@ -275,6 +333,11 @@ int bus_new(struct broker *broker, const char *address, struct bus **ret)
 				      USEC_PER_MSEC, on_news, bus);
 	if (r >= 0)
 		r = sd_event_source_set_enabled(bus->news_timer, SD_EVENT_OFF);
+	if (r >= 0)
+		r = sd_event_add_time(broker->event, &bus->changes_timer, CLOCK_MONOTONIC, 0,
+				      USEC_PER_MSEC, on_changes, bus);
+	if (r >= 0)
+		r = sd_event_source_set_enabled(bus->changes_timer, SD_EVENT_OFF);
 	if (r < 0) {
 		bus_free(bus);
 		return r;
@@ -291,6 +354,7 @@ struct bus *bus_free(struct bus *bus)
 	drop(bus);
 	sd_event_source_disable_unref(bus->reconnect);
 	sd_event_source_disable_unref(bus->news_timer);
+	sd_event_source_disable_unref(bus->changes_timer);
 	free(bus->address);
 	free(bus);
 	return NULL;
@@ -343,6 +407,7 @@ static int on_credentials(sd_bus_message *m, void *userdata, sd_bus_error *error
 				   "%s is not a name of your process on the bus.", v->name);
 			free(client->bus_name);
 			client->bus_name = NULL;
+			bus_changed(v->bus, &client->view);
 		} else {
 			client->bus_name_verified = true;
 		}
@@ -447,22 +512,34 @@ void bus_revocation_ended(struct bus *bus, const struct revocation *rev)
 	add_news(bus, (struct news){ .what = NEWS_ENDED, .id = rev->id, .outcome = rev->state });
 }
 
-void bus_added(struct bus *bus, enum bus_object kind, uint64_t id)
+void bus_added(struct bus *bus, struct bus_view *view)
 {
-	add_news(bus, (struct news){ .what = NEWS_ADDED, .kind = kind, .id = id });
+	add_news(bus, (struct news){ .what = NEWS_ADDED, .kind = view->kind, .id = view->id });
 }
 
-void bus_removed(struct bus *bus, enum bus_object kind, uint64_t id)
+void bus_removed(struct bus *bus, struct bus_view *view)
 {
+	if (view->changed)
+		forget_change(bus, view);
 	/* Nobody has heard of what came and went in a moment, nor needs to. */
 	for (unsigned i = 0; bus && i < bus->n_news; i++) {
 		struct news *n = &bus->news[i];
 
-		if (n->what == NEWS_ADDED && n->kind == kind && n->id == id) {
+		if (n->what == NEWS_ADDED && n->kind == view->kind && n->id == view->id) {
 			memmove(n, n + 1, (bus->n_news - i - 1) * sizeof(*n));
 			bus->n_news--;
 			return;
 		}
 	}
-	add_news(bus, (struct news){ .what = NEWS_REMOVED, .kind = kind, .id = id });
+	add_news(bus, (struct news){ .what = NEWS_REMOVED, .kind = view->kind, .id = view->id });
+}
+
+void bus_changed(struct bus *bus, struct bus_view *view)
+{
+	if (!bus || !bus->connected || view->changed)
+		return;
+	view->changed = true;
+	TAILQ_INSERT_TAIL(&bus->changed, view, of_bus);
+	if (bus->n_changed++ == 0)
+		set_changes_timer(bus, CHANGES_USEC);
 }

@@ -40,8 +40,10 @@ int bus_verify_client(struct bus *bus, struct client *client,
 void bus_send_notice(struct bus *bus, const struct client *client,
 		     const struct msg_notice *notice);
 
-/* What everybody on the bus may know; it goes out a moment later. bus may be NULL. */
+/* What administrators are told; it goes out a moment later. bus may be NULL. */
 void bus_revocation_started(struct bus *bus, const struct revocation *revocation);
 void bus_revocation_ended(struct bus *bus, const struct revocation *revocation);
-void bus_added(struct bus *bus, enum bus_object kind, uint64_t id);
-void bus_removed(struct bus *bus, enum bus_object kind, uint64_t id);
+void bus_added(struct bus *bus, struct bus_view *view);
+void bus_removed(struct bus *bus, struct bus_view *view);
+/* Something of it may have: it is looked at ten times a second at most. */
+void bus_changed(struct bus *bus, struct bus_view *view);

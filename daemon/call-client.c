@@ -83,6 +83,7 @@ static void hello_done(struct job *job)
 	free(client->bus_name);
 	client->bus_name = TAKE_PTR(j->bus_name);
 	client->bus_name_verified = false;
+	bus_changed(client->broker->bus, &client->view);
 	if (client->bus_name && peer->broker->bus &&
 	    bus_verify_client(peer->broker->bus, client, hello_verified, j) >= 0)
 		return;

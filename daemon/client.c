@@ -7,6 +7,7 @@
 #include <sys/random.h>
 
 #include "broker.h"
+#include "bus.h"
 #include "label.h"
 #include "log.h"
 #include "macro.h"
@@ -53,6 +54,7 @@ static int on_death(sd_event_source *source, int fd, uint32_t revents, void *use
 
 	sd_event_source_set_enabled(source, SD_EVENT_OFF);
 	client->dead = true;
+	bus_changed(client->broker->bus, &client->view);
 	if (client->n_pins > 0)
 		log_event(LOG_NOTICE, NULL, &fields,
 			  "Holder %s (pid %d) died with %u pins; looking whether they died with it.",
@@ -180,6 +182,8 @@ int client_add_use(struct client *client, struct file *file, enum access access,
 	client->n_files++;
 	LIST_INSERT_HEAD(&file->uses, use, of_file);
 	file->n_uses++;
+	bus_changed(client->broker->bus, &client->view);
+	bus_changed(file->broker->bus, &file->view);
 	*ret = use;
 	return 0;
 }
@@ -196,6 +200,8 @@ struct use *use_free(struct use *use)
 	use->client->n_files--;
 	LIST_REMOVE(use, of_file);
 	file->n_uses--;
+	bus_changed(file->broker->bus, &use->client->view);
+	bus_changed(file->broker->bus, &file->view);
 	user_discharge(use->client->user, LIMIT_FILES, 1);
 	free(use);
 	file_collect(file);

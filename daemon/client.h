@@ -7,6 +7,7 @@
 #include <sys/queue.h>
 #include <systemd/sd-event.h>
 
+#include "bus-view.h"
 #include "process.h"
 #include "protocol/interface.h"
 #include "refusal.h"
@@ -50,6 +51,7 @@ struct client {
 	unsigned n_files, n_contexts, n_pins;
 	uint64_t pinned_bytes;
 	sd_event_source *death;
+	struct bus_view view; /* bus's */
 	RB_ENTRY(client) by_id; /* broker::clients */
 };
 

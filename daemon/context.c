@@ -15,6 +15,7 @@
 #include <sys/syscall.h>
 
 #include "broker.h"
+#include "bus.h"
 #include "log.h"
 #include "macro.h"
 #include "pin-counter.h"
@@ -139,6 +140,7 @@ int context_new(struct client *client, const struct context_ops *ops,
 	LIST_INIT(&context->pins);
 	LIST_INSERT_HEAD(&client->contexts, context, of_client);
 	client->n_contexts++;
+	bus_changed(client->broker->bus, &client->view);
 	context->id = broker_next_id(client->broker);
 	broker_add_context(client->broker, context);
 	*ret = context;
@@ -175,6 +177,7 @@ struct context *context_free(struct context *context)
 	broker_remove_context(broker, context);
 	LIST_REMOVE(context, of_client);
 	context->client->n_contexts--;
+	bus_changed(broker->bus, &context->client->view);
 	context->client = NULL;
 	if (context->n_jobs == 0)
 		context_destroy(context, broker->offload);

@@ -10,6 +10,7 @@
 
 #include "blame.h"
 #include "broker.h"
+#include "bus.h"
 #include "log.h"
 #include "macro.h"
 #include "open.h"
@@ -34,6 +35,7 @@ static void set_fd(struct file *file, int fd)
 	if (file->lease.fd >= 0)
 		broker_remove_lease_fd(file->broker, file);
 	file->lease.fd = fd;
+	bus_changed(file->broker->bus, &file->view);
 	if (fd >= 0)
 		broker_add_lease_fd(file->broker, file);
 }
@@ -120,6 +122,7 @@ static void set_exposed(struct file *file)
 	bool exposed = file->n_pins > 0 && file->lease.state == LEASE_NONE;
 	struct log_fields fields = file_fields(file);
 
+	bus_changed(file->broker->bus, &file->view);
 	if (exposed == file->exposed)
 		return;
 	file->exposed = exposed;
@@ -409,6 +412,7 @@ int file_set_description(struct file *file, int fd, enum access access)
 void file_give_lease(struct file *file)
 {
 	(void)lease_give(&file->lease);
+	bus_changed(file->broker->bus, &file->view);
 	disarm(file);
 }
 

@@ -8,6 +8,7 @@
 #include <sys/types.h>
 #include <systemd/sd-event.h>
 
+#include "bus-view.h"
 #include "lease.h"
 #include "pin.h"
 #include "protocol/interface.h"
@@ -49,6 +50,7 @@ struct file {
 	uint64_t retry_usec;           /* the present back-off */
 	sd_event_source *timer;        /* settling, or taking the lease again */
 
+	struct bus_view view;          /* bus's */
 	RB_ENTRY(file) by_id, by_inode, by_fd;
 	RB_ENTRY(file) by_watch; /* watch.c's, while watch >= 0 */
 };

@@ -7,6 +7,7 @@
 #include <sys/epoll.h>
 
 #include "broker.h"
+#include "bus.h"
 #include "log.h"
 #include "macro.h"
 #include "protocol/service.h"
@@ -49,6 +50,7 @@ struct peer *peer_unref(struct peer *peer)
 void peer_forget_client(struct peer *peer)
 {
 	LIST_REMOVE(peer, of_client);
+	bus_changed(peer->broker->bus, &peer->client->view);
 	peer->client = NULL;
 	peer->watching = false;
 }
@@ -57,6 +59,7 @@ void peer_set_client(struct peer *peer, struct client *client)
 {
 	peer->client = client;
 	LIST_INSERT_HEAD(&client->peers, peer, of_client);
+	bus_changed(client->broker->bus, &client->view);
 }
 
 void peer_close(struct peer *peer)

@@ -6,6 +6,7 @@
 #include <stdlib.h>
 
 #include "broker.h"
+#include "bus.h"
 #include "label.h"
 
 int pin_new(struct context *context, struct use *use, const struct msg_range *range,
@@ -36,6 +37,8 @@ int pin_new(struct context *context, struct use *use, const struct msg_range *ra
 	client->n_pins++;
 	client->pinned_bytes += pin->length;
 	client->broker->n_pins++;
+	bus_changed(client->broker->bus, &use->file->view);
+	bus_changed(client->broker->bus, &client->view);
 	broker_add_pin(client->broker, pin);
 	*ret = pin;
 	return 0;
@@ -52,6 +55,8 @@ static void leave_file(struct pin *pin)
 	use->client->n_pins--;
 	use->client->pinned_bytes -= pin->length;
 	use->client->broker->n_pins--;
+	bus_changed(use->file->broker->bus, &use->file->view);
+	bus_changed(use->file->broker->bus, &use->client->view);
 	pin->context->n_pins--;
 	user_discharge(pin->context->user, LIMIT_PINNED_BYTES, pin->length);
 	pin->use = NULL;

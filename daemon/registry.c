@@ -74,12 +74,13 @@ void broker_add_client(struct broker *broker, struct client *client)
 {
 	client_ids_RB_INSERT(&broker->clients, client);
 	broker->n_clients++;
-	bus_added(broker->bus, BUS_CLIENT, client->id);
+	client->view = (struct bus_view){ .kind = BUS_CLIENT, .id = client->id };
+	bus_added(broker->bus, &client->view);
 }
 
 void broker_remove_client(struct broker *broker, struct client *client)
 {
-	bus_removed(broker->bus, BUS_CLIENT, client->id);
+	bus_removed(broker->bus, &client->view);
 	client_ids_RB_REMOVE(&broker->clients, client);
 	broker->n_clients--;
 }
@@ -99,12 +100,13 @@ void broker_add_file(struct broker *broker, struct file *file)
 	file_ids_RB_INSERT(&broker->files, file);
 	file_inodes_RB_INSERT(&broker->files_by_inode, file);
 	broker->n_files++;
-	bus_added(broker->bus, BUS_FILE, file->id);
+	file->view = (struct bus_view){ .kind = BUS_FILE, .id = file->id };
+	bus_added(broker->bus, &file->view);
 }
 
 void broker_remove_file(struct broker *broker, struct file *file)
 {
-	bus_removed(broker->bus, BUS_FILE, file->id);
+	bus_removed(broker->bus, &file->view);
 	file_ids_RB_REMOVE(&broker->files, file);
 	file_inodes_RB_REMOVE(&broker->files_by_inode, file);
 	broker->n_files--;
@@ -134,12 +136,13 @@ void broker_add_revocation(struct broker *broker, struct revocation *revocation)
 {
 	revocation_ids_RB_INSERT(&broker->revocations, revocation);
 	broker->n_running++;
-	bus_added(broker->bus, BUS_REVOCATION, revocation->id);
+	revocation->view = (struct bus_view){ .kind = BUS_REVOCATION, .id = revocation->id };
+	bus_added(broker->bus, &revocation->view);
 }
 
 void broker_remove_revocation(struct broker *broker, struct revocation *revocation)
 {
-	bus_removed(broker->bus, BUS_REVOCATION, revocation->id);
+	bus_removed(broker->bus, &revocation->view);
 	revocation_ids_RB_REMOVE(&broker->revocations, revocation);
 	if (revocation_is_running(revocation)) {
 		broker->n_running--;

@@ -301,6 +301,7 @@ static void step(struct revocation *rev, struct revocation_step step)
 	unsigned actions = step.actions;
 
 	rev->state = step.state;
+	bus_changed(rev->broker->bus, &rev->view);
 	rev->short_of_memory = false;
 	if (actions & REVOKE_ARM)
 		arm(rev, actions);
@@ -455,6 +456,7 @@ void revocation_target_gone(struct target *target, enum proof proof)
 	if (!rev->has_proof || proof > rev->weakest)
 		rev->weakest = proof;
 	rev->has_proof = true;
+	bus_changed(rev->broker->bus, &rev->view);
 	if (rev->n_remaining == 0)
 		revocation_event(rev, REVOKE_GONE);
 }
@@ -477,6 +479,7 @@ void revocation_blame(struct revocation *rev, const struct conflict *who, const 
 	if (!revocation_is_running(rev) || rev->conflict.pid != 0)
 		return;
 	rev->conflict = *who;
+	bus_changed(rev->broker->bus, &rev->view);
 	fields = revocation_fields(rev);
 	if (who->size != INT_NULL)
 		snprintf(size, sizeof(size), " to %" PRIi64 " bytes", who->size);

@@ -8,6 +8,7 @@
 #include <sys/types.h>
 #include <systemd/sd-event.h>
 
+#include "bus-view.h"
 #include "protocol/interface.h"
 #include "refusal.h"
 #include "revocation-table.h"
@@ -63,6 +64,7 @@ struct revocation {
 	unsigned n_reached; /* processes that the present rung's signal reached */
 	bool short_of_memory; /* the present rung has to be tried again */
 
+	struct bus_view view; /* bus's */
 	RB_ENTRY(revocation) by_id;
 	TAILQ_ENTRY(revocation) of_ended;
 };
