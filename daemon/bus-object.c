@@ -361,7 +361,7 @@ static int on_enumerate(sd_bus *bus, const char *prefix, void *userdata, char **
 		else if (strcmp(path, BUS_PATH) == 0)
 			r = add_node(&nodes, "%s", kinds[i].prefix);
 		else if (i == BUS_FILE && strncmp(path, kinds[i].prefix, strlen(kinds[i].prefix)) == 0 &&
-			 read_id(&rest, &id) == 0)
+			 read_id(&rest, &id) == 0 && (!*rest || strcmp(rest, "/pin") == 0))
 			r = add_pins(&nodes, userdata, id);
 	}
 	if (r < 0) {

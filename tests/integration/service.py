@@ -1,12 +1,11 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The daemon as a service: what it tells the service manager, sockets that it is passed, options and
-configuration, how it ends, without root, and in the sandbox of its unit.
+configuration, how it ends, and without root.
 """
 
 import contextlib
 import glob
-import json
 import os
 import re
 import shutil
@@ -20,8 +19,7 @@ import unittest
 
 from client import PAGE, WAIT, Connection, Refused, is_readable
 from world import (CONFIG, Case, DAEMON, Holder, NOBODY, READY, STOPPING,
-                   TEMPFAIL, UNAVAILABLE, USAGE, WATCHDOG, as_nobody, end_child, fork_nobody,
-                   open_file)
+                   TEMPFAIL, UNAVAILABLE, USAGE, WATCHDOG, as_nobody, open_file)
 
 
 class Notification(Case):
@@ -505,72 +503,6 @@ class Unprivileged(Case):
             self.assertTrue(message)
         self.expect_end(daemon)
         self.assertFalse(os.path.exists(path))
-
-    @unittest.skipUnless(os.getuid() == 0 and shutil.which('setpriv') and shutil.which('unshare'),
-                         'needs root, setpriv and unshare')
-    def test_sandbox(self):
-        """The capabilities that the unit leaves are enough for all that is to be done to others'
-        processes; what it cannot write to is not needed, and files are those of other namespaces.
-        """
-        unit = os.path.join(os.path.dirname(os.path.abspath(__file__)),
-                            '../../systemd/pinbrokerd.service.in')
-        with open(unit, encoding='utf-8') as f:
-            capabilities = re.search(r'(?m)^CapabilityBoundingSet=(.*)$', f.read()).group(1)
-        bounds = ','.join(['-all'] + [c.replace('CAP_', '+').lower()
-                                      for c in capabilities.split()])
-        os.chmod(self.dir, 0o755)
-        os.chown(self.file, NOBODY, NOBODY)
-        os.chmod(self.file, 0o600)
-        self.write(self.config, '[Revocation]\nRevokeGraceSec=500ms\n')
-        namespace = ['unshare', '--mount', 'sh', '-c', 'mount -o remount,bind,ro / && exec "$@"',
-                     'sh']
-        if subprocess.run(namespace + ['true'], stderr=subprocess.DEVNULL, check=False).returncode:
-            self.skipTest('not allowed to mount')
-        manager = self.make_manager()
-        daemon = self.spawn(namespace + ['setpriv', '--no-new-privs', '--bounding-set=' + bounds,
-                                         DAEMON] + self.arguments(self.path),
-                            env={'NOTIFY_SOCKET': manager.address})
-        manager.wait_for(READY)
-
-        def client():
-            """Is told who it is, does not let go, and is sent a signal."""
-            holder = Holder(self.path, self.file)
-            os.write(end, b'x')
-            holder.notice()
-            os.write(end, json.dumps(holder.notice()['conflict']).encode())
-            signal.pause()
-
-        ready, end = os.pipe()
-        holder, answer = fork_nobody(client)
-        self.addCleanup(end_child, holder)
-        os.close(end)
-        with answer, os.fdopen(ready, 'rb', buffering=0) as ready:
-            self.assertEqual(ready.read(1), b'x', answer.read() if is_readable(answer, 0) else '')
-            breaker, result = self.truncate()
-            conflict = json.loads(ready.read(4096))
-            self.assertEqual((conflict['cause'], conflict.get('pid'), conflict.get('uid')),
-                             ('truncate', breaker, 0))
-            self.truncated(result)
-            # its end of the pipe is closed by its end
-            self.assertTrue(is_readable(ready, WAIT), 'the holder was sent nothing')
-            self.assertEqual(os.waitpid(holder, 0)[1] & 0x7f, signal.SIGBUS)
-        # it opens with the client's credentials
-        foreign = self.make_file('foreign')
-        os.chmod(foreign, 0o600)
-
-        def refused():
-            with contextlib.closing(Connection(self.path)) as connection:
-                connection.call('org.pinbroker.Hello')
-                try:
-                    open_file(connection, foreign)
-                except Refused as e:
-                    return e.error
-            return None
-
-        self.assertEqual(as_nobody(refused), 'org.pinbroker.NotAllowed')
-        self.expect_end(daemon)
-        self.assertFalse(os.path.exists(self.path))
-        self.assertNotIn('Cannot', daemon.text())
 
 
 if __name__ == '__main__':
