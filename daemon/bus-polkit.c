@@ -15,7 +15,7 @@
 
 #define ALLOW_USER_INTERACTION 1U
 
-/* How long polkit may take (0: as sd-bus has it, 25 s), and somebody who is asked for a password. */
+/* How long polkit may take (0: as sd-bus has it, 25 s), and who is asked for a password. */
 #define ANSWER_USEC   0
 #define PASSWORD_USEC (300 * USEC_PER_SEC)
 

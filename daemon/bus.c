@@ -19,7 +19,7 @@
 #define RECONNECT_FIRST_USEC (100 * USEC_PER_MSEC)
 #define RECONNECT_LAST_USEC  (5 * USEC_PER_SEC)
 
-/* What administrators are told goes out a moment later than the notice to the holder, who lets go meanwhile. */
+/* Administrators are told a moment later than the holder, who lets go meanwhile. */
 #define NEWS_USEC (2 * USEC_PER_MSEC)
 #define NEWS_MAX  64U
 
