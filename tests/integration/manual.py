@@ -144,10 +144,9 @@ class Pages(unittest.TestCase):
                     if member.tag == 'property':
                         self.assertIn(f'readonly {member.get("type")} {member.get("name")};', part)
             self.assertEqual(set(described.split(', ')), members, name)
-            if 'No PropertiesChanged is sent' in text:
-                for member in interface.iter('property'):
-                    self.assertIsNotNone(member.find('annotation'), member.get('name'))
         self.assertEqual(titles, {})
+        self.assertEqual(set(re.findall(r'(?m)^\*(org\.pinbroker1\.\w+)\*$', section(text, 'DESCRIPTION'))),
+                         set(re.findall('<action id="(.*)"', read('systemd', 'org.pinbroker1.policy'))))
 
     def test_journal(self):
         text = section(page('pinbrokerd.8'), 'JOURNAL')
