@@ -123,23 +123,24 @@ static int on_message(sd_bus_message *m, void *userdata, sd_bus_error *error)
 		return 0;
 	}
 	/* Out of memory: a notice is lost on this channel, so begin it anew. */
-	return r == -ENOMEM ? r : 1;
+	if (r == -ENOMEM)
+		pb->bus_error = r;
+	return 1;
 }
 
 static int on_owner(sd_bus_message *m, void *userdata, sd_bus_error *error)
 {
 	const char *owner = "";
 	pinbroker *pb = userdata;
-	int r;
+	int r = 0;
 
-	if (!sd_bus_message_is_method_error(m, NULL)) {
+	if (!sd_bus_message_is_method_error(m, NULL))
 		r = sd_bus_message_read(m, "s", &owner);
-		if (r < 0)
-			return r;
-	}
-	if (pb->bus_owner_known)
-		return 0;
-	return set_owner(pb, owner);
+	if (r >= 0 && !pb->bus_owner_known)
+		r = set_owner(pb, owner);
+	if (r < 0)
+		pb->bus_error = r;
+	return 1;
 }
 
 /* Once the bus has let us in: our own name, and the broker's. */
@@ -207,6 +208,7 @@ void bus_close(pinbroker *pb)
 		sd_bus_close(pb->bus);
 	pb->bus = sd_bus_unref(pb->bus);
 	pb->bus_wake_at = USEC_INFINITY;
+	pb->bus_error = 0;
 	pb->bus_ready = pb->bus_owner_known = false;
 	free(pb->bus_owner);
 	pb->bus_owner = NULL;
@@ -256,6 +258,8 @@ static int bus_turn(pinbroker *pb)
 
 	for (unsigned i = 0; i < BUS_TURN_MAX; i++) {
 		r = sd_bus_process(pb->bus, NULL);
+		if (r >= 0)
+			r = pb->bus_error ?: r;
 		if (r < 0)
 			return r;
 		if (!pb->bus_ready && sd_bus_is_ready(pb->bus) > 0) {

@@ -46,6 +46,15 @@ int broker_dial(pinbroker *pb, bool patient, struct connection **ret)
 	return r;
 }
 
+/* Takes the value over. */
+static int add_member(json_object *object, const char *key, json_object *value)
+{
+	if (value && json_object_object_add(object, key, value) == 0)
+		return 0;
+	json_object_put(value);
+	return -ENOMEM;
+}
+
 int request_message(int method, const void *in, bool more, json_object **ret)
 {
 	const struct method *m = &interface_pinbroker.methods[method];
@@ -58,19 +67,16 @@ int request_message(int method, const void *in, bool more, json_object **ret)
 	message = json_object_new_object();
 	if (!message)
 		return -ENOMEM;
-	if (json_object_object_add(message, "method", json_object_new_string(name)) < 0)
-		return -ENOMEM;
-	if (in) {
+	r = add_member(message, "method", json_object_new_string(name));
+	if (r >= 0 && in) {
 		r = schema_write(m->in, in, &parameters);
-		if (r < 0)
-			return r;
-		if (json_object_object_add(message, "parameters", parameters) < 0) {
-			json_object_put(parameters);
-			return -ENOMEM;
-		}
+		if (r >= 0)
+			r = add_member(message, "parameters", parameters);
 	}
-	if (more && json_object_object_add(message, "more", json_object_new_boolean(true)) < 0)
-		return -ENOMEM;
+	if (r >= 0 && more)
+		r = add_member(message, "more", json_object_new_boolean(true));
+	if (r < 0)
+		return r;
 	*ret = TAKE_PTR(message);
 	return 0;
 }
@@ -188,9 +194,7 @@ int error_transport(const pinbroker *pb, int method, int r)
 			pb, r, "The broker at %s does not answer %s.", pb->socket_path, name);
 	if (is_broken_connection(r))
 		return error_set(pb, -ECONNRESET,
-			"The broker at %s closed the connection during %s, whether it was done is "
-			"not known. List the pins to find out.",
-			pb->socket_path, name);
+			"The broker at %s closed the connection during %s.", pb->socket_path, name);
 	return error_set(pb, r, "Talking to the broker at %s failed during %s: %s.",
 		pb->socket_path, name, strerror(-r));
 }

@@ -136,7 +136,7 @@ static int dispatch_locked(pinbroker *pb)
 	timer_arm(pb);
 
 	n += notices_deliver(pb);
-	if (lost && !pb->lost_told) {
+	if (lost && !pb->lost_told && is_held(pb)) {
 		pb->lost_told = true;
 		if (pb->lost_callback)
 			pb->lost_callback(pb, pb->lost_userdata);
@@ -165,6 +165,8 @@ EXPORT int pinbroker_dispatch(pinbroker *pb)
 		return r;
 	if (!atomic_load(&pb->connected))
 		return error_set(pb, -ENOTCONN, "Call pinbroker_connect() first.");
+	if (pb->use_thread)
+		return error_set(pb, -EBUSY, "This handle has a thread that dispatches.");
 	/* A callback may let the handle go. */
 	pinbroker_ref(pb);
 	r = dispatch(pb);
@@ -190,6 +192,10 @@ static void *thread_main(void *p)
 			return NULL;
 		if (dispatch(pb) == -ENOTRECOVERABLE)
 			pfds[1].fd = -1;
+		if (pb->thread_frees) {
+			pinbroker_free(pb);
+			return NULL;
+		}
 	}
 }
 
@@ -211,13 +217,19 @@ static int thread_start(pinbroker *pb)
 	return r;
 }
 
-void thread_stop(pinbroker *pb)
+bool thread_stop(pinbroker *pb)
 {
 	if (!pb->thread_running || pb->pid != getpid())
-		return;
+		return true;
+	if (pthread_equal(pb->thread, pthread_self())) {
+		pthread_detach(pb->thread);
+		pb->thread_frees = true;
+		return false;
+	}
 	eventfd_write(pb->thread_stop_fd, 1);
 	pthread_join(pb->thread, NULL);
 	pb->thread_running = false;
+	return true;
 }
 
 /* ---- Connecting ---- */

@@ -9,7 +9,7 @@
 
 /* Per thread, so that one thread's failure does not hide another's. */
 static _Thread_local struct {
-	const pinbroker *owner;
+	uint64_t owner; /* its serial, 0: none */
 	struct pinbroker_error public;
 	char name[128];
 	char cause[64];
@@ -53,7 +53,7 @@ int error_number(const char *name)
 
 static void error_start(const pinbroker *pb, int error)
 {
-	last.owner = pb;
+	last.owner = pb->serial;
 	last.public = no_error;
 	last.public.error = error;
 	last.public.message = last.message;
@@ -88,12 +88,6 @@ int error_set(const pinbroker *pb, int error, const char *format, ...)
 	error_start(pb, error);
 	copy(last.message, sizeof(last.message), text);
 	return error;
-}
-
-void error_reset(const pinbroker *pb)
-{
-	if (last.owner == pb)
-		last.owner = NULL;
 }
 
 static void say_time(int64_t usec)
@@ -282,5 +276,5 @@ int error_from_reply(const pinbroker *pb, const char *name, json_object *paramet
 
 EXPORT const struct pinbroker_error *pinbroker_last_error(pinbroker *pb)
 {
-	return last.owner && last.owner == pb ? &last.public : &no_error;
+	return pb && last.owner == pb->serial ? &last.public : &no_error;
 }

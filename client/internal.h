@@ -30,7 +30,8 @@ struct notice_trace {
 	uint64_t revocation, file;
 	uint64_t *pins; /* owned, sorted */
 	size_t n_pins;
-	bool who; /* the process behind it was known */
+	bool who; /* the process behind it was known, */
+	bool why; /* and an administrator's reason */
 };
 
 struct notice_memory {
@@ -45,6 +46,8 @@ struct notice {
 
 struct pinbroker {
 	atomic_uint n_refs;
+	atomic_bool ending; /* the last reference is gone */
+	uint64_t serial;    /* unlike the address it is never another handle's */
 	pid_t pid;
 	char *name;
 	char *socket_path;
@@ -81,6 +84,7 @@ struct pinbroker {
 	sd_bus *bus;
 	int bus_fd;           /* as registered with epoll_fd, the bus owns it */
 	uint64_t bus_wake_at; /* the bus's own timeouts */
+	int bus_error;        /* what sd-bus does not pass on: a signal could not be taken in */
 	bool bus_ready;
 	bool bus_owner_known;
 	char *bus_name;      /* ours */
@@ -94,6 +98,7 @@ struct pinbroker {
 
 	pthread_t thread;
 	bool thread_running;
+	bool thread_frees; /* the last reference went in a callback in it */
 	int thread_stop_fd;
 };
 
@@ -103,6 +108,8 @@ enum source { SOURCE_REQUEST, SOURCE_WATCH, SOURCE_BUS, SOURCE_TIMER, SOURCE_WAK
 /* libpinbroker.c */
 int check_usable(pinbroker *pb); /* connected, not lost, same process; sets the error */
 int check_process(pinbroker *pb);
+bool is_held(pinbroker *pb); /* somebody has a reference besides the dispatcher */
+void pinbroker_free(pinbroker *pb);
 int poll_add(pinbroker *pb, int fd, uint32_t events, enum source source);
 void poll_change(pinbroker *pb, int fd, uint32_t events, enum source source);
 void poll_remove(pinbroker *pb, int fd);
@@ -115,7 +122,7 @@ void backoff_down(struct backoff *b); /* it broke or could not be restored: plan
 void backoff_up(struct backoff *b);
 
 /* dispatch.c */
-void thread_stop(pinbroker *pb);
+bool thread_stop(pinbroker *pb); /* false: this is the thread, which will free the handle */
 
 /* call.c and request.c */
 struct reply {
@@ -156,7 +163,6 @@ int reply_error(json_object *message, const char **ret_name, json_object **ret_p
 int error_from_reply(const pinbroker *pb, const char *name, json_object *parameters);
 int error_set(const pinbroker *pb, int error, const char *format, ...)
 	__attribute__((format(printf, 3, 4)));
-void error_reset(const pinbroker *pb);
 /* The errno for a Varlink error, without setting anything. */
 int error_number(const char *name);
 

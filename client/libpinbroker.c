@@ -141,27 +141,48 @@ static int replace_string(char **s, const char *value)
 	return 0;
 }
 
-static void pinbroker_free(pinbroker *pb)
+static void close_descriptors(pinbroker *pb)
 {
-	bool own = pb->pid == getpid();
-
-	if (own) {
-		watch_stop(pb);
-		bus_stop(pb);
-		request_forget(pb);
-	} else {
-		/* The epoll set is the parent's too, and sd-bus refuses to be used here. */
-		connection_free(pb->watch);
-		pb->request = connection_free(pb->request);
-		request_forget(pb);
-		free(pb->bus_name);
-		free(pb->bus_owner);
-	}
-	notices_done(pb);
 	safe_close(pb->epoll_fd);
 	safe_close(pb->timer_fd);
 	safe_close(pb->wake_fd);
 	safe_close(pb->thread_stop_fd);
+}
+
+/* In a forked child. Whether no other thread was at anything when the process forked. */
+static bool is_whole(pinbroker *pb)
+{
+	return pthread_mutex_trylock(&pb->dispatch_lock) == 0 &&
+	       pthread_mutex_trylock(&pb->call_lock) == 0 &&
+	       pthread_mutex_trylock(&pb->notice_lock) == 0;
+}
+
+/* The epoll set is the parent's too, and sd-bus refuses to be used by a child. */
+static void release_copies(pinbroker *pb)
+{
+	pthread_mutex_unlock(&pb->notice_lock);
+	connection_free(pb->watch);
+	pb->request = connection_free(pb->request);
+	safe_close(pb->bus_fd);
+	request_forget(pb);
+	free(pb->bus_name);
+	free(pb->bus_owner);
+}
+
+void pinbroker_free(pinbroker *pb)
+{
+	if (pb->pid == getpid()) {
+		watch_stop(pb);
+		bus_stop(pb);
+		request_forget(pb);
+	} else if (is_whole(pb)) {
+		release_copies(pb);
+	} else {
+		close_descriptors(pb);
+		return;
+	}
+	close_descriptors(pb);
+	notices_done(pb);
 	free(pb->bus_name_said);
 	free(pb->bus_address);
 	free(pb->socket_path);
@@ -169,7 +190,6 @@ static void pinbroker_free(pinbroker *pb)
 	pthread_mutex_destroy(&pb->notice_lock);
 	pthread_mutex_destroy(&pb->dispatch_lock);
 	pthread_mutex_destroy(&pb->call_lock);
-	error_reset(pb);
 	free(pb);
 }
 
@@ -199,6 +219,7 @@ static int pinbroker_open_descriptors(pinbroker *pb)
 
 EXPORT int pinbroker_new(const char *name, const char *socket_path, pinbroker **ret)
 {
+	static atomic_uint_fast64_t n_made;
 	_cleanup_(pinbroker_unrefp) pinbroker *pb = NULL;
 	int r;
 
@@ -211,6 +232,7 @@ EXPORT int pinbroker_new(const char *name, const char *socket_path, pinbroker **
 		return -ENOMEM;
 	*pb = (pinbroker){
 		.n_refs = 1,
+		.serial = atomic_fetch_add(&n_made, 1) + 1,
 		.pid = getpid(),
 		.channels = PINBROKER_CHANNEL_WATCH | PINBROKER_CHANNEL_BUS,
 		.epoll_fd = -1,
@@ -227,7 +249,6 @@ EXPORT int pinbroker_new(const char *name, const char *socket_path, pinbroker **
 		.bus_retry = {USEC_PER_SEC / 2, 30 * USEC_PER_SEC, .at = USEC_INFINITY},
 	};
 	STAILQ_INIT(&pb->notices);
-	error_reset(pb);
 
 	r = replace_string(&pb->name, name);
 	if (r >= 0)
@@ -247,13 +268,21 @@ EXPORT pinbroker *pinbroker_ref(pinbroker *pb)
 	return pb;
 }
 
+/* While one thread waits here for a callback to end, the calls in that come and go with references
+ * of their own. */
 EXPORT pinbroker *pinbroker_unref(pinbroker *pb)
 {
-	if (!pb || atomic_fetch_sub(&pb->n_refs, 1) > 1)
+	if (!pb || atomic_fetch_sub(&pb->n_refs, 1) > 1 || atomic_exchange(&pb->ending, true))
 		return NULL;
-	thread_stop(pb);
-	pinbroker_free(pb);
+	if (thread_stop(pb))
+		pinbroker_free(pb);
 	return NULL;
+}
+
+/* pinbroker_dispatch() has a reference of its own, the library's thread has none. */
+bool is_held(pinbroker *pb)
+{
+	return !atomic_load(&pb->ending) && atomic_load(&pb->n_refs) > (pb->use_thread ? 0 : 1);
 }
 
 EXPORT int pinbroker_set_channels(pinbroker *pb, unsigned channels)

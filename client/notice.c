@@ -51,17 +51,18 @@ static int notice_trace_extend(struct notice_trace *t, const struct pinbroker_no
 }
 
 /*
- * New is: a revocation and file not heard of, a pin not named before, or who is behind it. The two
- * channels, and what is told again after a reconnect, bring nothing of the kind.
+ * New is: a revocation and file not heard of, a pin not named before, who is behind it, or why
+ * (which the bus does not tell). The two channels, and what is told again after a reconnect, bring
+ * nothing of the kind.
  */
 int notice_memory_admit(
 	struct notice_memory *memory, const struct pinbroker_notice *notice, bool *ret_update)
 {
 	struct notice_trace *t = notice_memory_find(memory, notice);
-	bool who = notice->pid != 0, update = t;
+	bool who = notice->pid != 0, why = notice->reason, update = t;
 	int r;
 
-	if (t && (t->who || !who) && notice_trace_covers(t, notice))
+	if (t && (t->who || !who) && (t->why || !why) && notice_trace_covers(t, notice))
 		return 0;
 	if (!t) {
 		t = &memory->traces[memory->next];
@@ -77,6 +78,7 @@ int notice_memory_admit(
 		t->file = notice->file;
 	}
 	t->who |= who;
+	t->why |= why;
 	*ret_update = update;
 	return 1;
 }
@@ -198,7 +200,8 @@ int notices_deliver(pinbroker *pb)
 	struct notice *n;
 	int delivered = 0;
 
-	while ((n = notices_pop(pb))) {
+	/* The callback may be the one that releases the handle. */
+	while (is_held(pb) && (n = notices_pop(pb))) {
 		if (pb->callback)
 			pb->callback(pb, &n->public, pb->userdata);
 		notice_free(n);

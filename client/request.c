@@ -177,10 +177,22 @@ int request_restore(pinbroker *pb, uint64_t until_usec)
 	return 0;
 }
 
-/* What comes to the same when it is done twice. */
+/* What comes to the same when it is done twice: a file that is open gets the same id again. */
 static bool method_is_repeatable(int method)
 {
-	return method == METHOD_Bind || method == METHOD_Preflight;
+	return method == METHOD_Bind || method == METHOD_OpenFile || method == METHOD_Preflight;
+}
+
+/* The request went out, the answer is lost. -ENOMEM would say that nothing was done. */
+static int error_answer(const pinbroker *pb, int method, int r)
+{
+	if (method_is_repeatable(method) || (r != -ENOMEM && !is_broken_connection(r)))
+		return error_transport(pb, method, r);
+	return error_set(pb, -ECONNRESET,
+		"%s: %s before the broker's answer was read, so whether it was done is not known. "
+		"List the pins to find out.",
+		interface_pinbroker.methods[method].name,
+		r == -ENOMEM ? "memory ran out" : "the connection broke");
 }
 
 static int broker_call_locked(pinbroker *pb, int method, json_object *message, const int *fds,
@@ -204,10 +216,11 @@ static int broker_call_locked(pinbroker *pb, int method, json_object *message, c
 			return 0;
 		request_drop(pb);
 		if (!is_broken_connection(r))
-			return error_transport(pb, method, r);
+			return unread ? error_transport(pb, method, r)
+				      : error_answer(pb, method, r);
 		if (attempt > 0 || (!unread && !method_is_repeatable(method))) {
 			request_restore(pb, USEC_INFINITY);
-			return pb->lost ? check_usable(pb) : error_transport(pb, method, r);
+			return pb->lost ? check_usable(pb) : error_answer(pb, method, r);
 		}
 	}
 }
@@ -231,6 +244,8 @@ int broker_call(pinbroker *pb, int method, const void *in, const int *fds, size_
 	if (r < 0)
 		return r;
 	r = reply_read(pb, method, out, reply);
+	if (r == -ENOMEM)
+		r = error_answer(pb, method, r);
 	if (r < 0)
 		reply_done(reply);
 	return r;

@@ -338,9 +338,11 @@ int connection_send(struct connection *c, json_object *message, const int *fds, 
 
 	if (n_fds > CONNECTION_FDS_MAX)
 		return -EINVAL;
+	/* json-c 0.16 leaves out what it is refused memory for, and says nothing. */
+	errno = 0;
 	text = json_object_to_json_string_length(
 		message, JSON_C_TO_STRING_PLAIN | JSON_C_TO_STRING_NOSLASHESCAPE, &n);
-	if (!text)
+	if (!text || errno == ENOMEM)
 		return -ENOMEM;
 	n++;
 	if (n > CONNECTION_OUTPUT_MAX - c->queued)

@@ -2,7 +2,9 @@
 #include "client/internal.h"
 
 #include <poll.h>
+#include <semaphore.h>
 #include <setjmp.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -74,6 +76,20 @@ static void test_who_from_the_start_is_no_update(void **state)
 	assert_int_equal(admit(*state, 1, 2, 4711, pins, 3, &update), 1);
 	assert_false(update);
 	assert_int_equal(admit(*state, 1, 2, 0, pins, 3, &update), 0);
+}
+
+static void test_reason_is_news_once(void **state)
+{
+	struct pinbroker_notice notice = {.revocation = 1, .file = 2, .pins = pins, .n_pins = 3};
+	bool update = false;
+
+	assert_int_equal(notice_memory_admit(*state, &notice, &update), 1);
+	notice.reason = "umount soon";
+	assert_int_equal(notice_memory_admit(*state, &notice, &update), 1);
+	assert_true(update);
+	assert_int_equal(notice_memory_admit(*state, &notice, &update), 0);
+	notice.reason = NULL;
+	assert_int_equal(notice_memory_admit(*state, &notice, &update), 0);
 }
 
 static void test_files_and_revocations_are_apart(void **state)
@@ -225,6 +241,20 @@ static void test_error_belongs_to_its_handle(void **state)
 	pinbroker_unref(other);
 }
 
+/* The next handle may well lie at the same address. */
+static void test_error_ends_with_its_handle(void **state)
+{
+	pinbroker *pb;
+
+	for (int i = 0; i < 10; i++) {
+		assert_int_equal(pinbroker_new(NULL, "/nonexistent/socket", &pb), 0);
+		assert_int_equal(pinbroker_last_error(pb)->error, 0);
+		assert_int_equal(pinbroker_bind(pb, 1, 1), -ENOTCONN);
+		pinbroker_unref(pb);
+	}
+	assert_int_equal(pinbroker_last_error(NULL)->error, 0);
+}
+
 static void test_absent_broker_is_named(void **state)
 {
 	pinbroker_set_channels(*state, 0);
@@ -260,6 +290,8 @@ enum action {
 	READ,   /* reads a request */
 	IGNORE, /* waits for a request and does not read it */
 	CLOSE,
+	GONE, /* waits for the client to close it */
+	MEET, /* waits for the test, twice */
 };
 
 struct step {
@@ -267,6 +299,7 @@ struct step {
 	int connection;
 	const char *method; /* ANSWER, READ */
 	const char *text;   /* ANSWER, SAY */
+	size_t size;        /* of the text, if it is more than one message */
 };
 
 struct script {
@@ -276,6 +309,7 @@ struct script {
 	int fds[4];
 	const struct step *steps;
 	pthread_t thread;
+	pthread_barrier_t meet;
 	char error[256];
 };
 
@@ -299,7 +333,7 @@ static bool script_read(struct script *s, const struct step *step)
 
 static void script_say(const struct script *s, const struct step *step)
 {
-	size_t n = strlen(step->text) + 1;
+	size_t n = step->size > 0 ? step->size : strlen(step->text) + 1;
 
 	if (send(s->fds[step->connection], step->text, n, MSG_NOSIGNAL) != (ssize_t)n)
 		abort();
@@ -308,6 +342,7 @@ static void script_say(const struct script *s, const struct step *step)
 static bool script_step(struct script *s, const struct step *step)
 {
 	struct pollfd pfd = {.fd = s->fds[step->connection], .events = POLLIN};
+	char c;
 
 	switch (step->action) {
 	case ACCEPT:
@@ -327,6 +362,12 @@ static bool script_step(struct script *s, const struct step *step)
 		return poll(&pfd, 1, -1) == 1;
 	case CLOSE:
 		s->fds[step->connection] = safe_close(s->fds[step->connection]);
+		return true;
+	case GONE:
+		return recv(s->fds[step->connection], &c, 1, 0) == 0;
+	case MEET:
+		pthread_barrier_wait(&s->meet);
+		pthread_barrier_wait(&s->meet);
 		return true;
 	default:
 		return false;
@@ -361,6 +402,7 @@ static pinbroker *script_new(struct script *s, const struct step *steps, unsigne
 	s->listen_fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
 	assert_int_equal(bind(s->listen_fd, (struct sockaddr *)&address, sizeof(address)), 0);
 	assert_int_equal(listen(s->listen_fd, 8), 0);
+	pthread_barrier_init(&s->meet, NULL, 2);
 	assert_int_equal(pthread_create(&s->thread, NULL, script_run, s), 0);
 
 	assert_int_equal(pinbroker_new("test", s->path, &pb), 0);
@@ -382,6 +424,7 @@ static void script_end(struct script *s)
 	for (size_t i = 0; i < ELEMENTS(s->fds); i++)
 		safe_close(s->fds[i]);
 	safe_close(s->listen_fd);
+	pthread_barrier_destroy(&s->meet);
 	unlink(s->path);
 	rmdir(s->directory);
 	assert_string_equal(s->error, "");
@@ -395,7 +438,10 @@ static void script_end(struct script *s)
 	"{\"cause\":\"truncate\",\"offset\":0,\"length\":0" pid "},\"deadlineUSec\":99}"
 #define RESUME_REPLY     "{\"parameters\":{\"notices\":[" NOTICE("") "]}}"
 #define WATCH_REPLY(pid) "{\"continues\":true,\"parameters\":{\"notice\":" NOTICE(pid) "}}"
-#define EMPTY_REPLY      "{\"parameters\":{}}"
+#define NOT_LEASABLE                                               \
+	"{\"error\":\"org.pinbroker.NotLeasable\",\"parameters\":" \
+	"{\"cause\":\"type\",\"message\":\"No.\"}}"
+#define EMPTY_REPLY "{\"parameters\":{}}"
 #define NO_CLIENT                                                   \
 	"{\"error\":\"org.pinbroker.NoSuchObject\",\"parameters\":" \
 	"{\"type\":\"client\",\"id\":1}}"
@@ -519,6 +565,28 @@ static void test_call_that_was_read_is_not_repeated(void **state)
 	script_end(&s);
 }
 
+static void test_lost_answer_about_a_file_is_asked_again(void **state)
+{
+	static const struct step steps[] = {
+		{ACCEPT, 0},
+		{ANSWER, 0, "Hello", HELLO_REPLY},
+		{READ, 0, "OpenFile"},
+		{CLOSE, 0},
+		{ACCEPT, 1},
+		{ANSWER, 1, "Resume", RESUME_REPLY},
+		{ANSWER, 1, "OpenFile", NOT_LEASABLE},
+		{END},
+	};
+	pinbroker_file *file;
+	struct script s;
+	pinbroker *pb;
+
+	pb = script_start(&s, steps, 0);
+	assert_int_equal(pinbroker_open_file(pb, "/dev/null", PINBROKER_READ, &file), -EMEDIUMTYPE);
+	pinbroker_unref(pb);
+	script_end(&s);
+}
+
 static void on_lost(pinbroker *pb, void *userdata)
 {
 	struct seen *seen = userdata;
@@ -611,6 +679,178 @@ static void test_own_thread_runs_the_callback(void **state)
 	assert_int_equal(atomic_load(&bound), 1);
 }
 
+static void on_revoke_release(pinbroker *pb, const struct pinbroker_notice *notice, void *userdata)
+{
+	atomic_int *n = userdata;
+
+	atomic_fetch_add(n, 1);
+	assert_null(pinbroker_unref(pb));
+}
+
+/* A second notice is there already when the first one's callback releases the handle. */
+static const char two_notices[] = WATCH_REPLY("") "\0" WATCH_REPLY(",\"pid\":42");
+static const struct step release_steps[] = {
+	{ACCEPT, 0},
+	{ANSWER, 0, "Hello", HELLO_REPLY},
+	{ACCEPT, 1},
+	{READ, 1, "Watch"},
+	{SAY, 1, NULL, two_notices, sizeof(two_notices)},
+	{GONE, 0},
+	{END},
+};
+
+static void test_callback_may_release_the_handle(void **state)
+{
+	atomic_int n = 0;
+	struct script s;
+	pinbroker *pb;
+
+	pb = script_start(&s, release_steps, PINBROKER_CHANNEL_WATCH);
+	pinbroker_set_revoke_callback(pb, on_revoke_release, &n);
+	dispatch_once(pb);
+	script_end(&s);
+	assert_int_equal(n, 1);
+}
+
+static void test_callback_may_release_a_handle_with_a_thread(void **state)
+{
+	atomic_int n = 0;
+	struct script s;
+	pinbroker *pb;
+
+	pb = script_new(&s, release_steps, PINBROKER_CHANNEL_WATCH);
+	assert_int_equal(pinbroker_set_thread(pb, true), 0);
+	pinbroker_set_revoke_callback(pb, on_revoke_release, &n);
+	assert_int_equal(pinbroker_connect(pb), 0);
+	/* Ends when the connection does. */
+	script_end(&s);
+	assert_int_equal(atomic_load(&n), 1);
+}
+
+struct meeting {
+	sem_t begun;
+	atomic_bool ended;
+};
+
+static void on_revoke_meet(pinbroker *pb, const struct pinbroker_notice *notice, void *userdata)
+{
+	struct meeting *m = userdata;
+	pinbroker_file *file;
+
+	sem_post(&m->begun);
+	while (atomic_load(&pb->n_refs) > 0)
+		sched_yield();
+	/* The calls' own references come and go all the same. */
+	pinbroker_unref(pinbroker_ref(pb));
+	assert_int_equal(pinbroker_open_file(pb, "/dev/null", PINBROKER_READ, &file), -EMEDIUMTYPE);
+	assert_int_equal(pinbroker_dispatch(pb), -EBUSY);
+	atomic_store(&m->ended, true);
+}
+
+static void test_unref_waits_for_the_callback(void **state)
+{
+	static const struct step steps[] = {
+		{ACCEPT, 0},
+		{ANSWER, 0, "Hello", HELLO_REPLY},
+		{ACCEPT, 1},
+		{ANSWER, 1, "Watch", WATCH_REPLY("")},
+		{ANSWER, 0, "OpenFile", NOT_LEASABLE},
+		{END},
+	};
+	struct meeting m = {};
+	struct script s;
+	pinbroker *pb;
+
+	sem_init(&m.begun, 0, 0);
+	pb = script_new(&s, steps, PINBROKER_CHANNEL_WATCH);
+	assert_int_equal(pinbroker_set_thread(pb, true), 0);
+	pinbroker_set_revoke_callback(pb, on_revoke_meet, &m);
+	assert_int_equal(pinbroker_connect(pb), 0);
+	assert_int_equal(pinbroker_dispatch(pb), -EBUSY);
+	sem_wait(&m.begun);
+	pinbroker_unref(pb);
+	assert_true(atomic_load(&m.ended));
+	script_end(&s);
+	sem_destroy(&m.begun);
+}
+
+static void expect_child_releases(pinbroker *pb)
+{
+	sigset_t alarm_only;
+	int status;
+	pid_t pid;
+
+	sigemptyset(&alarm_only);
+	sigaddset(&alarm_only, SIGALRM);
+	pid = fork();
+	assert_true(pid >= 0);
+	if (pid == 0) {
+		/* The library's thread blocks all signals. */
+		pthread_sigmask(SIG_UNBLOCK, &alarm_only, NULL);
+		alarm(10);
+		pinbroker_unref(pb);
+		/* Not _exit(), at which valgrind would look for the other threads' memory. */
+		raise(SIGKILL);
+	}
+	assert_int_equal(waitpid(pid, &status, 0), pid);
+	assert_int_equal(status, SIGKILL);
+}
+
+static void on_revoke_fork(pinbroker *pb, const struct pinbroker_notice *notice, void *userdata)
+{
+	expect_child_releases(pb);
+	sem_post(userdata);
+}
+
+static void test_fork_in_a_callback(void **state)
+{
+	struct script s;
+	pinbroker *pb;
+	sem_t done;
+
+	sem_init(&done, 0, 0);
+	pb = script_new(&s, release_steps, PINBROKER_CHANNEL_WATCH);
+	assert_int_equal(pinbroker_set_thread(pb, true), 0);
+	pinbroker_set_revoke_callback(pb, on_revoke_fork, &done);
+	assert_int_equal(pinbroker_connect(pb), 0);
+	sem_wait(&done);
+	sem_wait(&done);
+	pinbroker_unref(pb);
+	script_end(&s);
+	sem_destroy(&done);
+}
+
+static void *bind_pin(void *userdata)
+{
+	assert_int_equal(pinbroker_bind(userdata, 8, 0), 0);
+	return NULL;
+}
+
+/* Another thread waits for its answer, with the lock, when the process forks. */
+static void test_fork_during_a_call(void **state)
+{
+	static const struct step steps[] = {
+		{ACCEPT, 0},
+		{ANSWER, 0, "Hello", HELLO_REPLY},
+		{READ, 0, "Bind"},
+		{MEET},
+		{SAY, 0, NULL, EMPTY_REPLY},
+		{END},
+	};
+	pthread_t thread;
+	struct script s;
+	pinbroker *pb;
+
+	pb = script_start(&s, steps, 0);
+	assert_int_equal(pthread_create(&thread, NULL, bind_pin, pb), 0);
+	pthread_barrier_wait(&s.meet);
+	expect_child_releases(pb);
+	pthread_barrier_wait(&s.meet);
+	pthread_join(thread, NULL);
+	pinbroker_unref(pb);
+	script_end(&s);
+}
+
 int main(void)
 {
 #define MEMORY(f) cmocka_unit_test_setup_teardown(f, setup_memory, teardown_memory)
@@ -619,6 +859,7 @@ int main(void)
 		MEMORY(test_second_channel_is_dropped),
 		MEMORY(test_who_is_news_once),
 		MEMORY(test_who_from_the_start_is_no_update),
+		MEMORY(test_reason_is_news_once),
 		MEMORY(test_files_and_revocations_are_apart),
 		MEMORY(test_what_remains_is_no_news_but_another_pin_is),
 		MEMORY(test_memory_is_bounded_and_forgets_the_oldest),
@@ -627,6 +868,7 @@ int main(void)
 		HANDLE(test_fields_become_sentences),
 		HANDLE(test_odd_errors_still_say_something),
 		HANDLE(test_error_belongs_to_its_handle),
+		HANDLE(test_error_ends_with_its_handle),
 		HANDLE(test_absent_broker_is_named),
 		HANDLE(test_child_is_turned_away),
 		cmocka_unit_test(test_broker_introduces_itself),
@@ -634,7 +876,13 @@ int main(void)
 		cmocka_unit_test(test_call_that_was_read_is_not_repeated),
 		cmocka_unit_test(test_forgotten_client_is_told),
 		cmocka_unit_test(test_watch_comes_back_and_repeats_nothing),
+		cmocka_unit_test(test_lost_answer_about_a_file_is_asked_again),
 		cmocka_unit_test(test_own_thread_runs_the_callback),
+		cmocka_unit_test(test_callback_may_release_the_handle),
+		cmocka_unit_test(test_callback_may_release_a_handle_with_a_thread),
+		cmocka_unit_test(test_unref_waits_for_the_callback),
+		cmocka_unit_test(test_fork_in_a_callback),
+		cmocka_unit_test(test_fork_during_a_call),
 	};
 
 	return cmocka_run_group_tests(tests, NULL, NULL);
