@@ -149,18 +149,21 @@ static void close_descriptors(pinbroker *pb)
 	safe_close(pb->thread_stop_fd);
 }
 
+static bool is_unlocked(pthread_mutex_t *lock)
+{
+	return pthread_mutex_trylock(lock) == 0 && pthread_mutex_unlock(lock) == 0;
+}
+
 /* In a forked child. Whether no other thread was at anything when the process forked. */
 static bool is_whole(pinbroker *pb)
 {
-	return pthread_mutex_trylock(&pb->dispatch_lock) == 0 &&
-	       pthread_mutex_trylock(&pb->call_lock) == 0 &&
-	       pthread_mutex_trylock(&pb->notice_lock) == 0;
+	return is_unlocked(&pb->dispatch_lock) && is_unlocked(&pb->call_lock) &&
+	       is_unlocked(&pb->notice_lock);
 }
 
 /* The epoll set is the parent's too, and sd-bus refuses to be used by a child. */
 static void release_copies(pinbroker *pb)
 {
-	pthread_mutex_unlock(&pb->notice_lock);
 	connection_free(pb->watch);
 	pb->request = connection_free(pb->request);
 	safe_close(pb->bus_fd);
