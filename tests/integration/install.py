@@ -18,6 +18,7 @@ from client import PAGE, WAIT
 from world import Case, NOBODY
 
 EXPOSURE = 26  # of 100, at most: systemd-analyze security
+EXAMPLES = ('epoll', 'holder', 'repin')
 
 PROGRAM = r'''
 #include <inttypes.h>
@@ -109,6 +110,8 @@ class Install(Case):
             library: 'libpinbroker.so.1',
             os.path.join(directory('libdir'), 'pkgconfig/libpinbroker.pc'): 0o644,
             os.path.join(directory('includedir'), 'pinbroker.h'): 0o644,
+            **{os.path.join(directory('datadir'), 'doc/pinbroker/examples', name + '.c'): 0o644
+               for name in EXAMPLES},
             os.path.join(self.unit_directory(), 'pinbrokerd.service'): 0o644,
             os.path.join(self.unit_directory(), 'pinbrokerd.socket'): 0o644,
             os.path.join(directory('datadir'), 'dbus-1/system.d/org.pinbroker1.conf'): 0o644,
@@ -134,7 +137,7 @@ class Install(Case):
         self.assertEqual(missing, {}, found)
         # nothing of the tests, nothing static, nothing that looks like a file of the build tree
         for path in found:
-            self.assertNotRegex(path, r'\.a$|example|test|demo|\.in$')
+            self.assertNotRegex(path, r'\.a$|example-|test|demo|\.in$')
 
         dynamic = self.run_command(['readelf', '-d', self.installed(library)])
         self.assertRegex(dynamic, r'SONAME.*\[libpinbroker\.so\.1\]')
