@@ -9,6 +9,7 @@
  *     ./a.out /dev/shm/data & python3 -c 'import os; os.truncate("/dev/shm/data", 4096)'
  */
 
+#define _GNU_SOURCE 1 /* ppoll() */
 #include <err.h>
 #include <errno.h>
 #include <inttypes.h>

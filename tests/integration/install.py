@@ -58,12 +58,11 @@ int main(int argc, char *argv[])
 '''
 
 
-@unittest.skipUnless(os.environ.get('BUILD_ROOT') and shutil.which('meson'),
-                     'no build tree, or no meson')
-class Install(Case):
+class Installed(Case):
+    """A build directory's installation below cls.root."""
+
     @classmethod
-    def setUpClass(cls):
-        build = os.environ['BUILD_ROOT']
+    def install(cls, build):
         # not /dev/shm, where programs may not be allowed
         cls.root = tempfile.mkdtemp(prefix='pinbroker-test-')
         cls.addClassCleanup(shutil.rmtree, cls.root)
@@ -73,9 +72,14 @@ class Install(Case):
                                timeout=60, check=False)
         if meson.returncode != 0:
             raise AssertionError(meson.stdout)
-        options = subprocess.run(['meson', 'introspect', '--buildoptions', build], check=True,
-                                 capture_output=True, timeout=60)
-        cls.options = {o['name']: o['value'] for o in json.loads(options.stdout)}
+        cls.options = {o['name']: o['value'] for o in cls.introspect(build, '--buildoptions')}
+        cls.project = cls.introspect(build, '--projectinfo')
+
+    @staticmethod
+    def introspect(build, what):
+        told = subprocess.run(['meson', 'introspect', what, build], check=True, capture_output=True,
+                              timeout=60)
+        return json.loads(told.stdout)
 
     def directory(self, option):
         return os.path.join(self.options['prefix'], self.options[option])
@@ -98,6 +102,90 @@ class Install(Case):
                                 env=dict(os.environ, **(env or {})), check=False)
         self.assertEqual(result.returncode, 0, f'{argv}: {result.stdout}{result.stderr}')
         return result.stdout + result.stderr
+
+    def pkg_config(self, *arguments):
+        return self.run_command(['pkg-config', *arguments], {
+            'PKG_CONFIG_SYSROOT_DIR': self.root,
+            'PKG_CONFIG_LIBDIR': self.installed(self.directory('libdir'), 'pkgconfig'),
+            # /usr/include is none of the compiler's own when it is below the root
+            'PKG_CONFIG_ALLOW_SYSTEM_CFLAGS': '1', 'PKG_CONFIG_ALLOW_SYSTEM_LIBS': '1'}).split()
+
+    def build(self, source, *flags):
+        """A program by somebody who has what is installed, and the compiler that built it."""
+        compiler = os.environ.get('CC', 'cc').split()
+        program = os.path.join(self.root, os.path.basename(source) + '.out')
+        self.run_command([*compiler, '-Wall', '-Wextra', '-Wno-unused-parameter', '-Werror', '-o',
+                          program, source, *self.pkg_config('--cflags', '--libs', 'libpinbroker'),
+                          *flags])
+        self.addCleanup(os.unlink, program)
+        return program
+
+    def check_library(self):
+        self.assertEqual(self.pkg_config('--validate', 'libpinbroker'), [])
+        self.assertEqual(self.pkg_config('--modversion', 'libpinbroker'),
+                         [self.project['version']])
+        include = self.installed(self.directory('includedir'))
+        libdir = self.installed(self.directory('libdir'))
+        libs = ['-L' + libdir, '-lpinbroker']
+        self.assertEqual(self.pkg_config('--cflags', '--libs', 'libpinbroker'),
+                         ['-I' + include, *libs])
+        # There is no static library, so nothing of what this one is made with concerns anybody.
+        self.assertEqual(self.pkg_config('--static', '--libs', 'libpinbroker'), libs)
+
+    def check_programs(self):
+        """All that a holder does, with a real daemon, by programs built with what is installed."""
+        source = os.path.join(self.dir, 'program.c')
+        self.write(source, PROGRAM)
+        program = self.build(source)
+        libraries = {'LD_LIBRARY_PATH': self.installed(self.directory('libdir'))}
+        daemon = self.start()
+        self.assertEqual(self.run_command([program, self.path, self.file], libraries),
+                         f'{self.file} {PAGE}\n')
+        said = self.run_command([self.installed(self.directory('bindir'), 'pinbrokerctl'),
+                                 '--socket', self.path, 'list', 'files', '--json=short'], libraries)
+        self.assertEqual(said.strip(), '[]')
+
+        examples = self.installed(self.directory('datadir'), 'doc/pinbroker/examples')
+        programs = {name: self.build(os.path.join(examples, name + '.c'), '-luring')
+                    for name in EXAMPLES}
+        holder = self.spawn([programs['holder'], self.file],
+                            env={**libraries, 'PINBROKER_SOCKET': self.path,
+                                 'PINBROKER_BUS': self.address})
+        self.assertRegex(holder.process.stdout.readline(), '^holding ')
+        self.truncated(self.truncate()[1])
+        self.assertEqual(holder.wait(), 0, holder.text())
+        self.expect_end(daemon)
+
+
+# A library with a sanitizer in it needs a program with it; what is to be seen is seen without.
+@unittest.skipIf(os.environ.get('PINBROKER_SANITIZED'), 'the library needs a sanitizer')
+class Elsewhere(Installed):
+    """At a prefix, and in directories, that nobody expects."""
+
+    @classmethod
+    def setUpClass(cls):
+        build = tempfile.mkdtemp(prefix='pinbroker-test-')
+        cls.addClassCleanup(shutil.rmtree, build)
+        source = os.path.join(os.path.dirname(os.path.abspath(__file__)), '../..')
+        for argv in (['meson', 'setup', build, source, '--prefix', '/opt/pin+broker', '--libdir',
+                      'l/i/b', '--includedir', 'headers', '-Dtests=false'],
+                     ['ninja', '-C', build]):
+            made = subprocess.run(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                  encoding='utf-8', timeout=300, check=False)
+            if made.returncode != 0:
+                raise AssertionError(made.stdout)
+        cls.install(build)
+
+    def test_library(self):
+        self.check_library()
+        self.check_programs()
+
+
+@unittest.skipUnless(os.environ.get('BUILD_ROOT'), 'no build tree')
+class Install(Installed):
+    @classmethod
+    def setUpClass(cls):
+        cls.install(os.environ['BUILD_ROOT'])
 
     def test_layout(self):
         directory = self.directory
@@ -224,41 +312,12 @@ class Install(Case):
             self.assertRegex(result.stderr, '(?i)access denied|not allowed')
         self.expect_end(daemon)
 
-    def compiler(self):
-        compiler = os.environ.get('CC', 'cc').split()
-        return compiler if shutil.which(compiler[0]) else self.skipTest('no compiler')
+    def test_library(self):
+        self.check_library()
 
-    def test_header(self):
-        header = self.installed(self.directory('includedir'), 'pinbroker.h')
-        warnings = ['-Wall', '-Wextra', '-Wpedantic', '-Werror', '-fsyntax-only']
-        for language, standards in (('c', ('c99', 'c11', 'gnu17')), ('c++', ('c++11', 'c++17'))):
-            for standard in standards:
-                self.run_command(self.compiler() + ['-x', language, '-std=' + standard, *warnings,
-                                                    header])
-
-    def pkg_config(self):
-        return self.run_command(['pkg-config', '--cflags', '--libs', 'libpinbroker'], {
-            'PKG_CONFIG_SYSROOT_DIR': self.root,
-            'PKG_CONFIG_LIBDIR': self.installed(self.directory('libdir'), 'pkgconfig'),
-            # /usr/include is none of the compiler's own when it is below the root
-            'PKG_CONFIG_ALLOW_SYSTEM_CFLAGS': '1', 'PKG_CONFIG_ALLOW_SYSTEM_LIBS': '1'}).split()
-
-    # A library with a sanitizer in it needs a program with it; what is to be seen is seen without.
     @unittest.skipIf(os.environ.get('PINBROKER_SANITIZED'), 'the library needs a sanitizer')
-    def test_program(self):
-        source, program = os.path.join(self.dir, 'program.c'), os.path.join(self.root, 'program')
-        self.write(source, PROGRAM)
-        flags = self.pkg_config()
-        self.run_command(self.compiler() + ['-Wall', '-Werror', '-o', program, source, *flags])
-        self.addCleanup(os.unlink, program)
-        libraries = {'LD_LIBRARY_PATH': self.installed(self.directory('libdir'))}
-        daemon = self.start()
-        self.assertEqual(self.run_command([program, self.path, self.file], libraries),
-                         f'{self.file} {PAGE}\n')
-        said = self.run_command([self.installed(self.directory('bindir'), 'pinbrokerctl'),
-                                 '--socket', self.path, 'list', 'files', '--json=short'], libraries)
-        self.assertEqual(said.strip(), '[]')
-        self.expect_end(daemon)
+    def test_programs(self):
+        self.check_programs()
 
 
 if __name__ == '__main__':
