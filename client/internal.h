@@ -44,10 +44,13 @@ struct notice {
 	STAILQ_ENTRY(notice) link;      /* pinbroker::notices */
 };
 
+/* In place of the last reference. While one thread waits for a callback to end, the calls in that
+ * come and go with references of their own on top. */
+#define REFS_ENDING (1U << 31)
+
 struct pinbroker {
 	atomic_uint n_refs;
-	atomic_bool ending; /* the last reference is gone */
-	uint64_t serial;    /* unlike the address it is never another handle's */
+	uint64_t serial; /* unlike the address it is never another handle's */
 	pid_t pid;
 	char *name;
 	char *socket_path;

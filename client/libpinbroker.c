@@ -271,13 +271,16 @@ EXPORT pinbroker *pinbroker_ref(pinbroker *pb)
 	return pb;
 }
 
-/* While one thread waits here for a callback to end, the calls in that come and go with references
- * of their own. */
 EXPORT pinbroker *pinbroker_unref(pinbroker *pb)
 {
-	if (!pb || atomic_fetch_sub(&pb->n_refs, 1) > 1 || atomic_exchange(&pb->ending, true))
+	unsigned n;
+
+	if (!pb)
 		return NULL;
-	if (thread_stop(pb))
+	n = atomic_load(&pb->n_refs);
+	while (!atomic_compare_exchange_weak(&pb->n_refs, &n, n == 1 ? REFS_ENDING : n - 1))
+		;
+	if (n == 1 && thread_stop(pb))
 		pinbroker_free(pb);
 	return NULL;
 }
@@ -285,7 +288,9 @@ EXPORT pinbroker *pinbroker_unref(pinbroker *pb)
 /* pinbroker_dispatch() has a reference of its own, the library's thread has none. */
 bool is_held(pinbroker *pb)
 {
-	return !atomic_load(&pb->ending) && atomic_load(&pb->n_refs) > (pb->use_thread ? 0 : 1);
+	unsigned n = atomic_load(&pb->n_refs);
+
+	return n < REFS_ENDING && n > (pb->use_thread ? 0 : 1);
 }
 
 EXPORT int pinbroker_set_channels(pinbroker *pb, unsigned channels)

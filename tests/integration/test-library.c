@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-#include "world.h"
+#include "holding.h"
 
 #include <dirent.h>
 #include <errno.h>
@@ -23,116 +23,6 @@
  * libpinbroker against the real daemon: connections that break under it, a bus that comes back, a
  * broker that forgets, notices that somebody forged, threads and forks (I4, I5).
  */
-
-struct seen {
-	unsigned n, n_updates, n_lost;
-	uint64_t revocation;
-	bool let_go;
-};
-
-struct holding {
-	pinbroker *pb;
-	pinbroker_file *file;
-	pinbroker_context *context;
-	uint64_t pin;
-	int context_fd;
-	struct seen seen;
-};
-
-static void on_revoke(pinbroker *pb, const struct pinbroker_notice *n, void *userdata)
-{
-	struct holding *h = userdata;
-
-	assert_string_equal(n->path, file_path);
-	assert_true(n->deadline_usec > usec_now());
-	h->seen.n++;
-	h->seen.n_updates += n->update;
-	h->seen.revocation = n->revocation;
-	if (n->pid == 0 || h->seen.let_go)
-		return;
-	assert_int_equal(pinbroker_unpin(pb, n->pins, n->n_pins, NULL, NULL), 0);
-	h->seen.let_go = true;
-}
-
-static void on_lost(pinbroker *pb, void *userdata)
-{
-	struct holding *h = userdata;
-
-	h->seen.n_lost++;
-}
-
-static void must(pinbroker *pb, int r)
-{
-	if (r < 0)
-		fail_msg("%s", pinbroker_last_error(pb)->message);
-}
-
-static void connect_holder(struct holding *h, unsigned channels, bool thread)
-{
-	assert_int_equal(pinbroker_new("test library", socket_path, &h->pb), 0);
-	must(h->pb, pinbroker_set_channels(h->pb, channels));
-	must(h->pb, pinbroker_set_bus_address(h->pb, bus_address));
-	must(h->pb, pinbroker_set_revoke_callback(h->pb, on_revoke, h));
-	must(h->pb, pinbroker_set_lost_callback(h->pb, on_lost, h));
-	must(h->pb, pinbroker_set_thread(h->pb, thread));
-	must(h->pb, pinbroker_connect(h->pb));
-	must(h->pb, pinbroker_open_file(h->pb, file_path, PINBROKER_READ, &h->file));
-	h->context_fd = eventfd(0, EFD_CLOEXEC);
-	must(h->pb, pinbroker_add_context(h->pb, h->context_fd, "none", &h->context));
-}
-
-static void hold(struct holding *h)
-{
-	const struct pinbroker_range range = {0, SIZE};
-
-	must(h->pb, pinbroker_pin(
-			    h->pb, h->file, h->context, &range, 1, PINBROKER_READ, NULL, &h->pin));
-	must(h->pb, pinbroker_bind(h->pb, h->pin, 1));
-}
-
-static void begin(struct holding *h, unsigned channels)
-{
-	*h = (struct holding){};
-	world_start("");
-	mount_fs("tmpfs");
-	make_file();
-	connect_holder(h, channels, false);
-	hold(h);
-}
-
-static void let_everything_go(struct holding *h)
-{
-	must(h->pb, pinbroker_remove_context(h->context));
-	must(h->pb, pinbroker_close_file(h->file));
-	assert_null(pinbroker_unref(h->pb));
-	close(h->context_fd);
-}
-
-static int dispatch_once(struct holding *h)
-{
-	struct pollfd pfd = {.fd = pinbroker_get_fd(h->pb), .events = POLLIN};
-
-	assert_int_equal(poll(&pfd, 1, WAIT_MSEC), 1);
-	return pinbroker_dispatch(h->pb);
-}
-
-/* A truncate, which the holder hears of once and a second time with who it was, and which it lets
- * through. */
-static void see_truncate(struct holding *h)
-{
-	struct result result;
-	pid_t pid;
-	int fd;
-
-	pid = truncate_start(&fd);
-	while (!h->seen.let_go)
-		must(h->pb, dispatch_once(h));
-	result = truncate_finish(pid, fd);
-	assert_int_equal(result.error, 0);
-	/* Who it was may have been known from the start. */
-	assert_int_equal(h->seen.n, 1 + h->seen.n_updates);
-	assert_in_range(h->seen.n_updates, 0, 1);
-}
 
 /* Of this process's own sockets those that lead to the broker. */
 static unsigned cut_connections(void)
@@ -161,10 +51,10 @@ static void test_cut_connections_are_restored(void **state)
 {
 	struct holding h;
 
-	begin(&h, PINBROKER_CHANNEL_WATCH);
+	holding_begin(&h, PINBROKER_CHANNEL_WATCH);
 	assert_int_equal(cut_connections(), 2);
-	see_truncate(&h);
-	let_everything_go(&h);
+	holding_see_truncate(&h);
+	holding_end(&h);
 	world_stop();
 }
 
@@ -172,13 +62,13 @@ static void test_call_restores_its_connection(void **state)
 {
 	struct holding h;
 
-	begin(&h, 0);
+	holding_begin(&h, 0);
 	for (int i = 0; i < 10; i++) {
 		assert_int_equal(cut_connections(), 1);
 		must(h.pb, pinbroker_bind(h.pb, h.pin, 2));
 	}
 	must(h.pb, pinbroker_unpin(h.pb, &h.pin, 1, NULL, NULL));
-	let_everything_go(&h);
+	holding_end(&h);
 	world_stop();
 }
 
@@ -195,7 +85,7 @@ static void test_notices_of_an_outage_come_with_resume(void **state)
 	pid_t pid;
 	int fd;
 
-	begin(&h, 0);
+	holding_begin(&h, 0);
 	pid = truncate_start(&fd);
 	while (pinbroker_list_revocations(h.pb, is_blamed, NULL) != 1) {
 		assert_true(usec_now() < end);
@@ -203,12 +93,12 @@ static void test_notices_of_an_outage_come_with_resume(void **state)
 	}
 	assert_int_equal(cut_connections(), 1);
 	while (!h.seen.let_go)
-		must(h.pb, dispatch_once(&h));
+		must(h.pb, holding_dispatch(&h));
 	result = truncate_finish(pid, fd);
 	assert_int_equal(result.error, 0);
 	assert_int_equal(h.seen.n, 1);
 	assert_int_equal(h.seen.n_updates, 0);
-	let_everything_go(&h);
+	holding_end(&h);
 	world_stop();
 }
 
@@ -216,11 +106,11 @@ static void test_bus_comes_back(void **state)
 {
 	struct holding h;
 
-	begin(&h, PINBROKER_CHANNEL_BUS);
+	holding_begin(&h, PINBROKER_CHANNEL_BUS);
 	finish(bus_pid, SIGKILL);
 	start_bus();
-	see_truncate(&h);
-	let_everything_go(&h);
+	holding_see_truncate(&h);
+	holding_end(&h);
 	world_stop();
 }
 
@@ -232,11 +122,11 @@ static void test_bus_joined_late(void **state)
 	mount_fs("tmpfs");
 	make_file();
 	finish(bus_pid, SIGKILL);
-	connect_holder(&h, PINBROKER_CHANNEL_BUS, false);
-	hold(&h);
+	holding_connect(&h, PINBROKER_CHANNEL_BUS, false);
+	holding_pin(&h);
 	start_bus();
-	see_truncate(&h);
-	let_everything_go(&h);
+	holding_see_truncate(&h);
+	holding_end(&h);
 	world_stop();
 }
 
@@ -257,7 +147,7 @@ static void test_forged_notice_is_ignored(void **state)
 	uint64_t client;
 	sd_bus *bus;
 
-	begin(&h, PINBROKER_CHANNEL_BUS);
+	holding_begin(&h, PINBROKER_CHANNEL_BUS);
 	must(h.pb, pinbroker_get_client(h.pb, &client));
 	assert_int_equal(pinbroker_list_clients(h.pb, find_bus_name, name), 1);
 
@@ -277,10 +167,10 @@ static void test_forged_notice_is_ignored(void **state)
 	sd_bus_flush_close_unref(bus);
 
 	/* It comes, and is dropped; the first that is passed on is the truth. */
-	assert_int_equal(dispatch_once(&h), 0);
-	see_truncate(&h);
+	assert_int_equal(holding_dispatch(&h), 0);
+	holding_see_truncate(&h);
 	assert_int_not_equal(h.seen.revocation, 4711);
-	let_everything_go(&h);
+	holding_end(&h);
 	world_stop();
 }
 
@@ -301,11 +191,11 @@ static void forget(unsigned channels)
 	struct holding h;
 	int r;
 
-	begin(&h, channels);
+	holding_begin(&h, channels);
 	finish(daemon_pid, SIGKILL);
 	start_daemon();
 	do
-		r = dispatch_once(&h);
+		r = holding_dispatch(&h);
 	while (r >= 0);
 	assert_int_equal(r, -ENOTRECOVERABLE);
 	assert_int_equal(h.seen.n_lost, 1);
@@ -316,10 +206,10 @@ static void forget(unsigned channels)
 	pinbroker_unref(h.pb);
 	close(h.context_fd);
 
-	connect_holder(&h, channels, false);
-	hold(&h);
+	holding_connect(&h, channels, false);
+	holding_pin(&h);
 	must(h.pb, pinbroker_unpin(h.pb, &h.pin, 1, NULL, NULL));
-	let_everything_go(&h);
+	holding_end(&h);
 	world_stop();
 }
 
@@ -333,141 +223,16 @@ static void test_restarted_broker_bus(void **state)
 	forget(PINBROKER_CHANNEL_BUS);
 }
 
-#define THREADS 4
-#define ROUNDS  100
-
-struct worker {
-	struct holding *h;
-	unsigned n_failed;
-	pthread_t thread;
-};
-
-static int list_in_list(const struct pinbroker_pin_info *info, void *userdata)
-{
-	pinbroker *pb = userdata;
-
-	/* Calls are allowed in callbacks; here the pin may already be gone, and another's. */
-	pinbroker_bind(pb, info->pin, 7);
-	return 1;
-}
-
-static void *work(void *p)
-{
-	struct worker *w = p;
-	pinbroker *pb = w->h->pb;
-
-	for (unsigned i = 0; i < ROUNDS; i++) {
-		const struct pinbroker_range range = {i * PAGE, PAGE};
-		uint64_t pin, ended;
-		size_t n_ended;
-		int r;
-
-		r = pinbroker_pin(
-			pb, w->h->file, w->h->context, &range, 1, PINBROKER_READ, NULL, &pin);
-		if (r >= 0)
-			r = pinbroker_bind(pb, pin, i);
-		if (r >= 0)
-			r = pinbroker_list_pins(pb, 0, 0, list_in_list, pb);
-		if (r >= 0)
-			r = pinbroker_unpin(pb, &pin, 1, &ended, &n_ended);
-		if (r < 0 || n_ended != 0)
-			w->n_failed++;
-		/* Each thread has its own last error. */
-		if (pinbroker_bind(pb, UINT64_MAX, i) != -EINVAL ||
-			pinbroker_last_error(pb)->error != -EINVAL)
-			w->n_failed++;
-	}
-	return NULL;
-}
-
-static void test_threads(void **state)
-{
-	struct worker workers[THREADS] = {};
-	struct holding h = {};
-
-	world_start("");
-	mount_fs("tmpfs");
-	make_file();
-	connect_holder(&h, PINBROKER_CHANNEL_WATCH | PINBROKER_CHANNEL_BUS, true);
-	for (size_t i = 0; i < THREADS; i++) {
-		workers[i].h = &h;
-		assert_int_equal(pthread_create(&workers[i].thread, NULL, work, &workers[i]), 0);
-	}
-	for (size_t i = 0; i < THREADS; i++) {
-		pthread_join(workers[i].thread, NULL);
-		assert_int_equal(workers[i].n_failed, 0);
-	}
-	let_everything_go(&h);
-	world_stop();
-}
-
-static void test_own_thread_lets_go(void **state)
-{
-	struct holding h = {};
-	struct result result;
-	pid_t pid;
-	int fd;
-
-	world_start("");
-	mount_fs("tmpfs");
-	make_file();
-	connect_holder(&h, PINBROKER_CHANNEL_WATCH | PINBROKER_CHANNEL_BUS, true);
-	hold(&h);
-	pid = truncate_start(&fd);
-	result = truncate_finish(pid, fd);
-	assert_int_equal(result.error, 0);
-	let_everything_go(&h);
-	assert_true(h.seen.let_go);
-	world_stop();
-}
-
-static void test_child_disturbs_nothing(void **state)
-{
-	struct holding h;
-	int status;
-	pid_t pid;
-
-	begin(&h, PINBROKER_CHANNEL_WATCH | PINBROKER_CHANNEL_BUS);
-	pid = fork();
-	if (pid == 0) {
-		bool ok = pinbroker_unpin(h.pb, &h.pin, 1, NULL, NULL) == -ECHILD &&
-			  pinbroker_dispatch(h.pb) == -ECHILD &&
-			  pinbroker_close_file(h.file) == -ECHILD;
-
-		pinbroker_context_free(h.context);
-		pinbroker_file_free(h.file);
-		pinbroker_unref(h.pb);
-		_exit(ok ? 0 : 1);
-	}
-	assert_int_equal(waitpid(pid, &status, 0), pid);
-	assert_int_equal(status, 0);
-	see_truncate(&h);
-	let_everything_go(&h);
-	world_stop();
-}
-
-static unsigned count_descriptors(void)
-{
-	DIR *d = opendir("/proc/self/fd");
-	unsigned n = 0;
-
-	assert_non_null(d);
-	while (readdir(d))
-		n++;
-	closedir(d);
-	return n;
-}
-
 static void test_descriptors_are_given_back(void **state)
 {
 	struct holding h;
 	unsigned n = count_descriptors();
 
-	begin(&h, PINBROKER_CHANNEL_WATCH | PINBROKER_CHANNEL_BUS);
+	holding_begin(&h, PINBROKER_CHANNEL_WATCH | PINBROKER_CHANNEL_BUS);
 	assert_int_equal(pinbroker_close_file(h.file), -EBUSY);
 	assert_int_equal(pinbroker_remove_context(h.context), -EBUSY);
 	must(h.pb, pinbroker_unpin(h.pb, &h.pin, 1, NULL, NULL));
-	let_everything_go(&h);
+	holding_end(&h);
 	world_stop();
 	assert_int_equal(count_descriptors(), n);
 }
@@ -483,9 +248,6 @@ int main(void)
 		cmocka_unit_test(test_forged_notice_is_ignored),
 		cmocka_unit_test(test_restarted_broker_watch),
 		cmocka_unit_test(test_restarted_broker_bus),
-		cmocka_unit_test(test_threads),
-		cmocka_unit_test(test_own_thread_lets_go),
-		cmocka_unit_test(test_child_disturbs_nothing),
 		cmocka_unit_test(test_descriptors_are_given_back),
 	};
 

@@ -738,7 +738,7 @@ static void on_revoke_meet(pinbroker *pb, const struct pinbroker_notice *notice,
 	pinbroker_file *file;
 
 	sem_post(&m->begun);
-	while (atomic_load(&pb->n_refs) > 0)
+	while (atomic_load(&pb->n_refs) < REFS_ENDING)
 		sched_yield();
 	/* The calls' own references come and go all the same. */
 	pinbroker_unref(pinbroker_ref(pb));
