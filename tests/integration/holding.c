@@ -77,6 +77,14 @@ void holding_end(struct holding *h)
 	close(h->context_fd);
 }
 
+void holding_drop(struct holding *h)
+{
+	assert_null(pinbroker_context_free(h->context));
+	assert_null(pinbroker_file_free(h->file));
+	assert_null(pinbroker_unref(h->pb));
+	close(h->context_fd);
+}
+
 int holding_dispatch(struct holding *h)
 {
 	struct pollfd pfd = {.fd = pinbroker_get_fd(h->pb), .events = POLLIN};

@@ -29,6 +29,8 @@ void holding_pin(struct holding *h);
 /* Both, and the world before. */
 void holding_begin(struct holding *h, unsigned channels);
 void holding_end(struct holding *h);
+/* Without a word to the broker. */
+void holding_drop(struct holding *h);
 
 /* Waits until there is something; what pinbroker_dispatch() returns. */
 int holding_dispatch(struct holding *h);

@@ -3,25 +3,22 @@
 
 #include <dirent.h>
 #include <errno.h>
-#include <fcntl.h>
+#include <linux/sockios.h>
 #include <poll.h>
 #include <pthread.h>
 #include <signal.h>
-#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/eventfd.h>
-#include <sys/mman.h>
+#include <sys/ioctl.h>
 #include <sys/socket.h>
 #include <sys/un.h>
-#include <sys/wait.h>
 #include <systemd/sd-bus.h>
 #include <unistd.h>
 
 /*
  * libpinbroker against the real daemon: connections that break under it, a bus that comes back, a
- * broker that forgets, notices that somebody forged, threads and forks (I4, I5).
+ * broker that forgets, notices that somebody forged, and what notices say (I4, I5).
  */
 
 /* Of this process's own sockets those that lead to the broker. */
@@ -201,10 +198,7 @@ static void forget(unsigned channels)
 	assert_int_equal(h.seen.n_lost, 1);
 	assert_int_equal(h.seen.n, 0);
 	assert_int_equal(pinbroker_bind(h.pb, h.pin, 1), -ENOTRECOVERABLE);
-	pinbroker_context_free(h.context);
-	pinbroker_file_free(h.file);
-	pinbroker_unref(h.pb);
-	close(h.context_fd);
+	holding_drop(&h);
 
 	holding_connect(&h, channels, false);
 	holding_pin(&h);
@@ -237,6 +231,183 @@ static void test_descriptors_are_given_back(void **state)
 	assert_int_equal(count_descriptors(), n);
 }
 
+/* ---- A call under way when the connection breaks ---- */
+
+static int find_broker_socket(void)
+{
+	DIR *d = opendir("/proc/self/fd");
+	struct dirent *e;
+	int found = -1;
+
+	assert_non_null(d);
+	while ((e = readdir(d))) {
+		struct sockaddr_un address = {};
+		socklen_t size = sizeof(address) - 1;
+		int fd = atoi(e->d_name);
+
+		if (getpeername(fd, (struct sockaddr *)&address, &size) == 0 &&
+			strcmp(address.sun_path, socket_path) == 0)
+			found = fd;
+	}
+	closedir(d);
+	assert_true(found >= 0);
+	return found;
+}
+
+struct call {
+	struct holding *h;
+	uint64_t pin;
+	int r, error;
+};
+
+static void *pin_again(void *p)
+{
+	const struct pinbroker_range range = {0, PAGE};
+	struct call *c = p;
+
+	c->r = pinbroker_pin(
+		c->h->pb, c->h->file, c->h->context, &range, 1, PINBROKER_READ, NULL, &c->pin);
+	c->error = pinbroker_last_error(c->h->pb)->error;
+	return NULL;
+}
+
+struct pin_list {
+	uint64_t pins[8];
+	size_t n;
+};
+
+static int add_pin(const struct pinbroker_pin_info *info, void *userdata)
+{
+	struct pin_list *list = userdata;
+
+	assert_true(list->n < 8);
+	list->pins[list->n++] = info->pin;
+	return 0;
+}
+
+/* The broker has got the request, and does it, but the answer finds nobody: it is not claimed that
+ * nothing was done, and the list tells the truth. */
+static void test_outcome_of_a_call_that_was_cut_off(void **state)
+{
+	struct call call = {.r = 1};
+	struct pin_list list = {};
+	struct holding h;
+	pthread_t thread;
+	uint64_t client;
+	int fd, unread = 0;
+
+	holding_begin(&h, 0);
+	call.h = &h;
+	fd = find_broker_socket();
+	assert_int_equal(kill(daemon_pid, SIGSTOP), 0);
+	assert_int_equal(pthread_create(&thread, NULL, pin_again, &call), 0);
+	while (unread == 0)
+		assert_int_equal(ioctl(fd, SIOCOUTQ, &unread), 0);
+	assert_int_equal(shutdown(fd, SHUT_RDWR), 0);
+	assert_int_equal(kill(daemon_pid, SIGCONT), 0);
+	pthread_join(thread, NULL);
+	assert_int_equal(call.r, -ECONNRESET);
+	assert_int_equal(call.error, -ECONNRESET);
+
+	must(h.pb, pinbroker_get_client(h.pb, &client));
+	must(h.pb, pinbroker_list_pins(h.pb, 0, client, add_pin, &list));
+	assert_int_equal(list.n, 2);
+	must(h.pb, pinbroker_unpin(h.pb, list.pins, list.n, NULL, NULL));
+	holding_end(&h);
+	world_stop();
+}
+
+/* A broker that has nothing to protect need not remember who it was for. */
+static void test_client_without_pins_is_forgotten(void **state)
+{
+	struct holding h;
+
+	holding_begin(&h, 0);
+	must(h.pb, pinbroker_unpin(h.pb, &h.pin, 1, NULL, NULL));
+	assert_int_equal(cut_connections(), 1);
+	assert_int_equal(pinbroker_close_file(h.file), -ENOTRECOVERABLE);
+	assert_int_equal(holding_dispatch(&h), -ENOTRECOVERABLE);
+	assert_int_equal(h.seen.n_lost, 1);
+	holding_drop(&h);
+	world_stop();
+}
+
+/* ---- What a notice says ---- */
+
+#define EXTENSION_USEC 1500000
+
+static void check_notice(struct holding *h, const struct pinbroker_notice *n)
+{
+	uint64_t client, deadline;
+
+	must(h->pb, pinbroker_get_client(h->pb, &client));
+	assert_int_equal(n->client, client);
+	assert_int_equal(n->file, pinbroker_file_get_id(h->file));
+	assert_int_equal(n->n_pins, 1);
+	assert_int_equal(n->pins[0], h->pin);
+	assert_int_equal(n->length, 0);
+	assert_null(n->reason);
+	assert_true(
+		n->deadline_usec <= usec_now() + 10000000 + (h->seen.n > 1 ? EXTENSION_USEC : 0));
+	if (n->pid == 0) {
+		assert_int_equal(n->cause, PINBROKER_CAUSE_MODIFY);
+		assert_int_equal(n->offset, 0);
+		assert_int_equal(n->size, PINBROKER_UNKNOWN);
+		assert_int_equal(n->uid, PINBROKER_NO_UID);
+		assert_null(n->comm);
+	} else {
+		assert_int_equal(n->cause, PINBROKER_CAUSE_TRUNCATE);
+		assert_int_equal(n->offset, PAGE);
+		assert_int_equal(n->size, PAGE);
+		assert_int_equal(n->uid, getuid());
+		assert_string_equal(n->comm, "truncater");
+	}
+	if (h->seen.n > 1)
+		return;
+	/* There and then more time can be asked for. */
+	must(h->pb, pinbroker_extend(h->pb, n->revocation, EXTENSION_USEC, &deadline));
+	assert_int_equal(deadline, n->deadline_usec + EXTENSION_USEC);
+	assert_int_equal(pinbroker_extend(h->pb, n->revocation + 1000, 1, NULL), -ENOENT);
+}
+
+static void test_notice_says_everything(void **state)
+{
+	struct holding h;
+
+	holding_begin(&h, PINBROKER_CHANNEL_WATCH);
+	h.on_notice = check_notice;
+	holding_see_truncate(&h);
+	holding_end(&h);
+	world_stop();
+}
+
+static void check_reason(struct holding *h, const struct pinbroker_notice *n)
+{
+	assert_int_equal(n->cause, PINBROKER_CAUSE_ADMIN);
+	assert_int_equal(n->pins[0], h->pin);
+	if (!n->reason)
+		return;
+	assert_string_equal(n->reason, "umount soon");
+	must(h->pb, pinbroker_unpin(h->pb, n->pins, n->n_pins, NULL, NULL));
+	h->seen.let_go = true;
+}
+
+/* The bus does not tell the reason: whichever channel is first, it comes. */
+static void test_reason_comes_by_either_channel(void **state)
+{
+	struct holding h;
+
+	holding_begin(&h, PINBROKER_CHANNEL_WATCH | PINBROKER_CHANNEL_BUS);
+	h.on_notice = check_reason;
+	run("busctl --address %s call org.pinbroker1 /org/pinbroker1 org.pinbroker1.Manager "
+	    "RevokePins atst 1 %lu 'umount soon' 5000000 >/dev/null",
+		bus_address, h.pin);
+	while (!h.seen.let_go)
+		must(h.pb, holding_dispatch(&h));
+	holding_end(&h);
+	world_stop();
+}
+
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
@@ -248,6 +419,10 @@ int main(void)
 		cmocka_unit_test(test_forged_notice_is_ignored),
 		cmocka_unit_test(test_restarted_broker_watch),
 		cmocka_unit_test(test_restarted_broker_bus),
+		cmocka_unit_test(test_outcome_of_a_call_that_was_cut_off),
+		cmocka_unit_test(test_client_without_pins_is_forgotten),
+		cmocka_unit_test(test_notice_says_everything),
+		cmocka_unit_test(test_reason_comes_by_either_channel),
 		cmocka_unit_test(test_descriptors_are_given_back),
 	};
 
