@@ -8,15 +8,17 @@
 
 #include "refuse-memory.h"
 
-/* Loaded into the daemon: refuses it memory when the test says so. */
+/* Loaded into the daemon, or linked into a test: refuses memory when the test says so. */
 
 void *__libc_malloc(size_t size);
 void *__libc_calloc(size_t n, size_t size);
 void *__libc_realloc(void *p, size_t size);
+void __libc_free(void *p);
 
 __attribute__((visibility("default"))) void *malloc(size_t size);
 __attribute__((visibility("default"))) void *calloc(size_t n, size_t size);
 __attribute__((visibility("default"))) void *realloc(void *p, size_t size);
+__attribute__((visibility("default"))) void free(void *p);
 
 struct json_object;
 struct json_tokener;
@@ -24,11 +26,23 @@ struct json_object *json_tokener_parse_ex(struct json_tokener *tokener, const ch
 
 static struct refusing *refusing;
 
+struct refusing *refuse_here(void)
+{
+	static struct refusing here;
+
+	return refusing = &here;
+}
+
 static void __attribute__((constructor)) begin(void)
 {
-	int fd = open(getenv("PINBROKER_TEST_MEMORY"), O_RDWR | O_CLOEXEC);
-	void *p = mmap(NULL, sizeof(*refusing), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+	const char *path = getenv("PINBROKER_TEST_MEMORY");
+	void *p;
+	int fd;
 
+	if (!path)
+		return;
+	fd = open(path, O_RDWR | O_CLOEXEC);
+	p = mmap(NULL, sizeof(*refusing), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
 	if (fd < 0 || p == MAP_FAILED)
 		abort();
 	close(fd);
@@ -37,10 +51,10 @@ static void __attribute__((constructor)) begin(void)
 
 static __thread bool parsing;
 
-/* json-c 0.16 crashes where its tokener is refused memory; the daemon sees to it before that there is
- * some. */
-__attribute__((visibility("default"))) struct json_object *
-json_tokener_parse_ex(struct json_tokener *tokener, const char *text, int size)
+/* json-c 0.16 crashes where its tokener is refused memory; the daemon sees to it before that there
+ * is some. */
+__attribute__((visibility("default"))) struct json_object *json_tokener_parse_ex(
+	struct json_tokener *tokener, const char *text, int size)
 {
 	static struct json_object *(*real)(struct json_tokener *, const char *, int);
 	struct json_object *object;
@@ -61,23 +75,42 @@ static bool refuse(void)
 		return false;
 	i = atomic_fetch_add(&refusing->n_asked, 1);
 	if (i < atomic_load(&refusing->after) ||
-	    i >= atomic_load(&refusing->after) + atomic_load(&refusing->n))
+		i >= atomic_load(&refusing->after) + atomic_load(&refusing->n))
 		return false;
 	errno = ENOMEM;
 	return true;
 }
 
+static void *count(void *p)
+{
+	if (p && refusing)
+		atomic_fetch_add(&refusing->n_live, 1);
+	return p;
+}
+
 void *malloc(size_t size)
 {
-	return refuse() ? NULL : __libc_malloc(size);
+	return refuse() ? NULL : count(__libc_malloc(size));
 }
 
 void *calloc(size_t n, size_t size)
 {
-	return refuse() ? NULL : __libc_calloc(n, size);
+	return refuse() ? NULL : count(__libc_calloc(n, size));
 }
 
 void *realloc(void *p, size_t size)
 {
-	return refuse() ? NULL : __libc_realloc(p, size);
+	void *q;
+
+	if (refuse())
+		return NULL;
+	q = __libc_realloc(p, size);
+	return p ? q : count(q);
+}
+
+void free(void *p)
+{
+	if (p && refusing)
+		atomic_fetch_sub(&refusing->n_live, 1);
+	__libc_free(p);
 }

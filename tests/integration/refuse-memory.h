@@ -10,4 +10,9 @@ struct refusing {
 	atomic_long n_asked; /* allocations, while on */
 	atomic_long after;   /* so many are granted, */
 	atomic_long n;       /* the next so many are refused */
+	atomic_long
+		n_live; /* allocated and not freed, also while off; counted from the beginning */
 };
+
+/* In a test that refuses itself memory. */
+struct refusing *refuse_here(void);
