@@ -274,6 +274,56 @@ def test_revoked(world, tool):
     os.truncate(world.file, SIZE)
 
 
+def test_same_truth(world, tool):
+    """What busctl shows is what pinbrokerctl shows, and what the kernel does."""
+    busctl = ['busctl', '--address=' + tool.env['PINBROKER_BUS'], '--json=short']
+
+    def bus(*args):
+        return json.loads(subprocess.run(busctl + list(args), check=True, timeout=WAIT,
+                                         stdout=subprocess.PIPE).stdout)
+
+    def same(path, interface, shown):
+        """Each property, asked for by itself, has the value that pinbrokerctl shows."""
+        names = [name for name in shown if name not in ('type', interface.lower())]
+        for name in names:
+            value = bus('get-property', 'org.pinbroker1', path, 'org.pinbroker1.' + interface,
+                        name[0].upper() + name[1:])['data']
+            expect(value == shown[name] or shown[name] is None and value in ('', 2 ** 64 - 1),
+                   path, name, value, shown[name])
+
+    monitor = subprocess.Popen([*busctl, 'monitor', 'org.pinbroker1'], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
+    with monitor, tool.hold('--on-revoke', 'ignore', world.file) as (holder, line):
+        expect('Monitoring' in monitor.stderr.readline())
+        pin = int(fields(line)['pin'])
+        child, result = truncate_in_child(world.file, PAGE)
+        while fields(holder.stdout.readline()).get('pid') != str(child):
+            pass
+        shown = tool.json('show', pin)[0]
+        file, revocation = shown['file'], shown['revocation']
+        root = '/org/pinbroker1'
+        same(f'{root}/file/{file}/pin/{pin}', 'Pin', shown)
+        same(f'{root}/file/{file}', 'File', tool.json('show', file)[0])
+        same(f'{root}/client/{shown["client"]}', 'Client', tool.json('show', shown['client'])[0])
+        same(f'{root}/revocation/{revocation}', 'Revocation', tool.json('show', revocation)[0])
+        listed = bus('call', 'org.pinbroker1', root, 'org.pinbroker1.Manager', 'ListPins',
+                     'a{sv}tu', '0', '0', '0')['data'][0]
+        equal([p['pin']['data'] for p in listed], [p['pin'] for p in tool.json('list')])
+        with open('/proc/locks', encoding='ascii') as f:
+            expect(re.search(rf'LEASE +BREAKING +UNLCK +{world.daemon.pid} \S+:'
+                             rf'{os.stat(world.file).st_ino} 0 EOF\n.*-> .* {child} ', f.read()))
+        tool.run('revoke', pin, '--timeout=0')
+        os.waitpid(child, 0)
+        os.close(result)
+        seen = set()
+        while not {'RevocationStarted', 'RevocationEnded', 'Revoke'} <= seen:
+            message = json.loads(monitor.stdout.readline())
+            if message.get('payload', {}).get('data', [None])[0] == revocation:
+                seen.add(message['member'])
+        monitor.terminate()
+    os.truncate(world.file, SIZE)
+
+
 def wait_for_watchers(world, n):
     """Until so many listen to the end of revocations on the bus."""
     command = ['busctl', '--address=unix:path=' + os.path.join(world.dir, 'bus'), '--json=short',
@@ -523,8 +573,8 @@ def main():
             print(f'ok {test.__name__}', flush=True)
         test_pager(tool, o)
         o.drop()
-        for test in (test_revoked, test_revoke, test_remaining, test_mount, test_preflight,
-                     test_hold):
+        for test in (test_revoked, test_same_truth, test_revoke, test_remaining, test_mount,
+                     test_preflight, test_hold):
             test(world, tool)
             print(f'ok {test.__name__}', flush=True)
         test_usage(tool)
