@@ -195,6 +195,14 @@ static int error_answer(const pinbroker *pb, int method, int r)
 		r == -ENOMEM ? "memory ran out" : "the connection broke");
 }
 
+/* The connection stands, but what is on it is of no use. It goes only when there is another: a
+ * broker forgets who has neither pins nor connections. */
+static void request_renew(pinbroker *pb)
+{
+	if (request_restore(pb, USEC_INFINITY) < 0)
+		request_drop(pb);
+}
+
 static int broker_call_locked(pinbroker *pb, int method, json_object *message, const int *fds,
 	size_t n_fds, struct reply *reply)
 {
@@ -214,10 +222,12 @@ static int broker_call_locked(pinbroker *pb, int method, json_object *message, c
 			pb->request, USEC_INFINITY, &reply->message, &reply->fds, &unread);
 		if (r >= 0)
 			return 0;
-		request_drop(pb);
-		if (!is_broken_connection(r))
+		if (!is_broken_connection(r)) {
+			request_renew(pb);
 			return unread ? error_transport(pb, method, r)
 				      : error_answer(pb, method, r);
+		}
+		request_drop(pb);
 		if (attempt > 0 || (!unread && !method_is_repeatable(method))) {
 			request_restore(pb, USEC_INFINITY);
 			return pb->lost ? check_usable(pb) : error_answer(pb, method, r);
