@@ -46,22 +46,29 @@ extern "C" {
  * Any call can also fail with:
  *
  *     -ENOTCONN     pinbroker_connect() has not succeeded yet
- *     -ENOTRECOVERABLE  the broker has forgotten this client (it was restarted without its state):
- *                   nothing protects its pins any more. Let go of all of them, drop the handle and
- *                   start anew.
- *     -ECONNRESET   the connection broke after the call had been sent: whether it was done is not
- *                   known (pinbroker_list_pins() tells). The handle has reconnected, or will.
- *     -ECHILD       the handle was made by another process, see below
- *     -EPROTO       the broker's answer makes no sense
- *     -ENOMEM, or what socket(2) and connect(2) return
+ *     -ENOTRECOVERABLE  the broker has forgotten this client (it was restarted without its state,
+ * or all connections broke at a time when it had no pins): nothing protects its pins any more. Let
+ * go of all of them, drop the handle and start anew. -ECONNRESET   the connection broke, or memory
+ * ran out, after the call had been sent: whether it was done is not known (pinbroker_list_pins()
+ * tells). The handle has reconnected, or will. -ECHILD       the handle was made by another
+ * process, see below -EPROTO       the broker's answer makes no sense -ENOMEM       nothing was
+ * done or what socket(2) and connect(2) return, while the broker is away
+ *
+ * Where one number stands for several things, pinbroker_last_error() tells them apart: its name is
+ * NULL for whatever is not a refusal.
  *
  * Threads. Calls may be made from several threads; those that need the broker's answer are made one
  * after the other. They wait for it without a limit of time, and signals do not interrupt them.
  * pinbroker_dispatch() is for one thread at a time. Callbacks run in it, with no lock held: they
- * may make any call but pinbroker_dispatch(). Setters are for the time before pinbroker_connect().
+ * may make any call but pinbroker_dispatch(), and release the handle. Setters are for the time
+ * before pinbroker_connect(), by one thread.
  *
- * fork(). The child must not use the handle: every call returns -ECHILD there. The _unref() and
- * _free() functions may be called, and release memory and descriptors without telling the broker.
+ * fork(). The child must not use the handle: every call returns -ECHILD there (or NULL, and
+ * pinbroker_last_error() and what is asked of files and contexts alone still answer). The _unref()
+ * and _free() functions may be called: they tell the broker nothing, wait for nothing, and release
+ * what the child has copies of. If another thread was using the handle at the time of the fork()
+ * some of it remains until exec() or exit(). A child may make a handle of its own. Its copies of
+ * files, mappings and contexts keep those alive: exec(), or close and unmap them.
  *
  * Units. Offsets and lengths are bytes, times and deadlines ("…_usec") microseconds of
  * CLOCK_MONOTONIC. Ids are the broker's, positive and never reused.
@@ -158,7 +165,7 @@ struct pinbroker_notice {
 	uint64_t client; /* this one */
 	uint64_t file;
 	const char *path;
-	const uint64_t *pins; /* those to let go of; some may be gone already */
+	const uint64_t *pins; /* those to let go of; an update names again what has not gone yet */
 	size_t n_pins;
 	enum pinbroker_cause cause;
 	uint64_t offset;        /* the range that is wanted … */
@@ -169,8 +176,8 @@ struct pinbroker_notice {
 	const char *comm;       /* the name of that process, or NULL */
 	const char *reason;     /* an administrator's words, or NULL */
 	uint64_t deadline_usec; /* the broker goes on without the holder from then on */
-	bool update; /* there was a notice of this revocation and file already; this one says more,
-			mostly who is behind it */
+	bool update; /* there was a notice of this revocation and file already; this one says more:
+			who is behind it, why, or further pins */
 };
 
 struct pinbroker_file_info {
@@ -271,9 +278,11 @@ struct pinbroker_preflight_info {
 int pinbroker_new(const char *name, const char *socket_path, pinbroker **ret);
 
 /*
- * References. Files and contexts hold one. The last unref closes the connections: what has not been
- * closed and removed before is kept by the broker until the process ends. Both take and return
- * NULL; unref always returns NULL.
+ * References. Files and contexts hold one. The last unref closes the connections: pins that have
+ * not been let go of before, and their files and contexts, are kept by the broker until the process
+ * ends, and nobody is told of revocations any more. From elsewhere than a callback it waits for a
+ * callback that is running in the library's own thread, whose new references do not count. After it
+ * no callback runs. Both take and return NULL; unref always returns NULL.
  */
 pinbroker *pinbroker_ref(pinbroker *pb);
 pinbroker *pinbroker_unref(pinbroker *pb);
@@ -296,16 +305,16 @@ int pinbroker_set_channels(pinbroker *pb, unsigned channels);
 int pinbroker_set_bus_address(pinbroker *pb, const char *address);
 
 /*
- * Whether the library makes a thread that calls pinbroker_dispatch(), so that callbacks run in it
- * and the caller need not. All signals are blocked in that thread. Such a handle may not be
- * released for the last time from within a callback. -EISCONN after pinbroker_connect().
+ * Whether pinbroker_connect() makes a thread that dispatches, so that callbacks run in it and the
+ * caller need not call pinbroker_dispatch(), which then fails with -EBUSY. All signals are blocked
+ * in that thread. It ends with the last reference. -EISCONN after pinbroker_connect().
  */
 int pinbroker_set_thread(pinbroker *pb, bool thread);
 
 /*
  * Called by pinbroker_dispatch() for every notice: let go of notice->pins with pinbroker_unpin() by
  * the deadline, here or later. There is no other acknowledgement. Without a callback notices are
- * thrown away. May be changed at any time by the thread that dispatches.
+ * thrown away. userdata is the caller's. May be changed at any time by the thread that dispatches.
  */
 typedef void (*pinbroker_revoke_callback)(
 	pinbroker *pb, const struct pinbroker_notice *notice, void *userdata);
@@ -314,15 +323,16 @@ int pinbroker_set_revoke_callback(
 
 /*
  * Called once by pinbroker_dispatch() if the broker has forgotten this client (-ENOTRECOVERABLE
- * above). To be set before pinbroker_connect().
+ * above), after the last notice. -EISCONN after pinbroker_connect().
  */
 typedef void (*pinbroker_lost_callback)(pinbroker *pb, void *userdata);
 int pinbroker_set_lost_callback(pinbroker *pb, pinbroker_lost_callback callback, void *userdata);
 
 /*
  * Connects to the broker and introduces this client. The bus is given two seconds; where it takes
- * longer, or is away, it is joined later. -EISCONN: done already. After a failure it may be tried
- * again.
+ * longer, or is away, it is joined later. -EISCONN: done already; -EBUSY: another thread is at it.
+ * Also fails as pthread_create(3) does, with pinbroker_set_thread(). After a failure it may be
+ * tried again.
  */
 int pinbroker_connect(pinbroker *pb);
 
@@ -336,8 +346,9 @@ int pinbroker_get_fd(pinbroker *pb);
  * Takes in what has come, runs the callback for every new notice, and restores connections that
  * were lost. Waits for nothing, except that after the loss of the broker or of the bus it may wait
  * for the broker for up to two seconds. Returns the number of notices passed on; -EBUSY when called
- * from a callback or while another thread is in it; -ENOTRECOVERABLE as told above (after the
- * notices, and on every call from then on).
+ * from a callback, while another thread is in it, or with pinbroker_set_thread();
+ * -ENOTRECOVERABLE as told above (after the notices, and on every call from then on). Lack of
+ * memory is no failure: what could not be taken in is taken in later.
  */
 int pinbroker_dispatch(pinbroker *pb);
 
@@ -362,7 +373,7 @@ int pinbroker_list_features(
 
 /*
  * About the calling thread's last failed call on this handle; successful calls leave it. Never
- * NULL; valid until this thread's next call on any handle.
+ * NULL, also for a handle that is; valid until this thread's next call on any handle.
  */
 const struct pinbroker_error *pinbroker_last_error(pinbroker *pb);
 
@@ -372,9 +383,9 @@ const struct pinbroker_error *pinbroker_last_error(pinbroker *pb);
  * Opens a file and puts it under the broker's lease, for access by the hardware and by this
  * process. The caller must own the file or be allowed to write it (the broker's Leases= has the
  * say), and should close its other descriptors of the file before: they can stand in the way of the
- * lease
- * (-EBUSY). The caller owns *ret and lets it go with pinbroker_close_file(). Also fails as open(2)
- * does, without breaking anybody's lease.
+ * lease (-EBUSY). The caller owns *ret and lets it go with pinbroker_close_file(). Also fails as
+ * open(2) does, without breaking anybody's lease. A file that this client has open already comes
+ * with the same id, and closing either closes both for the broker: open it once.
  */
 int pinbroker_open_file(
 	pinbroker *pb, const char *path, enum pinbroker_access access, pinbroker_file **ret);
@@ -392,6 +403,8 @@ const struct pinbroker_file_info *pinbroker_file_get_info(const pinbroker_file *
 /*
  * Lets the file go and frees it, closing its descriptor. Unmap it first: a mapping keeps the
  * description open. On failure the file is as before; -EBUSY while pins of this client are on it.
+ * Those that are leaving, because the broker is still looking whether they are gone, are waited for
+ * up to a second.
  */
 int pinbroker_close_file(pinbroker_file *file);
 /* Frees without telling the broker: for when the handle is of no use any more. Accepts NULL,
@@ -402,7 +415,9 @@ pinbroker_file *pinbroker_file_free(pinbroker_file *file);
 
 /*
  * Hands over what will hold the pins: the broker keeps a copy of fd, which remains the caller's.
- * label: to show to people, or NULL; copied. The caller owns *ret.
+ * label: to show to people, or NULL; copied. The caller owns *ret, and takes the context back with
+ * pinbroker_remove_context(). -EBADF: fd is not open. After -ECONNRESET the broker may have a copy
+ * that goes only with this process or its last connection.
  */
 int pinbroker_add_context(pinbroker *pb, int fd, const char *label, pinbroker_context **ret);
 /*
@@ -412,7 +427,8 @@ int pinbroker_add_context(pinbroker *pb, int fd, const char *label, pinbroker_co
 int pinbroker_add_context_remote(pinbroker *pb, int fd, const char *label, pinbroker_context **ret);
 
 uint64_t pinbroker_context_get_id(const pinbroker_context *context);
-/* "io_uring", "af_xdp", "opaque" … Valid as long as the context. */
+/* "io_uring", "af_xdp", or "opaque" for what the broker does not know; later versions may know
+ * more. Valid as long as the context. */
 const char *pinbroker_context_get_kind(const pinbroker_context *context);
 /* The kernel's name of the device, or NULL. Valid as long as the context. */
 const char *pinbroker_context_get_device(const pinbroker_context *context);
@@ -423,7 +439,7 @@ enum pinbroker_proof pinbroker_context_get_proof(const pinbroker_context *contex
 /*
  * Takes a context back and frees the object. To be called before the context itself is closed: the
  * broker's copy keeps it, and all that it pins, alive. On failure the object is as before; -EBUSY
- * while pins are on it.
+ * while pins are on it. Those that are leaving are waited for up to a second.
  */
 int pinbroker_remove_context(pinbroker_context *context);
 /* Frees without telling the broker. Accepts NULL, returns NULL. */
@@ -437,8 +453,9 @@ pinbroker_context *pinbroker_context_free(pinbroker_context *context);
 /*
  * Reserves a pin for each range, all or none. To be called before the registration with the
  * hardware: a conflict in between finds the reservation, and waits for it. label: to show to
- * people, or NULL. ret_pins: room for n_ranges ids, in the order of the ranges. -E2BIG: more than
- * PINBROKER_RANGES_MAX.
+ * people, or NULL; copied. access: no more than the file was opened for. ret_pins: room for
+ * n_ranges ids, in the order of the ranges. -E2BIG: more than PINBROKER_RANGES_MAX; -EINVAL: none,
+ * or an empty one.
  */
 int pinbroker_pin(pinbroker *pb, const pinbroker_file *file, const pinbroker_context *context,
 	const struct pinbroker_range *ranges, size_t n_ranges, enum pinbroker_access access,
@@ -446,8 +463,8 @@ int pinbroker_pin(pinbroker *pb, const pinbroker_file *file, const pinbroker_con
 
 /*
  * Tells the kernel's identifier of what was registered over a pin's range: the index of the fixed
- * buffer (io_uring), the handle of the memory region (RDMA), otherwise any number. Again after a
- * re-registration. -ESTALE: a revocation came first; deregister, and unpin.
+ * buffer (io_uring), the handle of the memory region (RDMA), otherwise any number up to INT64_MAX.
+ * Again after a re-registration. -ESTALE: the pin has been ended by force; deregister, and unpin.
  */
 int pinbroker_bind(pinbroker *pb, uint64_t pin, uint64_t handle);
 
@@ -458,14 +475,16 @@ int pinbroker_bind(pinbroker *pb, uint64_t pin, uint64_t handle);
  *
  * ret_ended: room for n_pins ids; gets those that were already destroyed by force, whose handle
  * must not be touched, because somebody else may have it by now. ret_n_ended: how many. Both may be
- * NULL. More than 1024 pins are let go of in portions; after a failure some may be gone.
+ * NULL. -ENOENT: one of them is no pin of this client (any more), and none has been let go of. More
+ * than 1024 pins are let go of in portions; after a failure the earlier ones are gone.
  */
 int pinbroker_unpin(pinbroker *pb, const uint64_t *pins, size_t n_pins, uint64_t *ret_ended,
 	size_t *ret_n_ended);
 
 /*
  * Asks for more time. The deadline moves by at most by_usec, and never past what the kernel grants.
- * ret_deadline_usec: the one now in force; may be NULL.
+ * ret_deadline_usec: the one now in force; may be NULL. -ENOENT: the revocation has ended, or is
+ * not about pins of this client; -EBUSY: its time is over, and force is being used.
  */
 int pinbroker_extend(
 	pinbroker *pb, uint64_t revocation, uint64_t by_usec, uint64_t *ret_deadline_usec);
@@ -476,7 +495,8 @@ int pinbroker_extend(
  * Lists objects of the caller's uid (root: all) through a callback, on a connection of its own: it
  * needs no pinbroker_connect(), and callbacks may make any call. The structure is valid during the
  * callback. What a callback returns other than 0 ends the listing and is returned. file, client: 0
- * for any. Of revocations the running ones and the latest ended ones are listed.
+ * for any. Of revocations the running ones and the latest ended ones are listed. On failure the
+ * callback may have been called already.
  */
 int pinbroker_list_pins(pinbroker *pb, uint64_t file, uint64_t client,
 	int (*callback)(const struct pinbroker_pin_info *info, void *userdata), void *userdata);

@@ -73,7 +73,7 @@ static void hold(struct capture *c)
 	iov.iov_len = c->size;
 	check_ring("io_uring_register_buffers", io_uring_register_buffers(&c->ring, &iov, 1));
 	r = pinbroker_bind(c->pb, c->pin, 0);
-	/* A revocation has overtaken us: its notice is on the way. */
+	/* Ended by force already, if this took very long: the notice of it is on the way. */
 	if (r != -ESTALE)
 		check(c, r);
 	printf("holding %zu bytes with pin %" PRIu64 "\n", c->size, c->pin);

@@ -97,7 +97,7 @@ static void register_buffer(struct holder *h)
 	if (r < 0)
 		errx(1, "io_uring_register_buffers: %s", strerror(-r));
 	r = pinbroker_bind(h->pb, h->pin, 0);
-	/* A revocation has overtaken us: its notice is on the way. */
+	/* Ended by force already, if this took very long: the notice of it is on the way. */
 	if (r != -ESTALE)
 		check(h, r);
 }
