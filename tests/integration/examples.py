@@ -143,7 +143,7 @@ class Examples(Case):
 
         example, end = self.capture()
         with os.fdopen(os.dup(end), 'wb') as f:
-            f.write(b'b' * (SIZE + 1))
+            f.write(b'b' * SIZE)
         example.expect(r'let go of pin \d+', before='stored')
         example.expect_end()
 
