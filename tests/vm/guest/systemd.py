@@ -1,0 +1,295 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The daemon as installed, with systemd as the first process and the system's bus: started, found on the
+bus, in the journal; what its sandbox leaves it is enough for all that it does; stopped.
+"""
+import contextlib
+import os
+import re
+import shutil
+import signal
+import struct
+import subprocess
+import tempfile
+import unittest
+
+import case
+from installed import (ADDRESS, MANAGER, NAME, ROOT, SECOND, SERVICE, SOCKET, TESTER, TIMEOUT, Holder,
+                       busctl, call, daemon_pid, journal, leases, output, properties, run, show)
+from client import PAGE, Connection, is_readable, truncate_in_child
+
+DROP_IN = '/etc/pinbroker/pinbroker.conf.d/test.conf'
+SIZE = 64 * PAGE
+GRACE, SIGNAL_GRACE = 6, 2  # seconds
+MESSAGES = {}
+with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), '../../../daemon/log.h'),
+          encoding='utf-8') as header:
+    MESSAGES = dict(re.findall(r'#define MESSAGE_(\w+)\s+"(\w{32})"', header.read()))
+
+
+def setUpModule():
+    os.makedirs(os.path.dirname(DROP_IN), exist_ok=True)
+    with open(DROP_IN, 'w', encoding='utf-8') as f:
+        f.write(f'[Revocation]\nRevokeGraceSec={GRACE}s\nSignalGraceSec={SIGNAL_GRACE}s\n')
+    output('systemctl', 'stop', SERVICE)
+
+
+class Case(unittest.TestCase):
+    def setUp(self):
+        self.restarts = show(SERVICE, 'NRestarts')
+
+    def tearDown(self):
+        """Whatever was done to it, it has not failed."""
+        self.assertNotEqual(show(SERVICE, 'ActiveState'), 'failed')
+        self.assertIn(show(SERVICE, 'NRestarts'), ('0', self.restarts))
+
+    def make_file(self, directory='/dev/shm', owner=0):
+        directory = tempfile.mkdtemp(prefix='pinbroker-test-', dir=directory)
+        self.addCleanup(shutil.rmtree, directory)
+        path = os.path.join(directory, 'data')
+        with open(path, 'wb') as f:
+            f.write(b'a' * SIZE)
+        os.chown(directory, owner, owner)
+        os.chown(path, owner, owner)
+        return path
+
+    def hold(self, path, *options, **kwargs):
+        holder = Holder(path, *options, **kwargs)
+        self.addCleanup(holder.close)
+        return holder
+
+    def truncate(self, path):
+        """A process that does it, and where its result will be."""
+        pid, result = truncate_in_child(path, PAGE)
+        self.addCleanup(os.close, result)
+
+        def end():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        self.addCleanup(end)
+        return pid, result
+
+    def expect_truncated(self, path, result):
+        """How long it took."""
+        self.assertTrue(is_readable(result, TIMEOUT), 'the truncate does not return')
+        error, seconds, _ = struct.unpack('idq', os.read(result, 64))
+        self.assertEqual(error, 0, os.strerror(error))
+        self.assertEqual(os.stat(path).st_size, PAGE)
+        return seconds
+
+
+class Service(Case):
+    def test_socket_activation(self):
+        """The first contact starts it, and finds it ready."""
+        output('systemctl', 'stop', SERVICE)
+        self.assertEqual(show(SERVICE, 'ActiveState'), 'inactive')
+        self.assertEqual(show(SOCKET, 'SubState'), 'listening')
+        connection = Connection(ADDRESS)
+        self.addCleanup(connection.close)
+        connection.socket.settimeout(TIMEOUT)
+        info = connection.call('org.varlink.service.GetInfo')
+        self.assertEqual(info['product'], 'pinbrokerd')
+        self.assertEqual(show(SERVICE, 'ActiveState'), 'active')
+
+    def test_start(self):
+        output('systemctl', 'start', SERVICE)
+        self.assertEqual((show(SERVICE, 'ActiveState'), show(SERVICE, 'SubState')),
+                         ('active', 'running'))
+        self.assertRegex(show(SERVICE, 'StatusText'),
+                         r'^\d+ pins of \d+ files by \d+ clients, \d+ revocations running$')
+        output('busctl', 'status', NAME)
+
+    def test_sandbox(self):
+        """The process is as the unit has it."""
+        output('systemctl', 'start', SERVICE)
+        pid = daemon_pid()
+        with open(f'/proc/{pid}/status', encoding='ascii') as f:
+            status = dict(re.findall(r'(?m)^(\w+):\t(.*)$', f.read()))
+        self.assertEqual((status['NoNewPrivs'], status['Seccomp']), ('1', '2'))
+        cap_sys_admin = 1 << 21
+        self.assertFalse(int(status['CapBnd'], 16) & cap_sys_admin)
+        self.assertNotEqual(os.readlink(f'/proc/{pid}/ns/mnt'), os.readlink('/proc/1/ns/mnt'))
+        with open(f'/proc/{pid}/oom_score_adj', encoding='ascii') as f:
+            self.assertLess(int(f.read()), 0)
+
+    def test_stop(self):
+        """It has the holders let go first; the socket goes on listening."""
+        path = self.make_file()
+        holder = self.hold(path)
+        output('systemctl', 'stop', SERVICE)
+        holder.expect('revoked')
+        holder.expect_release()
+        self.assertEqual(leases(path), [])
+        self.assertEqual([show(SERVICE, name) for name in ('ActiveState', 'Result', 'ExecMainStatus')],
+                         ['inactive', 'success', '0'])
+        self.assertEqual(show(SOCKET, 'ActiveState'), 'active')
+        self.assertTrue(os.path.exists(ADDRESS))
+
+
+class Bus(Case):
+    def test_tree(self):
+        """A pin, and whose it is, as busctl shows it and as the kernel has it."""
+        path = self.make_file()
+        holder = self.hold(path)
+        tree = output('busctl', 'tree', '--list', NAME).split()
+        pins = [o for o in tree if re.fullmatch(rf'{ROOT}/file/\d+/pin/{holder.pin}', o)]
+        self.assertEqual(len(pins), 1, tree)
+        file = properties(pins[0].rsplit('/', 2)[0], 'org.pinbroker1.File')
+        self.assertEqual((file['Path'], file['Pins']), (path, 1))
+        client = properties(f'{ROOT}/client/{properties(pins[0], "org.pinbroker1.Pin")["Client"]}',
+                            'org.pinbroker1.Client')
+        self.assertEqual((client['Pid'], client['Unit']), (holder.pid, holder.unit))
+        self.assertEqual([pid for _, _, pid in leases(path)], [daemon_pid()])
+
+    def test_revoke(self):
+        path = self.make_file()
+        holder = self.hold(path)
+        file = next(o for o in call('ListFiles', 'a{sv}tu', 0, 0, 0)[0] if o['path']['data'] == path)
+        call('RevokeFile', 'tst', file['file']['data'], 'maintenance', 60 * SECOND)
+        notice = holder.expect('revoked')
+        self.assertEqual((notice['cause'], notice['reason']), ('admin', 'maintenance'))
+        holder.expect_release()
+        self.assertEqual(holder.wait(), 0)
+
+    def test_strangers(self):
+        """An ordinary user may not, a member of the group may."""
+        argv = ('call', NAME, ROOT, MANAGER, 'ListFiles', 'a{sv}tu', 0, 0, 0)
+        output('systemctl', 'start', SERVICE)
+        refused = busctl(*argv, user=TESTER, group=TESTER, extra_groups=[])
+        self.assertNotEqual(refused.returncode, 0)
+        self.assertRegex(refused.stderr, 'Access denied|not allowed|AccessDenied')
+        allowed = busctl(*argv, user=TESTER, group=TESTER, extra_groups=['pinbroker'])
+        self.assertEqual(allowed.returncode, 0, allowed.stderr)
+
+
+class Journal(Case):
+    def test_truncate(self):
+        """What was pinned, who broke it, what was done: each can be found by its fields."""
+        path = self.make_file()
+        holder = self.hold(path)
+        pid, result = self.truncate(path)
+        self.expect_truncated(path, result)
+        holder.expect_release()
+        fields = {'PINBROKER_PATH': path}
+        journal(MESSAGES['LEASE_TAKEN'], **fields)
+        journal(MESSAGES['LEASE_BROKEN'], **fields)
+        started = journal(MESSAGES['REVOKE_STARTED'], **fields)
+        self.assertTrue(int(started['PINBROKER_REVOCATION']) > 0)
+        fields['PINBROKER_REVOCATION'] = started['PINBROKER_REVOCATION']
+        blamed = journal(MESSAGES['REVOKE_BLAMED'], **fields)
+        self.assertEqual((blamed['PINBROKER_BREAKER_PID'], blamed['PINBROKER_CAUSE']),
+                         (str(pid), 'truncate'))
+        ended = journal(MESSAGES['REVOKE_ENDED'], **fields)
+        self.assertEqual((ended['PINBROKER_OUTCOME'], ended['SYSLOG_IDENTIFIER']),
+                         ('released', 'pinbrokerd'))
+
+
+class Files(Case):
+    """ProtectSystem=, ProtectHome= and PrivateTmp= are about the daemon's own view: not about files that
+    others hand it."""
+
+    def hold_back(self, directory, owner=0, user='root'):
+        path = self.make_file(directory, owner)
+        holder = self.hold(path, user=user)
+        self.assertEqual([pid for _, _, pid in leases(path)], [daemon_pid()])
+        pid, result = self.truncate(path)
+        self.assertEqual(holder.expect('revoked')['path'], path)
+        # it is waiting for its holder, whom somebody has to wait for as well
+        holder.expect_release()
+        self.expect_truncated(path, result)
+
+    def test_tmpfs(self):
+        self.hold_back('/dev/shm')
+
+    def test_ext4(self):
+        self.assertEqual(output('stat', '-f', '-c', '%T', '/var/tmp').strip(), 'ext2/ext3')
+        self.hold_back('/var/tmp')
+
+    def test_xfs(self):
+        self.hold_back('/mnt/xfs')
+
+    def test_dax(self):
+        self.hold_back('/mnt/dax')
+
+    def test_tmp(self):
+        self.hold_back('/tmp')
+
+    def test_home(self):
+        self.hold_back('/home')
+
+    def test_home_of_a_user(self):
+        self.hold_back('/home/tester', TESTER, 'tester')
+
+    def test_root(self):
+        self.hold_back('/root')
+
+
+class Ladder(Case):
+    """Who does not let go is made to."""
+
+    def expect_force(self, **kwargs):
+        path = self.make_file(owner=kwargs.pop('owner', 0))
+        holder = self.hold(path, '--on-revoke', 'ignore', **kwargs)
+        _, result = self.truncate(path)
+        seconds = self.expect_truncated(path, result)
+        self.assertGreaterEqual(seconds, GRACE - 0.01)
+        ended = journal(MESSAGES['REVOKE_ENDED'], PINBROKER_PATH=path)
+        self.assertEqual(ended['PINBROKER_OUTCOME'], 'released')
+        return ended['PINBROKER_REVOCATION'], holder
+
+    def test_detach(self):
+        """An io_uring's buffer: its holder lives on."""
+        revocation, holder = self.expect_force()
+        entry = journal(MESSAGES['REVOKE_ESCALATED'], PINBROKER_REVOCATION=revocation)
+        self.assertEqual(entry['PINBROKER_CLIENT_PID'], str(holder.pid))
+        self.assertEqual(show(holder.unit, 'ActiveState'), 'active')
+
+    def test_detach_of_a_user(self):
+        """... also one of another user's."""
+        _, holder = self.expect_force(owner=TESTER, user='tester')
+        self.assertEqual(show(holder.unit, 'ActiveState'), 'active')
+
+    def test_signal(self):
+        """Another user's holder, of what cannot be detached: an eventfd."""
+        from world import Holder as PlainHolder, fork_nobody, NOBODY
+        path = self.make_file(owner=NOBODY)
+        ready, end = os.pipe()
+
+        def ignore():
+            holder = PlainHolder(ADDRESS, path)
+            os.write(end, b'x')
+            signal.pause()
+            return holder.pins
+        pid, answer = fork_nobody(ignore)
+        os.close(end)
+        with answer, os.fdopen(ready, 'rb') as ready:
+            self.assertEqual(ready.read(1), b'x', answer.read() if is_readable(answer, 0) else '')
+            _, result = self.truncate(path)
+            self.assertGreaterEqual(self.expect_truncated(path, result), GRACE - 0.01)
+        self.assertEqual(os.waitpid(pid, 0)[1] & 0x7f, signal.SIGBUS)
+
+    def test_administrator(self):
+        """pinbrokerctl revoke, with less time than configured."""
+        path = self.make_file()
+        holder = self.hold(path, '--on-revoke', 'ignore')
+        output('pinbrokerctl', 'revoke', '--file', path, '--reason', 'umount soon', '--timeout', '1')
+        ended = journal(MESSAGES['REVOKE_ENDED'], PINBROKER_PATH=path)
+        self.assertEqual((ended['PINBROKER_CAUSE'], ended['PINBROKER_OUTCOME']), ('admin', 'released'))
+        self.assertEqual(holder.expect('revoked')['reason'], 'umount soon')
+
+
+class Crash(unittest.TestCase):
+    def test_restart(self):
+        """It is started again, and the socket meanwhile keeps who comes."""
+        output('systemctl', 'start', SERVICE)
+        output('systemctl', 'kill', '--signal=KILL', '--kill-whom=main', SERVICE)
+        connection = Connection(ADDRESS)
+        self.addCleanup(connection.close)
+        connection.socket.settimeout(TIMEOUT)
+        self.assertEqual(connection.call('org.varlink.service.GetInfo')['product'], 'pinbrokerd')
+        self.assertEqual((show(SERVICE, 'ActiveState'), show(SERVICE, 'NRestarts')), ('active', '1'))
+
+
+if __name__ == '__main__':
+    case.main()
