@@ -89,7 +89,7 @@ static void begin(const char *fs, const char *config)
 	world_start(config);
 	mount_fs(fs);
 	assert_int_equal(chmod(dir, 0755), 0);
-	assert_int_equal(chmod(mount_point, 01777), 0);
+	assert_int_equal(chmod(mount_point, 0777), 0);
 }
 
 static void test_owner(void **state)

@@ -18,11 +18,7 @@
 #define SIGNAL_MSEC 300
 
 /* How much later than its time a step may come. */
-#ifdef PINBROKER_SANITIZED
-#define LATE_MSEC 500
-#else
-#define LATE_MSEC 100
-#endif
+#define LATE_MSEC (100 * slowness())
 #define XDP_FREE_MSEC 250
 
 static const char config[] = "[Revocation]\nRevokeGraceSec=500ms\nSignalGraceSec=300ms\n"

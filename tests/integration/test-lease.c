@@ -423,7 +423,7 @@ static void test_bus_lost(void **state)
 	finish(bus_pid, SIGKILL);
 	result = truncate_finish(pid, fd);
 	assert_int_equal(result.error, 0);
-	assert_in_range(result.usec / 1000, 1995, 2100);
+	assert_in_range(result.usec / 1000, 1995, 2000 + 100 * slowness());
 	expect_pinned(result.pinned, base, 0);
 	start_bus();
 	holder_stop(&holder, SIGKILL);

@@ -55,6 +55,13 @@ uint64_t usec_now(void)
 	return (uint64_t)ts.tv_sec * 1000000 + (uint64_t)ts.tv_nsec / 1000;
 }
 
+unsigned slowness(void)
+{
+	const char *value = getenv("PINBROKER_SLOW");
+
+	return value ? (unsigned)atoi(value) : 1;
+}
+
 /* Long-term pins of the whole machine, in pages. */
 long pinned(void)
 {

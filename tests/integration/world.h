@@ -26,6 +26,8 @@ extern char dir[], mount_point[64], socket_path[80], bus_address[80], file_path[
 extern pid_t daemon_pid, bus_pid;
 
 uint64_t usec_now(void);
+/* How many times as late as on a machine of our own something may be: $PINBROKER_SLOW. */
+unsigned slowness(void);
 /* Long-term pins of the whole machine, in pages. */
 long pinned(void);
 void expect_pinned(long value, long base, long pages); /* within 8 */
