@@ -50,7 +50,8 @@ static int region_map_placeholder(struct region *region, struct iovec *ret)
 		return -errno;
 	region->map = p;
 	region->map_size = size;
-	*ret = (struct iovec){p, size};
+	/* No more than is pinned. */
+	*ret = (struct iovec){p, region->range.length < size ? (size_t)region->range.length : size};
 	return 0;
 }
 

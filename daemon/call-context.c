@@ -7,7 +7,7 @@
 #include "macro.h"
 #include "peer.h"
 
-/* AddContext and RemoveContext. */
+/* AddContext. */
 
 struct context_new_job {
 	struct job job;
@@ -152,22 +152,4 @@ int call_add_context(struct call *call, const union call_in *in)
 		return refuse_limit(&call->refusal, client->user, LIMIT_UNFINISHED);
 	}
 	return CALL_PENDING;
-}
-
-int call_remove_context(struct call *call, const union call_in *in)
-{
-	struct client *client = call_client(call);
-	struct context *context;
-
-	if (!client)
-		return REFUSED;
-	context = client_find_context(client, in->remove_context.context, &call->refusal);
-	if (!context)
-		return REFUSED;
-	if (context->n_pins > 0)
-		return refuse(&call->refusal, REFUSAL_BUSY, "pinned",
-			      "%u pins are on it: unpin them first.", context->n_pins);
-	context_free(context);
-	peer_reply(call->peer, &schema_msg_remove_context_out, NULL, NULL, 0);
-	return 0;
 }

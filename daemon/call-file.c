@@ -6,7 +6,7 @@
 #include "open.h"
 #include "peer.h"
 
-/* OpenFile, CloseFile and Preflight. */
+/* OpenFile and Preflight. */
 
 static void open_done(struct open_result *result, void *userdata)
 {
@@ -47,27 +47,6 @@ int call_open_file(struct call *call, const union call_in *in)
 		return r;
 	}
 	return CALL_PENDING;
-}
-
-int call_close_file(struct call *call, const union call_in *in)
-{
-	struct client *client = call_client(call);
-	struct file *file;
-	struct use *use;
-
-	if (!client)
-		return REFUSED;
-	file = broker_find_file(client->broker, (uint64_t)in->close_file.file);
-	use = file ? client_find_use(client, file) : NULL;
-	if (!use)
-		return refuse_no_such(&call->refusal, "file", (uint64_t)in->close_file.file);
-	if (use->n_pins > 0)
-		return refuse(&call->refusal, REFUSAL_BUSY, "pinned",
-			      "%u pins of yours are on %s: unpin them first.", use->n_pins,
-			      file->path);
-	use_free(use);
-	peer_reply(call->peer, &schema_msg_close_file_out, NULL, NULL, 0);
-	return 0;
 }
 
 struct preflight_job {

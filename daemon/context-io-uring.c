@@ -74,7 +74,7 @@ static int find_buffer(const char *info, int64_t index, struct handle_identity *
 			continue;
 		if (sscanf(line, " %lld: %llx/%llu", &i, &address, &length) != 3)
 			return -ENOENT;
-		*ret = (struct handle_identity){ address, length };
+		*ret = (struct handle_identity){ .address = address, .length = length };
 		return 0;
 	}
 	return -ENOENT;
@@ -87,11 +87,6 @@ static int ring_read_handle(int fd, int64_t handle, struct handle_identity *ret)
 
 	r = read_fdinfo(getpid(), fd, &info);
 	return r < 0 ? r : find_buffer(info, handle, ret);
-}
-
-static bool is_same_buffer(const struct handle_identity *a, const struct handle_identity *b)
-{
-	return a->address == b->address && a->length == b->length;
 }
 
 static unsigned long info_value(const char *info, const char *key)
@@ -176,7 +171,7 @@ static int ring_detach(int fd, const struct process *holder, struct handle *hand
 		struct handle_identity now;
 
 		r = ring_read_handle(fd, handles[i].handle, &now);
-		if (r == 0 && is_same_buffer(&now, &handles[i].identity))
+		if (r == 0 && handle_identity_equal(&now, &handles[i].identity))
 			r = ring_register(fd, IORING_REGISTER_BUFFERS_UPDATE, &update,
 					  sizeof(update));
 		if (r < 0 && r != -ENOENT)
@@ -204,7 +199,7 @@ static int ring_check(int fd, struct handle *handles, size_t n_handles)
 		struct handle_identity now;
 
 		handles[i].gone = find_buffer(info, handles[i].handle, &now) < 0 ||
-				  !is_same_buffer(&now, &handles[i].identity);
+				  !handle_identity_equal(&now, &handles[i].identity);
 	}
 	return 0;
 }

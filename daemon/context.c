@@ -25,10 +25,12 @@
 
 #define CHECK_FIRST_USEC (1 * USEC_PER_MSEC)
 #define CHECK_LAST_USEC  (64 * USEC_PER_MSEC)
+#define CHECK_IDLE_USEC  (4 * USEC_PER_SEC) /* the same where nobody waits */
 
 static const struct context_ops *const kinds[] = {
 	&context_io_uring,
 	&context_af_xdp,
+	&context_rdma,
 	&context_opaque, /* last: takes what the others leave */
 };
 
@@ -138,6 +140,7 @@ int context_new(struct client *client, const struct context_ops *ops,
 	context->user = user_ref(client->user);
 	context->client = client;
 	LIST_INIT(&context->pins);
+	LIST_INIT(&context->waiters);
 	LIST_INSERT_HEAD(&client->contexts, context, of_client);
 	client->n_contexts++;
 	bus_changed(client->broker->bus, &client->view);
@@ -162,6 +165,16 @@ static void context_destroy(struct context *context, struct offload *offload)
 	free(context);
 }
 
+static void wake_waiters(struct context *context)
+{
+	struct context_waiter *waiter;
+
+	while ((waiter = LIST_FIRST(&context->waiters))) {
+		LIST_REMOVE(waiter, of_context);
+		waiter->looked(waiter);
+	}
+}
+
 struct context *context_free(struct context *context)
 {
 	struct broker *broker;
@@ -179,6 +192,7 @@ struct context *context_free(struct context *context)
 	context->client->n_contexts--;
 	bus_changed(broker->bus, &context->client->view);
 	context->client = NULL;
+	wake_waiters(context);
 	if (context->n_jobs == 0)
 		context_destroy(context, broker->offload);
 	return NULL;
@@ -260,8 +274,7 @@ static void end_gone(struct context_job *j)
 		pin = broker_find_pin(j->broker, j->handles[i].pin);
 		/* It may have ended, or been bound anew, while the job ran. */
 		if (pin && !pin->over && pin->handle == j->handles[i].handle &&
-		    pin->identity.address == j->handles[i].identity.address &&
-		    pin->identity.length == j->handles[i].identity.length)
+		    handle_identity_equal(&pin->identity, &j->handles[i].identity))
 			pin_end(pin, j->context->description.proof);
 	}
 }
@@ -278,21 +291,35 @@ static void check_run(struct job *job)
 	j->result = j->ops->check(j->fd, j->handles, j->n_handles);
 }
 
+static void check_now(struct context *context);
+
 static int on_recheck(sd_event_source *source, uint64_t usec, void *userdata)
 {
-	context_check(userdata);
+	check_now(userdata);
 	return 0;
+}
+
+/* Does anybody wait for a pin that its holder has let go of? */
+static bool is_wanted_by_any(const struct context *context)
+{
+	const struct pin *pin;
+
+	LIST_FOREACH(pin, &context->pins, of_context)
+		if (pin_is_awaited(pin) && !LIST_EMPTY(&pin->targets))
+			return true;
+	return false;
 }
 
 static void check_later(struct context *context)
 {
 	sd_event *event = context->client->broker->event;
+	uint64_t last = is_wanted_by_any(context) ? CHECK_LAST_USEC : CHECK_IDLE_USEC;
 	int r;
 
 	context->check_usec = context->check_usec == 0 ? CHECK_FIRST_USEC
 						       : context->check_usec * 2;
-	if (context->check_usec > CHECK_LAST_USEC)
-		context->check_usec = CHECK_LAST_USEC;
+	if (context->check_usec > last)
+		context->check_usec = last;
 	if (!context->recheck)
 		r = sd_event_add_time(event, &context->recheck, CLOCK_MONOTONIC,
 				      now_usec() + context->check_usec, 1, on_recheck, context);
@@ -304,11 +331,6 @@ static void check_later(struct context *context)
 	/* Without a timer the ladder's own deadline brings the matter on. */
 	if (r < 0)
 		log_errno(LOG_WARNING, r, "Cannot look again whether pins are gone");
-}
-
-static bool is_awaited(const struct pin *pin)
-{
-	return !pin->over && pin->state == PIN_LEAVING && !LIST_EMPTY(&pin->targets);
 }
 
 static void check_done(struct job *job)
@@ -327,19 +349,20 @@ static void check_done(struct job *job)
 			end_gone(j);
 		for (struct pin *pin = LIST_FIRST(&context->pins); pin && !left;
 		     pin = LIST_NEXT(pin, of_context))
-			left = is_awaited(pin);
-		if (left && again)
-			context_check(context);
-		else if (left)
-			check_later(context);
-		else
-			context->check_usec = 0;
+			left = pin_is_awaited(pin);
+		if (left && again) {
+			check_now(context);
+		} else {
+			if (left)
+				check_later(context);
+			wake_waiters(context);
+		}
 	}
 	context_release(context, j->broker);
 	context_job_free(j);
 }
 
-void context_check(struct context *context)
+static void check_now(struct context *context)
 {
 	struct context_job *j;
 	struct pin *pin;
@@ -350,7 +373,7 @@ void context_check(struct context *context)
 		return;
 	}
 	LIST_FOREACH(pin, &context->pins, of_context)
-		n += is_awaited(pin);
+		n += pin_is_awaited(pin);
 	if (n == 0 || context->fd < 0 || context->reaping)
 		return;
 	if (context->ops->until_close) {
@@ -365,12 +388,27 @@ void context_check(struct context *context)
 		return;
 	}
 	LIST_FOREACH(pin, &context->pins, of_context)
-		if (is_awaited(pin))
+		if (pin_is_awaited(pin))
 			j->handles[j->n_handles++] = handle_of(pin);
 	j->job.run = check_run;
 	j->job.done = check_done;
 	context->checking = true;
 	offload_submit_step(context->client->broker->offload, context->user, &j->job);
+}
+
+void context_check(struct context *context)
+{
+	context->check_usec = 0;
+	check_now(context);
+}
+
+bool context_look(struct context *context, struct context_waiter *waiter)
+{
+	check_now(context);
+	if (!context->checking)
+		return false;
+	LIST_INSERT_HEAD(&context->waiters, waiter, of_context);
+	return true;
 }
 
 static bool detach_now(struct context *context, uint64_t revocation);

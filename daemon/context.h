@@ -67,8 +67,15 @@ struct context_ops {
 	uint64_t frees_usec;
 };
 
+/* Wants to know when it has been looked whether leaving pins are gone. */
+struct context_waiter {
+	void (*looked)(struct context_waiter *waiter);
+	LIST_ENTRY(context_waiter) of_context;
+};
+
 extern const struct context_ops context_io_uring;
 extern const struct context_ops context_af_xdp;
+extern const struct context_ops context_rdma;
 extern const struct context_ops context_opaque;
 
 struct context {
@@ -89,6 +96,7 @@ struct context {
 	uint64_t reap_revocation; /* the one that waits for it, or 0 */
 	uint64_t check_usec;      /* the back-off of the next look */
 	sd_event_source *recheck; /* its timer */
+	LIST_HEAD(, context_waiter) waiters; /* for the end of `checking` */
 	LIST_ENTRY(context) of_client;
 	RB_ENTRY(context) by_id; /* broker::contexts */
 };
@@ -114,6 +122,8 @@ bool context_release(struct context *context, struct broker *broker);
 
 /* Looks whether the pins that are leaving are gone, and goes on looking until they are. */
 void context_check(struct context *context);
+/* The same, and tells the waiter when it is known. False: there is nothing to look for. */
+bool context_look(struct context *context, struct context_waiter *waiter);
 
 /*
  * Looks whether any other process holds it. If none does, our own copy is closed, and its pins end, with

@@ -2,6 +2,7 @@
 #include "pin.h"
 
 #include <assert.h>
+#include <inttypes.h>
 #include <errno.h>
 #include <stdlib.h>
 
@@ -90,6 +91,10 @@ int pin_bind(struct pin *pin, int64_t handle, const struct handle_identity *iden
 	}
 	if (pin->state == PIN_LEAVING)
 		return refuse_no_such(ret_refusal, "pin", pin->id);
+	if (identity->length > pin->length)
+		return refuse(ret_refusal, REFUSAL_NOT_ALLOWED, "tooLong",
+			      "%" PRIu64 " bytes are registered, of %" PRIu64 " that are pinned.",
+			      identity->length, pin->length);
 	pin->handle = handle;
 	pin->identity = *identity;
 	pin->state = PIN_BOUND;
@@ -104,10 +109,16 @@ void pin_leave(struct pin *pin)
 	if (pin->state == PIN_LEAVING)
 		return;
 	pin->state = PIN_LEAVING;
-	if (!LIST_EMPTY(&pin->targets) && check)
+	if (check && pin_is_awaited(pin))
 		context_check(pin->context);
 	else
 		pin_end(pin, PROOF_CLAIMED);
+}
+
+bool pin_is_awaited(const struct pin *pin)
+{
+	return !pin->over && pin->state == PIN_LEAVING &&
+	       (!LIST_EMPTY(&pin->targets) || pin->context->description.proof == PROOF_PROVABLE);
 }
 
 void pin_end(struct pin *pin, enum proof proof)

@@ -19,7 +19,14 @@ struct use;
 struct handle_identity {
 	uint64_t address;
 	uint64_t length;
+	uint32_t key; /* RDMA: rkey; else 0 */
 };
+
+static inline bool handle_identity_equal(const struct handle_identity *a,
+					 const struct handle_identity *b)
+{
+	return a->address == b->address && a->length == b->length && a->key == b->key;
+}
 
 /*
  * One byte range of a file, pinned through a context. `over`: it has ended without its holder's
@@ -65,8 +72,11 @@ struct pin *pin_free(struct pin *pin);
 int pin_bind(struct pin *pin, int64_t handle, const struct handle_identity *identity,
 	     struct refusal *ret_refusal);
 
-/* Its holder lets it go. It ends at once unless it is wanted gone: then it must be seen to be. */
+/* Its holder lets it go. It ends at once unless it is wanted gone, or can be proved to be: then it must be
+ * seen to be. */
 void pin_leave(struct pin *pin);
+/* Is it to be seen to be gone? */
+bool pin_is_awaited(const struct pin *pin);
 /* It has ended. Frees it if its holder knows, else keeps it as over. */
 void pin_end(struct pin *pin, enum proof proof);
 

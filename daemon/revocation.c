@@ -419,6 +419,9 @@ int revocation_start(struct broker *broker, struct file *file, bool by_break,
 
 		LIST_INSERT_HEAD(&pin->targets, &rev->targets[i], of_pin);
 		alive |= !pin->context->client->dead;
+		/* Let go of before, and not yet seen to be gone: now somebody waits for it. */
+		if (pin->state == PIN_LEAVING)
+			context_check(pin->context);
 		add_uid(rev, pin->context->client->process.uid);
 	}
 	if (file && by_break)

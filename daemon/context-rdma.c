@@ -1,0 +1,216 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#include <errno.h>
+#include <fcntl.h>
+#include <rdma/ib_user_ioctl_cmds.h>
+#include <rdma/rdma_user_ioctl.h>
+#include <rdma/rdma_user_ioctl_cmds.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/stat.h>
+
+#include "context.h"
+#include "macro.h"
+
+/*
+ * The handle is the kernel's of a memory region (ibv_mr::handle). Whoever holds the context's descriptor can
+ * list, query and destroy its regions with the ioctls of /dev/infiniband/uverbsN; libibverbs has no call
+ * for it, as it takes over contexts of mlx5 alone (ibv_import_device).
+ */
+
+/* Drivers are numbered by enum rdma_driver_id; new ones are added at its end. */
+#define DRIVERS_MAX 64U
+
+#define ATTRIBUTES_MAX 5U
+
+struct command {
+	struct ib_uverbs_ioctl_hdr header;
+	struct ib_uverbs_attr attributes[ATTRIBUTES_MAX];
+};
+
+static struct command command_new(uint16_t object, uint16_t method, uint32_t driver)
+{
+	return (struct command){
+		.header = { .object_id = object, .method_id = method, .driver_id = driver },
+	};
+}
+
+static void command_add(struct command *c, uint16_t id, uint64_t data, uint16_t size)
+{
+	c->attributes[c->header.num_attrs++] = (struct ib_uverbs_attr){
+		.attr_id = id,
+		.len = size,
+		.flags = UVERBS_ATTR_F_MANDATORY,
+		.data = data,
+	};
+}
+
+static void command_add_out(struct command *c, uint16_t id, void *out, uint16_t size)
+{
+	command_add(c, id, (uintptr_t)out, size);
+}
+
+static int command_run(int fd, struct command *c)
+{
+	c->header.length = (uint16_t)(sizeof(c->header) +
+				      c->header.num_attrs * sizeof(c->attributes[0]));
+	return ioctl(fd, RDMA_VERBS_IOCTL, c) < 0 ? -errno : 0;
+}
+
+/* ret_handles: room for n_max of the regions' handles; ret_n: how many there are. */
+static int list_regions(int fd, uint32_t driver, uint32_t *ret_handles, uint32_t n_max,
+			uint32_t *ret_n)
+{
+	struct command c = command_new(UVERBS_OBJECT_DEVICE, UVERBS_METHOD_INFO_HANDLES, driver);
+
+	command_add(&c, UVERBS_ATTR_INFO_OBJECT_ID, UVERBS_OBJECT_MR, sizeof(uint64_t));
+	command_add_out(&c, UVERBS_ATTR_INFO_TOTAL_HANDLES, ret_n, sizeof(*ret_n));
+	command_add_out(&c, UVERBS_ATTR_INFO_HANDLES_LIST, ret_handles,
+			(uint16_t)(n_max * sizeof(*ret_handles)));
+	return command_run(fd, &c);
+}
+
+/* The commands are refused with EINVAL unless they name the driver, which cannot be asked for. */
+static int find_driver(int fd, uint32_t *ret)
+{
+	for (uint32_t driver = 0; driver < DRIVERS_MAX; driver++) {
+		uint32_t handle, n;
+		int r = list_regions(fd, driver, &handle, 1, &n);
+
+		/* ENOSPC: there are more than fit */
+		if (r == -EINVAL)
+			continue;
+		*ret = driver;
+		return r == -ENOSPC ? 0 : r;
+	}
+	return -EOPNOTSUPP;
+}
+
+static int query_region(int fd, uint32_t driver, uint32_t handle, struct handle_identity *ret)
+{
+	struct command c = command_new(UVERBS_OBJECT_MR, UVERBS_METHOD_QUERY_MR, driver);
+	uint32_t lkey, rkey;
+	uint64_t length, iova;
+	int r;
+
+	command_add(&c, UVERBS_ATTR_QUERY_MR_HANDLE, handle, 0);
+	command_add_out(&c, UVERBS_ATTR_QUERY_MR_RESP_LKEY, &lkey, sizeof(lkey));
+	command_add_out(&c, UVERBS_ATTR_QUERY_MR_RESP_RKEY, &rkey, sizeof(rkey));
+	command_add_out(&c, UVERBS_ATTR_QUERY_MR_RESP_LENGTH, &length, sizeof(length));
+	command_add_out(&c, UVERBS_ATTR_QUERY_MR_RESP_IOVA, &iova, sizeof(iova));
+	r = command_run(fd, &c);
+	if (r == 0)
+		*ret = (struct handle_identity){ .address = iova, .length = length, .key = rkey };
+	return r;
+}
+
+static int destroy_region(int fd, uint32_t driver, uint32_t handle)
+{
+	struct command c = command_new(UVERBS_OBJECT_MR, UVERBS_METHOD_MR_DESTROY, driver);
+
+	command_add(&c, UVERBS_ATTR_DESTROY_MR_HANDLE, handle, 0);
+	return command_run(fd, &c);
+}
+
+/* The name of the RDMA device that a /dev/infiniband/uverbsN is for, wherever that node stands. */
+static int read_device_name(int fd, char ret[static 64])
+{
+	_cleanup_(freep) char *name = NULL;
+	struct statx stx;
+	int r;
+
+	/* see access.c: whatever else could wait for a FUSE server */
+	if (statx(fd, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, STATX_TYPE, &stx) < 0)
+		return -errno;
+	if (!S_ISCHR(stx.stx_mode))
+		return -ENOTTY;
+	r = proc_read(&name, "/sys/dev/char/%u:%u/ibdev", stx.stx_rdev_major, stx.stx_rdev_minor);
+	if (r < 0)
+		return r;
+	name[strcspn(name, "\n")] = 0;
+	snprintf(ret, 64, "%s", name);
+	return 0;
+}
+
+static bool rdma_identify(int fd, const char *link)
+{
+	char name[64];
+
+	return *link == '/' && read_device_name(fd, name) == 0;
+}
+
+static int rdma_describe(int fd, struct context_description *ret)
+{
+	uint32_t driver;
+
+	*ret = (struct context_description){ .proof = PROOF_CLAIMED };
+	(void)read_device_name(fd, ret->device);
+	ret->forcible = find_driver(fd, &driver) == 0;
+	if (ret->forcible)
+		ret->proof = PROOF_PROVABLE;
+	return 0;
+}
+
+static int rdma_read_handle(int fd, int64_t handle, struct handle_identity *ret)
+{
+	uint32_t driver;
+	int r;
+
+	if (handle > UINT32_MAX)
+		return -ENOENT;
+	r = find_driver(fd, &driver);
+	return r < 0 ? r : query_region(fd, driver, (uint32_t)handle, ret);
+}
+
+/* A device that was removed has taken its regions with it. */
+static bool is_gone(int fd, uint32_t driver, const struct handle *h)
+{
+	struct handle_identity now;
+	int r = query_region(fd, driver, (uint32_t)h->handle, &now);
+
+	return r == -ENOENT || r == -EIO ||
+	       (r == 0 && !handle_identity_equal(&now, &h->identity));
+}
+
+static int rdma_check(int fd, struct handle *handles, size_t n_handles)
+{
+	uint32_t driver;
+	int r;
+
+	r = find_driver(fd, &driver);
+	if (r < 0 && r != -EIO)
+		return r;
+	for (size_t i = 0; i < n_handles; i++)
+		handles[i].gone = r == -EIO || is_gone(fd, driver, &handles[i]);
+	return 0;
+}
+
+static int rdma_detach(int fd, const struct process *holder, struct handle *handles,
+		       size_t n_handles)
+{
+	uint32_t driver;
+	int r, first = 0;
+
+	r = find_driver(fd, &driver);
+	if (r < 0)
+		return r;
+	for (size_t i = 0; i < n_handles; i++) {
+		if (!is_gone(fd, driver, &handles[i])) {
+			/* EINVAL: a memory window is bound to it. The others are tried all the same. */
+			r = destroy_region(fd, driver, (uint32_t)handles[i].handle);
+			if (r < 0 && first == 0)
+				first = r;
+		}
+		handles[i].gone = is_gone(fd, driver, &handles[i]);
+	}
+	return first;
+}
+
+const struct context_ops context_rdma = {
+	.kind = "rdma",
+	.identify = rdma_identify,
+	.describe = rdma_describe,
+	.read_handle = rdma_read_handle,
+	.detach = rdma_detach,
+	.check = rdma_check,
+};
