@@ -289,7 +289,11 @@ static int get_version(sd_bus *bus, const char *path, const char *interface, con
 static int get_features(sd_bus *bus, const char *path, const char *interface, const char *property,
 			sd_bus_message *reply, void *userdata, sd_bus_error *error)
 {
-	return sd_bus_message_append(reply, "as", 3, "io_uring", "af_xdp", "opaque");
+	int r = sd_bus_message_open_container(reply, 'a', "s");
+
+	for (size_t i = 0; r >= 0 && context_kind(i); i++)
+		r = sd_bus_message_append(reply, "s", context_kind(i));
+	return r < 0 ? r : sd_bus_message_close_container(reply);
 }
 
 static int get_counts(sd_bus *bus, const char *path, const char *interface, const char *property,

@@ -28,13 +28,18 @@ static void hello_free(struct hello_job *j)
 
 static void hello_reply(struct peer *peer, const struct client *client)
 {
-	static const char *features[] = { "io_uring", "af_xdp", "opaque" };
+	const char *features[16];
 	struct msg_hello_out out = {
 		.client = (int64_t)client->id,
 		.token = client->token,
 		.version = PINBROKER_VERSION,
-		.features = { features, ELEMENTS(features) },
+		.features = { features, 0 },
 	};
+
+	while (out.features.n_items < ELEMENTS(features) && context_kind(out.features.n_items)) {
+		features[out.features.n_items] = context_kind(out.features.n_items);
+		out.features.n_items++;
+	}
 
 	peer_reply(peer, &schema_msg_hello_out, &out, NULL, 0);
 }

@@ -34,6 +34,11 @@ static const struct context_ops *const kinds[] = {
 	&context_opaque, /* last: takes what the others leave */
 };
 
+const char *context_kind(size_t i)
+{
+	return i < ELEMENTS(kinds) ? kinds[i]->kind : NULL;
+}
+
 static int read_link(int fd, char ret[static PATH_MAX])
 {
 	char path[64];

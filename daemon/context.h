@@ -101,6 +101,9 @@ struct context {
 	RB_ENTRY(context) by_id; /* broker::contexts */
 };
 
+/* The names of the kinds that there are, NULL after the last. */
+const char *context_kind(size_t i);
+
 /* The kind of a descriptor, and what can be done through it. REFUSED if it cannot be a context.
  * context_identify() can wait (offload); context_identify_at_once() is -EAGAIN where it would. */
 int context_identify(int fd, const struct context_ops **ret, struct context_description *ret_description,
