@@ -23,6 +23,10 @@
 
 #define ATTRIBUTES_MAX 5U
 
+/* Room for so many regions' handles, at first, and at most: their size in bytes has 16 bits. */
+#define REGIONS_FIRST 1024U
+#define REGIONS_MAX   16383U
+
 struct command {
 	struct ib_uverbs_ioctl_hdr header;
 	struct ib_uverbs_attr attributes[ATTRIBUTES_MAX];
@@ -185,23 +189,72 @@ static int rdma_check(int fd, struct handle *handles, size_t n_handles)
 	return 0;
 }
 
+/* All regions of the context; the caller frees them. */
+static int query_regions(int fd, uint32_t driver, struct handle_identity **ret, uint32_t *ret_n)
+{
+	_cleanup_(freep) struct handle_identity *regions = NULL;
+	_cleanup_(freep) uint32_t *handles = NULL;
+	uint32_t n = REGIONS_FIRST, n_max, n_regions = 0;
+	int r;
+
+	do {
+		n_max = n;
+		free(handles);
+		handles = calloc(n_max, sizeof(*handles));
+		if (!handles)
+			return -ENOMEM;
+		r = list_regions(fd, driver, handles, n_max, &n);
+	} while (r == -ENOSPC && n > n_max && n <= REGIONS_MAX);
+	if (r < 0)
+		return r;
+	regions = calloc(n + 1, sizeof(*regions));
+	if (!regions)
+		return -ENOMEM;
+	for (uint32_t i = 0; i < n; i++)
+		n_regions += query_region(fd, driver, handles[i], &regions[n_regions]) == 0;
+	*ret = TAKE_PTR(regions);
+	*ret_n = n_regions;
+	return 0;
+}
+
+/* Is the same memory registered, if by another name? Regions at address 0 may be of any. */
+static bool is_registered(const struct handle_identity *regions, uint32_t n,
+			  const struct handle_identity *h)
+{
+	for (uint32_t i = 0; i < n && h->address != 0; i++)
+		if (regions[i].address < h->address + h->length &&
+		    h->address < regions[i].address + regions[i].length)
+			return true;
+	return false;
+}
+
 static int rdma_detach(int fd, const struct process *holder, struct handle *handles,
 		       size_t n_handles)
 {
-	uint32_t driver;
+	_cleanup_(freep) struct handle_identity *regions = NULL;
+	uint32_t driver, n_regions;
 	int r, first = 0;
 
 	r = find_driver(fd, &driver);
 	if (r < 0)
 		return r;
 	for (size_t i = 0; i < n_handles; i++) {
-		if (!is_gone(fd, driver, &handles[i])) {
-			/* EINVAL: a memory window is bound to it. The others are tried all the same. */
-			r = destroy_region(fd, driver, (uint32_t)handles[i].handle);
-			if (r < 0 && first == 0)
-				first = r;
-		}
-		handles[i].gone = is_gone(fd, driver, &handles[i]);
+		if (is_gone(fd, driver, &handles[i]))
+			continue;
+		/* EINVAL: a memory window is bound to it. The others are tried all the same. */
+		r = destroy_region(fd, driver, (uint32_t)handles[i].handle);
+		if (r < 0 && first == 0)
+			first = r;
+	}
+	r = query_regions(fd, driver, &regions, &n_regions);
+	if (r < 0)
+		return r;
+	for (size_t i = 0; i < n_handles; i++) {
+		bool registered = is_registered(regions, n_regions, &handles[i].identity);
+
+		handles[i].gone = is_gone(fd, driver, &handles[i]) && !registered;
+		if (registered && first == 0)
+			first = -EBUSY;
 	}
 	return first;
 }
