@@ -146,6 +146,9 @@ static int has_clone(pid_t pid, int fd, void *userdata)
 	for (size_t i = 0; i < s->n_handles; i++) {
 		char line[64];
 
+		if (s->handles[i].keep)
+			continue;
+
 		snprintf(line, sizeof(line), ": 0x%llx/%llu\n",
 			 (unsigned long long)s->handles[i].identity.address,
 			 (unsigned long long)s->handles[i].identity.length);
@@ -170,6 +173,8 @@ static int ring_detach(int fd, const struct process *holder, struct handle *hand
 		};
 		struct handle_identity now;
 
+		if (handles[i].keep)
+			continue;
 		r = ring_read_handle(fd, handles[i].handle, &now);
 		if (r == 0 && handle_identity_equal(&now, &handles[i].identity))
 			r = ring_register(fd, IORING_REGISTER_BUFFERS_UPDATE, &update,
@@ -183,7 +188,7 @@ static int ring_detach(int fd, const struct process *holder, struct handle *hand
 	if (r != 0)
 		return r < 0 ? r : -EBUSY;
 	for (size_t i = 0; i < n_handles; i++)
-		handles[i].gone = true;
+		handles[i].gone = !handles[i].keep;
 	return 0;
 }
 

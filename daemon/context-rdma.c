@@ -217,13 +217,24 @@ static int query_regions(int fd, uint32_t driver, struct handle_identity **ret, 
 	return 0;
 }
 
-/* Is the same memory registered, if by another name? Regions at address 0 may be of any. */
-static bool is_registered(const struct handle_identity *regions, uint32_t n,
-			  const struct handle_identity *h)
+static bool is_kept(const struct handle *handles, size_t n_handles, const struct handle_identity *region)
 {
-	for (uint32_t i = 0; i < n && h->address != 0; i++)
-		if (regions[i].address < h->address + h->length &&
-		    h->address < regions[i].address + regions[i].length)
+	for (size_t i = 0; i < n_handles; i++)
+		if (handles[i].keep && handle_identity_equal(&handles[i].identity, region))
+			return true;
+	return false;
+}
+
+/* Is the same memory registered by another name, of which no pin tells? At address 0 it may be any memory. */
+static bool is_registered(const struct handle_identity *regions, uint32_t n_regions,
+			  const struct handle *handles, size_t n_handles, const struct handle *h)
+{
+	const struct handle_identity *was = &h->identity;
+
+	for (uint32_t i = 0; i < n_regions && was->address != 0; i++)
+		if (regions[i].address < was->address + was->length &&
+		    was->address < regions[i].address + regions[i].length &&
+		    !is_kept(handles, n_handles, &regions[i]))
 			return true;
 	return false;
 }
@@ -239,7 +250,7 @@ static int rdma_detach(int fd, const struct process *holder, struct handle *hand
 	if (r < 0)
 		return r;
 	for (size_t i = 0; i < n_handles; i++) {
-		if (is_gone(fd, driver, &handles[i]))
+		if (handles[i].keep || is_gone(fd, driver, &handles[i]))
 			continue;
 		/* EINVAL: a memory window is bound to it. The others are tried all the same. */
 		r = destroy_region(fd, driver, (uint32_t)handles[i].handle);
@@ -250,8 +261,11 @@ static int rdma_detach(int fd, const struct process *holder, struct handle *hand
 	if (r < 0)
 		return r;
 	for (size_t i = 0; i < n_handles; i++) {
-		bool registered = is_registered(regions, n_regions, &handles[i].identity);
+		bool registered;
 
+		if (handles[i].keep)
+			continue;
+		registered = is_registered(regions, n_regions, handles, n_handles, &handles[i]);
 		handles[i].gone = is_gone(fd, driver, &handles[i]) && !registered;
 		if (registered && first == 0)
 			first = -EBUSY;

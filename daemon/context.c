@@ -219,6 +219,7 @@ struct context_job {
 	uint64_t n_pages;    /* reap: that should be freed */
 	pid_t found;         /* reap: somebody else who holds it */
 	int result;
+	size_t n_wanted;     /* detach: of the handles */
 	size_t n_handles;
 	struct handle handles[];
 };
@@ -544,7 +545,7 @@ static void detach_done(struct job *job)
 		struct log_fields fields = { .revocation = j->revocation, .pid = j->holder.pid };
 
 		log_event(LOG_WARNING, MESSAGE_REVOKE_ESCALATED, &fields,
-			  "Detached %zu pins of %s (pid %d) by force.", j->n_handles,
+			  "Detached %zu pins of %s (pid %d) by force.", j->n_wanted,
 			  j->holder.comm, j->holder.pid);
 	}
 	if (j->context->client)
@@ -569,20 +570,26 @@ static int start_detach(struct context *context, const struct revocation *revoca
 {
 	struct context_job *j;
 	struct pin *pin;
-	size_t n = 0;
+	size_t n = 0, n_wanted = 0;
 
 	if (!context->description.forcible || !context->ops->detach || context->fd < 0)
 		return 0;
 	LIST_FOREACH(pin, &context->pins, of_context)
-		n += pin->handle != INT_NULL && is_wanted(pin, revocation);
-	if (n == 0)
+		if (pin->handle != INT_NULL && !pin->over) {
+			n++;
+			n_wanted += is_wanted(pin, revocation);
+		}
+	if (n_wanted == 0)
 		return 0;
 	j = context_job_new(context, n);
 	if (!j)
 		return -ENOMEM;
 	LIST_FOREACH(pin, &context->pins, of_context)
-		if (pin->handle != INT_NULL && is_wanted(pin, revocation))
-			j->handles[j->n_handles++] = handle_of(pin);
+		if (pin->handle != INT_NULL && !pin->over) {
+			j->handles[j->n_handles] = handle_of(pin);
+			j->handles[j->n_handles++].keep = !is_wanted(pin, revocation);
+		}
+	j->n_wanted = n_wanted;
 	j->revocation = revocation->id;
 	j->job.run = detach_run;
 	j->job.done = detach_done;

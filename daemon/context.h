@@ -27,6 +27,7 @@ struct handle {
 	uint64_t pin;
 	int64_t handle;
 	struct handle_identity identity;
+	bool keep; /* detach: not to be touched, and known to be there */
 	bool gone; /* out: it was seen not to be there any more */
 };
 
@@ -51,7 +52,8 @@ struct context_ops {
 	int (*read_handle)(int fd, int64_t handle, struct handle_identity *ret);
 
 	/* Detaches what the handles name by force, where they are still what they were, and sets `gone`
-	 * on those that are seen to be gone with the proof of the kind. Default: -EOPNOTSUPP. */
+	 * on those that are seen to be gone with the proof of the kind; all that are bound are given,
+	 * those of other pins to keep. Default: -EOPNOTSUPP. */
 	int (*detach)(int fd, const struct process *holder, struct handle *handles,
 		      size_t n_handles);
 
