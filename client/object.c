@@ -2,11 +2,7 @@
 #include "internal.h"
 
 #include <fcntl.h>
-#include <poll.h>
 #include <string.h>
-
-/* For pins that are leaving. */
-#define LEAVING_PATIENCE_USEC USEC_PER_SEC
 
 struct pinbroker_file {
 	pinbroker *pb; /* a reference */
@@ -28,34 +24,6 @@ struct pinbroker_context {
 static int no_memory(const pinbroker *pb)
 {
 	return error_set(pb, -ENOMEM, "Out of memory.");
-}
-
-static int stays(const struct pinbroker_pin_info *info, void *userdata)
-{
-	const uint64_t *context = userdata;
-
-	return info->state != PINBROKER_PIN_LEAVING && (*context == 0 || info->context == *context);
-}
-
-/* Of pins that were let go of in a revocation the broker first sees whether they are gone. That
- * takes a moment, which nobody should have to wait out by himself. file, context: 0 for any. */
-static int call_when_left(
-	pinbroker *pb, int method, const void *in, uint64_t file, uint64_t context)
-{
-	uint64_t until = now_usec() + LEAVING_PATIENCE_USEC;
-
-	for (int msec = 1;; msec *= 2) {
-		_cleanup_(reply_done) struct reply reply = {};
-		int r, staying;
-
-		r = broker_call(pb, method, in, NULL, 0, NULL, &reply);
-		if (r != -EBUSY || now_usec() >= until)
-			return r;
-		staying = pinbroker_list_pins(pb, file, pb->client, stays, &context);
-		if (staying != 0)
-			return staying < 0 ? staying : r;
-		poll(NULL, 0, msec);
-	}
 }
 
 /* ---- Files ---- */
@@ -150,9 +118,10 @@ EXPORT const struct pinbroker_file_info *pinbroker_file_get_info(const pinbroker
 EXPORT int pinbroker_close_file(pinbroker_file *file)
 {
 	struct msg_close_file_in in = {.file = (int64_t)file->info.file};
+	_cleanup_(reply_done) struct reply reply = {};
 	int r;
 
-	r = call_when_left(file->pb, METHOD_CloseFile, &in, file->info.file, 0);
+	r = broker_call(file->pb, METHOD_CloseFile, &in, NULL, 0, NULL, &reply);
 	if (r < 0)
 		return r;
 	pinbroker_file_free(file);
@@ -273,9 +242,10 @@ EXPORT enum pinbroker_proof pinbroker_context_get_proof(const pinbroker_context 
 EXPORT int pinbroker_remove_context(pinbroker_context *context)
 {
 	struct msg_remove_context_in in = {.context = (int64_t)context->id};
+	_cleanup_(reply_done) struct reply reply = {};
 	int r;
 
-	r = call_when_left(context->pb, METHOD_RemoveContext, &in, 0, context->id);
+	r = broker_call(context->pb, METHOD_RemoveContext, &in, NULL, 0, NULL, &reply);
 	if (r < 0)
 		return r;
 	pinbroker_context_free(context);

@@ -403,8 +403,7 @@ const struct pinbroker_file_info *pinbroker_file_get_info(const pinbroker_file *
 /*
  * Lets the file go and frees it, closing its descriptor. Unmap it first: a mapping keeps the
  * description open. On failure the file is as before; -EBUSY while pins of this client are on it.
- * Those that are leaving, because the broker is still looking whether they are gone, are waited for
- * up to a second.
+ * Of those that were let go of the broker looks first whether they are gone.
  */
 int pinbroker_close_file(pinbroker_file *file);
 /* Frees without telling the broker: for when the handle is of no use any more. Accepts NULL,
@@ -439,7 +438,7 @@ enum pinbroker_proof pinbroker_context_get_proof(const pinbroker_context *contex
 /*
  * Takes a context back and frees the object. To be called before the context itself is closed: the
  * broker's copy keeps it, and all that it pins, alive. On failure the object is as before; -EBUSY
- * while pins are on it. Those that are leaving are waited for up to a second.
+ * while pins are on it. Of those that were let go of the broker looks first whether they are gone.
  */
 int pinbroker_remove_context(pinbroker_context *context);
 /* Frees without telling the broker. Accepts NULL, returns NULL. */
