@@ -171,17 +171,6 @@ static void test_forged_notice_is_ignored(void **state)
 	world_stop();
 }
 
-static void start_daemon(void)
-{
-	char config[128];
-	const char *broker[] = {getenv("PINBROKERD"), "--socket", socket_path, "--bus", bus_address,
-		"--config", config, NULL};
-
-	snprintf(config, sizeof(config), "%s/conf", dir);
-	daemon_pid = start(broker);
-	wait_for_socket(socket_path);
-}
-
 /* Without its state (the daemon keeps none yet) it knows nothing of the pins. */
 static void forget(unsigned channels)
 {

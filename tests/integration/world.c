@@ -158,13 +158,20 @@ void start_bus(void)
 	wait_for_socket(bus_path);
 }
 
-void world_start(const char *config)
+void start_daemon(void)
 {
 	const char *broker[] = { getenv("PINBROKERD"), "--socket", socket_path, "--bus",
 				 bus_address, "--config", config_path, NULL };
-	FILE *f;
 
 	assert_non_null(broker[0]);
+	daemon_pid = start(broker);
+	wait_for_socket(socket_path);
+}
+
+void world_start(const char *config)
+{
+	FILE *f;
+
 	strcpy(dir + strlen(dir) - 6, "XXXXXX");
 	assert_non_null(mkdtemp(dir));
 	snprintf(mount_point, sizeof(mount_point), "%s/mnt", dir);
@@ -179,8 +186,7 @@ void world_start(const char *config)
 	fputs(config, f);
 	fclose(f);
 	start_bus();
-	daemon_pid = start(broker);
-	wait_for_socket(socket_path);
+	start_daemon();
 }
 
 void world_stop(void)

@@ -43,6 +43,7 @@ void world_start(const char *config);
 /* Ends them, and sees the daemon exit with 0. */
 void world_stop(void);
 void start_bus(void);
+void start_daemon(void);
 void mount_fs(const char *fs);
 void make_file(void); /* file_path, SIZE bytes */
 
