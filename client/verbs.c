@@ -21,7 +21,7 @@ static int check_process(pinbroker *pb)
 	return r < 0 ? r : 0;
 }
 
-static int bind(const struct region *region, const struct ibv_mr *mr)
+static int bind_handle(const struct region *region, const struct ibv_mr *mr)
 {
 	int r = -ECONNRESET;
 
@@ -166,7 +166,7 @@ static int register_region(struct region *region, struct ibv_pd *pd, void *addr,
 	r = mr ? 0 : errno > 0 ? -errno : -EIO;
 	pthread_rwlock_unlock(&region->device->handles);
 	if (r == 0) {
-		r = bind(region, mr);
+		r = bind_handle(region, mr);
 		bound = r == 0;
 	}
 	if (bound && !region_publish(region, mr))

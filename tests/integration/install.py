@@ -93,6 +93,9 @@ class Installed(Case):
     def unit_directory(self):
         return self.systemd('systemdsystemunitdir', 'lib/systemd/system')
 
+    def has_verbs(self):
+        return os.path.exists(os.path.join(os.environ['BUILD_ROOT'], 'client/libpinbroker-verbs.so'))
+
     def installed(self, *path):
         return self.root + os.path.join(*path)
 
@@ -211,6 +214,15 @@ class Install(Installed):
             os.path.join(self.systemd('catalogdir', 'lib/systemd/catalog'), 'pinbroker.catalog'): 0o644,
             os.path.join(directory('sysconfdir'), 'pinbroker/pinbroker.conf'): 0o644,
         }
+        if self.has_verbs():
+            verbs = os.path.join(directory('libdir'), 'libpinbroker-verbs.so')
+            files |= {
+                verbs + '.1.0.0': 0o755,
+                verbs + '.1': 'libpinbroker-verbs.so.1.0.0',
+                verbs: 'libpinbroker-verbs.so.1',
+                os.path.join(directory('libdir'), 'pkgconfig/libpinbroker-verbs.pc'): 0o644,
+                os.path.join(directory('includedir'), 'pinbroker-verbs.h'): 0o644,
+            }
         self.assertRegex(self.unit_directory(), r'lib/systemd/system$')
         self.assertRegex(self.systemd('sysusersdir', 'lib/sysusers.d'), r'lib/sysusers\.d$')
         found = {}
@@ -314,6 +326,18 @@ class Install(Installed):
 
     def test_library(self):
         self.check_library()
+
+
+    def test_verbs_header(self):
+        """Compiles by itself; pinbroker.h's test is in tests/api."""
+        if not self.has_verbs():
+            return
+        header = self.installed(self.directory('includedir'), 'pinbroker-verbs.h')
+        for language, standards in (('c', ('c11', 'gnu17')), ('c++', ('c++11', 'c++17'))):
+            for standard in standards:
+                self.run_command([*os.environ.get('CC', 'cc').split(), '-x', language,
+                                  '-std=' + standard, '-Wall', '-Wextra', '-Werror',
+                                  '-fsyntax-only', '-I', os.path.dirname(header), header])
 
     @unittest.skipIf(os.environ.get('PINBROKER_SANITIZED'), 'the library needs a sanitizer')
     def test_programs(self):
