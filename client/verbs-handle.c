@@ -12,14 +12,11 @@
 /* As in daemon/context-rdma.c: the kernel wants the driver's number, which cannot be asked for. */
 #define DRIVERS_MAX 64U
 
-struct query {
-	struct ib_uverbs_ioctl_hdr header;
-	struct ib_uverbs_attr attributes[5];
-};
+#define ATTRIBUTES 5
 
-static struct ib_uverbs_attr attribute(uint16_t id, uint64_t data, uint16_t size)
+static void add(struct ib_uverbs_ioctl_hdr *query, uint16_t id, uint64_t data, uint16_t size)
 {
-	return (struct ib_uverbs_attr){
+	query->attrs[query->num_attrs++] = (struct ib_uverbs_attr){
 		.attr_id = id,
 		.len = size,
 		.flags = UVERBS_ATTR_F_MANDATORY,
@@ -27,34 +24,31 @@ static struct ib_uverbs_attr attribute(uint16_t id, uint64_t data, uint16_t size
 	};
 }
 
-static int query(const struct ibv_mr *mr, uint32_t driver, uint32_t *ret_rkey, uint64_t *ret_length)
+static void add_out(struct ib_uverbs_ioctl_hdr *query, uint16_t id, void *out, uint16_t size)
 {
+	add(query, id, (uintptr_t)out, size);
+}
+
+static int query_region(
+	const struct ibv_mr *mr, uint32_t driver, uint32_t *ret_rkey, uint64_t *ret_length)
+{
+	_Alignas(struct ib_uverbs_ioctl_hdr) char
+		buffer[sizeof(struct ib_uverbs_ioctl_hdr) +
+			ATTRIBUTES * sizeof(struct ib_uverbs_attr)] = {0};
+	struct ib_uverbs_ioctl_hdr *query = (void *)buffer;
 	uint64_t iova;
 	uint32_t lkey;
-	struct query q = {
-		.header =
-			{
-				.length = sizeof(q),
-				.object_id = UVERBS_OBJECT_MR,
-				.method_id = UVERBS_METHOD_QUERY_MR,
-				.num_attrs = 5,
-				.driver_id = driver,
-			},
-		.attributes =
-			{
-				attribute(UVERBS_ATTR_QUERY_MR_HANDLE, mr->handle, 0),
-				attribute(UVERBS_ATTR_QUERY_MR_RESP_LKEY, (uintptr_t)&lkey,
-					sizeof(lkey)),
-				attribute(UVERBS_ATTR_QUERY_MR_RESP_RKEY, (uintptr_t)ret_rkey,
-					sizeof(*ret_rkey)),
-				attribute(UVERBS_ATTR_QUERY_MR_RESP_LENGTH, (uintptr_t)ret_length,
-					sizeof(*ret_length)),
-				attribute(UVERBS_ATTR_QUERY_MR_RESP_IOVA, (uintptr_t)&iova,
-					sizeof(iova)),
-			},
-	};
 
-	return ioctl(mr->context->cmd_fd, RDMA_VERBS_IOCTL, &q) < 0 ? -errno : 0;
+	query->length = sizeof(buffer);
+	query->object_id = UVERBS_OBJECT_MR;
+	query->method_id = UVERBS_METHOD_QUERY_MR;
+	query->driver_id = driver;
+	add(query, UVERBS_ATTR_QUERY_MR_HANDLE, mr->handle, 0);
+	add_out(query, UVERBS_ATTR_QUERY_MR_RESP_LKEY, &lkey, sizeof(lkey));
+	add_out(query, UVERBS_ATTR_QUERY_MR_RESP_RKEY, ret_rkey, sizeof(*ret_rkey));
+	add_out(query, UVERBS_ATTR_QUERY_MR_RESP_LENGTH, ret_length, sizeof(*ret_length));
+	add_out(query, UVERBS_ATTR_QUERY_MR_RESP_IOVA, &iova, sizeof(iova));
+	return ioctl(mr->context->cmd_fd, RDMA_VERBS_IOCTL, query) < 0 ? -errno : 0;
 }
 
 int handle_is_of(const struct ibv_mr *mr)
@@ -65,7 +59,7 @@ int handle_is_of(const struct ibv_mr *mr)
 
 	/* EINVAL: the wrong driver; in the end: the handle is of something that is no region */
 	for (uint32_t driver = 0; r == -EINVAL && driver < DRIVERS_MAX; driver++)
-		r = query(mr, driver, &rkey, &length);
+		r = query_region(mr, driver, &rkey, &length);
 	/* EIO: the device is gone, and all regions with it */
 	if (r == -EINVAL || r == -ENOENT || r == -EIO)
 		return 0;
