@@ -189,7 +189,7 @@ static void run(int listener)
 			continue;
 		if (pfd[1].revents && client < 0)
 			client_arrive(listener);
-		else if (pfd[1].revents && recv(client, &answer, 1, MSG_DONTWAIT) == 0)
+		else if (pfd[1].revents && recv(client, &answer, 1, MSG_DONTWAIT) <= 0)
 			client_leave();
 		if (pfd[0].revents && pinbroker_dispatch(pb) < 0)
 			die("Cannot go on");
