@@ -59,10 +59,11 @@ struct ibv_mr *pinbroker_reg_mr(pinbroker *pb, const pinbroker_file *file, uint6
  * round if the device's proof is not PINBROKER_PROOF_PROVABLE, as told at pinbroker_unpin(). Waits
  * for registrations with the same device that are under way in other threads.
  *
- * A region that the broker has destroyed by force is not deregistered again, which is no failure:
- * the result is 0. Its struct ibv_mr, some 50 to 150 bytes, is freed by ibv_unimport_mr() where the
- * device's provider has that (mlx5), and otherwise lost until the process ends, because libibverbs
- * has no other way to free it alone. After ibv_fork_init() its memory remains MADV_DONTFORK.
+ * A region that the broker has destroyed by force, or that went with its device, is not
+ * deregistered again, which is no failure: the result is 0. Its struct ibv_mr, some 50 to 150
+ * bytes, is freed by ibv_unimport_mr() where the device's provider has that (mlx5), and otherwise
+ * lost until the process ends, because libibverbs has no other way to free it alone. After
+ * ibv_fork_init() its memory remains MADV_DONTFORK.
  *
  * Where the broker cannot say whether it has destroyed the region (-ENOTRECOVERABLE: it was
  * restarted without its state) the kernel is asked, and the result is 0 all the same.

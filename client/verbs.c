@@ -42,11 +42,25 @@ static int unpin(const struct region *region, size_t *ret_n_ended)
 
 /* ---- Letting go ---- */
 
+/* Of a region that is gone only what libibverbs allocated is left. Frees it without a word to the
+ * kernel, or, with most providers, does nothing. */
+static void forget(struct ibv_mr *mr)
+{
+	ibv_unimport_mr(mr);
+}
+
 static int deregister(struct ibv_mr *mr)
 {
 	int r = ibv_dereg_mr(mr);
 
-	return r > 0 ? -r : r;
+	r = r > 0 ? -r : r;
+	if (r == -EIO && handle_is_of(mr) == 0)
+		r = -ENOENT;
+	if (r != -ENOENT)
+		return r;
+	/* The broker was faster, or the device is gone. */
+	forget(mr);
+	return 0;
 }
 
 /* Lets go of the pin. Returns whether the handle is still the region's: 1 or 0. */
@@ -68,15 +82,10 @@ static int let_go_provable(const struct region *region, struct ibv_mr *mr)
 
 	r = unpin_handle(region, mr);
 	if (r > 0)
-		r = deregister(mr);
-	else if (r == 0)
-		r = -ENOENT;
-	/* The broker may also have destroyed it between the two. */
-	if (r != -ENOENT)
-		return r;
-	/* Frees it without a word to the kernel, or, with most providers, does nothing. */
-	ibv_unimport_mr(mr);
-	return 0;
+		return deregister(mr);
+	if (r == 0)
+		forget(mr);
+	return r;
 }
 
 /* Nothing is detached by force here. */
@@ -142,15 +151,13 @@ static void abandon(struct region *region, struct ibv_mr *mr, bool bound)
 	struct device *d = region->device;
 
 	pthread_rwlock_wrlock(&d->handles);
-	if (bound) {
+	if (bound)
 		(void)let_go(region, mr);
-	} else {
-		/* The broker has no handle that it could destroy. */
-		if (mr)
-			(void)deregister(mr);
-		(void)unpin(region, NULL);
-	}
+	else if (mr)
+		(void)deregister(mr); /* the broker has no handle that it could destroy */
 	pthread_rwlock_unlock(&d->handles);
+	if (!bound)
+		(void)unpin(region, NULL);
 	region_free(region);
 }
 

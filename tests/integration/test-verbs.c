@@ -36,7 +36,7 @@ static struct {
 	struct ibv_mr *slots[SLOTS]; /* by handle */
 	uint32_t last_key;
 	bool provable; /* its proof; the daemon itself knows io_urings as "claimed" */
-	bool open;
+	bool open, removed;
 	unsigned n_registered, n_deregistered, n_unimported, n_queried;
 	int dereg_error;                /* the next one fails so */
 	int unpin_error;                /* the next one is done, but answered so */
@@ -169,6 +169,10 @@ int __wrap_ioctl(int fd, unsigned long request, void *arg)
 	assert_int_equal(request, RDMA_VERBS_IOCTL);
 	assert_int_equal(header->method_id, UVERBS_METHOD_QUERY_MR);
 	device.n_queried++;
+	if (device.removed) {
+		errno = EIO;
+		return -1;
+	}
 	if (header->driver_id != 14) {
 		errno = EINVAL;
 		return -1;
@@ -498,11 +502,22 @@ static void test_failed_deregistration(void **state)
 	assert_int_equal(pinbroker_close_device(holder.pb, &device.verbs), -EBUSY);
 	assert_int_equal(dereg(mr), 0);
 	assert_int_equal(device.n_deregistered, 1);
+	/* firmware */
+	mr = new_region(0);
+	device.dereg_error = EIO;
+	assert_int_equal(dereg(mr), -EIO);
+	/* the device has been removed */
+	device.removed = true;
+	device.dereg_error = EIO;
+	assert_int_equal(dereg(mr), 0);
+	assert_int_equal(device.n_unimported, 1);
+	device.removed = false;
+	device.slots[0] = NULL;
 	/* the daemon destroys it just before */
 	mr = new_region(0);
 	device.slots[0] = NULL;
 	assert_int_equal(dereg(mr), 0);
-	assert_int_equal(device.n_unimported, 1);
+	assert_int_equal(device.n_unimported, 2);
 	end();
 }
 
