@@ -119,6 +119,7 @@ int main(int argc, char *argv[])
 		pair_disconnect(&pair);
 		close(s);
 	}
+	printf("no server at %s:%s\n", argv[2], argv[3]);
 
 	ibv_dereg_mr(own);
 	ibv_dealloc_pd(pd);

@@ -8,6 +8,7 @@
 
 #include <infiniband/verbs.h>
 #include <netdb.h>
+#include <netinet/in.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -78,6 +79,20 @@ static inline int gid_find(struct ibv_context *context, union ibv_gid *ret)
 		is_mapped = m;
 	}
 	return found;
+}
+
+static inline int listen_at(const char *port)
+{
+	struct sockaddr_in6 address = {
+		.sin6_family = AF_INET6,
+		.sin6_port = htons((uint16_t)atoi(port)),
+	};
+	int s = socket(AF_INET6, SOCK_STREAM | SOCK_CLOEXEC, 0);
+
+	setsockopt(s, SOL_SOCKET, SO_REUSEADDR, &(int){1}, sizeof(int));
+	if (bind(s, (struct sockaddr *)&address, sizeof(address)) < 0 || listen(s, 1) < 0)
+		fail("Cannot listen");
+	return s;
 }
 
 static inline void send_all(int s, const void *data, size_t size)

@@ -13,7 +13,6 @@
 #include "rdma-pair.h"
 
 #include <errno.h>
-#include <netinet/in.h>
 #include <pinbroker-verbs.h>
 #include <poll.h>
 #include <signal.h>
@@ -160,20 +159,6 @@ static int take_hold(void)
 }
 
 /* ---- */
-
-static int listen_at(const char *port)
-{
-	struct sockaddr_in6 address = {
-		.sin6_family = AF_INET6,
-		.sin6_port = htons((uint16_t)atoi(port)),
-	};
-	int s = socket(AF_INET6, SOCK_STREAM | SOCK_CLOEXEC, 0);
-
-	setsockopt(s, SOL_SOCKET, SO_REUSEADDR, &(int){1}, sizeof(int));
-	if (bind(s, (struct sockaddr *)&address, sizeof(address)) < 0 || listen(s, 1) < 0)
-		fail("Cannot listen");
-	return s;
-}
 
 static void run(int listener)
 {
