@@ -504,9 +504,20 @@ void context_reap(struct context *context)
 		start_reap(context);
 }
 
+static uint64_t wanted_pages(const struct context_job *j)
+{
+	uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE), n = 0;
+
+	for (size_t i = 0; i < j->n_handles; i++)
+		if (j->handles[i].gone)
+			n += (j->handles[i].identity.length + page - 1) / page;
+	return n;
+}
+
 static void detach_run(struct job *job)
 {
 	struct context_job *j = container_of(job, struct context_job, job);
+	struct pin_counter counter;
 	int stopped = 0;
 
 	/*
@@ -521,9 +532,13 @@ static void detach_run(struct job *job)
 			return;
 		}
 	}
+	pin_counter_start(&counter);
 	j->result = j->ops->detach(j->fd, &j->holder, j->handles, j->n_handles);
 	if (stopped > 0)
 		(void)pidfd_send_signal(j->holder.pidfd, SIGCONT, NULL, 0);
+	/* Who cannot have the counters of all CPUs folded would wait in vain. */
+	if (j->ops->detach_frees_usec > 0 && geteuid() == 0)
+		pin_counter_wait(&counter, wanted_pages(j), j->ops->detach_frees_usec);
 }
 
 static void detach_done(struct job *job)

@@ -65,8 +65,9 @@ struct context_ops {
 	 * copy has to be closed. Default: the holder lets go of single pins. */
 	bool until_close;
 
-	/* How long after the last close the kernel begins to free the pages, at most. Default: at once. */
-	uint64_t frees_usec;
+	/* How long after the last close, or after a detach, the kernel begins to free the pages, at most.
+	 * Default: at once. */
+	uint64_t frees_usec, detach_frees_usec;
 };
 
 /* Wants to know when it has been looked whether leaving pins are gone. */

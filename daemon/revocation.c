@@ -16,7 +16,7 @@
 #include "notice.h"
 
 /* How long forced detaches, and dying, may take. */
-#define DETACH_USEC (1 * USEC_PER_SEC)
+#define DETACH_USEC (2 * USEC_PER_SEC)
 #define KILL_USEC   (2 * USEC_PER_SEC)
 #define RETRY_USEC  (10 * USEC_PER_MSEC)
 
