@@ -101,7 +101,10 @@ struct ibv_mr *__wrap_ibv_reg_mr_iova2(
 		handle++;
 	assert_true(handle < SLOTS);
 	r = io_uring_register_buffers_update_tag(&device.ring, handle, &iov, NULL, 1);
-	*mr = (struct ibv_mr){pd->context, pd, addr, length, handle, 0, ++device.last_key};
+	/* as rxe does */
+	*mr = (struct ibv_mr){pd->context, pd, addr, length, handle, ++device.last_key, 0};
+	if (access & IBV_ACCESS_REMOTE_WRITE)
+		mr->rkey = mr->lkey;
 	if (r == 1) {
 		device.slots[handle] = mr;
 		device.n_registered++;
@@ -185,6 +188,8 @@ int __wrap_ioctl(int fd, unsigned long request, void *arg)
 	for (unsigned i = 1; i < header->num_attrs; i++) {
 		void *out = (void *)(uintptr_t)header->attrs[i].data;
 
+		if (header->attrs[i].attr_id == UVERBS_ATTR_QUERY_MR_RESP_LKEY)
+			memcpy(out, &mr->lkey, sizeof(mr->lkey));
 		if (header->attrs[i].attr_id == UVERBS_ATTR_QUERY_MR_RESP_RKEY)
 			memcpy(out, &mr->rkey, sizeof(mr->rkey));
 		if (header->attrs[i].attr_id == UVERBS_ATTR_QUERY_MR_RESP_LENGTH)
@@ -276,7 +281,7 @@ static struct ibv_mr *try_region(unsigned i, int access)
 
 static struct ibv_mr *new_region(unsigned i)
 {
-	struct ibv_mr *mr = try_region(i, IBV_ACCESS_LOCAL_WRITE | IBV_ACCESS_REMOTE_WRITE);
+	struct ibv_mr *mr = try_region(i, IBV_ACCESS_LOCAL_WRITE);
 
 	if (!mr)
 		fail_msg("%s: %s", strerror(errno), pinbroker_last_error(holder.pb)->message);
