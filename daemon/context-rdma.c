@@ -104,7 +104,11 @@ static int query_region(int fd, uint32_t driver, uint32_t handle, struct handle_
 	command_add_out(&c, UVERBS_ATTR_QUERY_MR_RESP_IOVA, &iova, sizeof(iova));
 	r = command_run(fd, &c);
 	if (r == 0)
-		*ret = (struct handle_identity){ .address = iova, .length = length, .key = rkey };
+		*ret = (struct handle_identity){
+			.address = iova,
+			.length = length,
+			.key = (uint64_t)lkey << 32 | rkey,
+		};
 	return r;
 }
 

@@ -19,7 +19,7 @@ struct use;
 struct handle_identity {
 	uint64_t address;
 	uint64_t length;
-	uint32_t key; /* RDMA: rkey; else 0 */
+	uint64_t key; /* RDMA: lkey and rkey, which is 0 without remote access; else 0 */
 };
 
 static inline bool handle_identity_equal(const struct handle_identity *a,
