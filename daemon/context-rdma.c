@@ -27,21 +27,34 @@
 #define REGIONS_FIRST 1024U
 #define REGIONS_MAX   16383U
 
+/* The header, and the attributes behind it: as an array, since a structure that ends in one of no size may
+ * not be part of another (clang). */
 struct command {
-	struct ib_uverbs_ioctl_hdr header;
-	struct ib_uverbs_attr attributes[ATTRIBUTES_MAX];
+	_Alignas(struct ib_uverbs_ioctl_hdr) char buffer[sizeof(struct ib_uverbs_ioctl_hdr) +
+							 ATTRIBUTES_MAX *
+								 sizeof(struct ib_uverbs_attr)];
 };
+
+static struct ib_uverbs_ioctl_hdr *command_header(struct command *c)
+{
+	return (void *)c->buffer;
+}
 
 static struct command command_new(uint16_t object, uint16_t method, uint32_t driver)
 {
-	return (struct command){
-		.header = { .object_id = object, .method_id = method, .driver_id = driver },
-	};
+	struct command c = {};
+
+	command_header(&c)->object_id = object;
+	command_header(&c)->method_id = method;
+	command_header(&c)->driver_id = driver;
+	return c;
 }
 
 static void command_add(struct command *c, uint16_t id, uint64_t data, uint16_t size)
 {
-	c->attributes[c->header.num_attrs++] = (struct ib_uverbs_attr){
+	struct ib_uverbs_ioctl_hdr *header = command_header(c);
+
+	header->attrs[header->num_attrs++] = (struct ib_uverbs_attr){
 		.attr_id = id,
 		.len = size,
 		.flags = UVERBS_ATTR_F_MANDATORY,
@@ -56,9 +69,10 @@ static void command_add_out(struct command *c, uint16_t id, void *out, uint16_t 
 
 static int command_run(int fd, struct command *c)
 {
-	c->header.length = (uint16_t)(sizeof(c->header) +
-				      c->header.num_attrs * sizeof(c->attributes[0]));
-	return ioctl(fd, RDMA_VERBS_IOCTL, c) < 0 ? -errno : 0;
+	struct ib_uverbs_ioctl_hdr *header = command_header(c);
+
+	header->length = (uint16_t)(sizeof(*header) + header->num_attrs * sizeof(header->attrs[0]));
+	return ioctl(fd, RDMA_VERBS_IOCTL, header) < 0 ? -errno : 0;
 }
 
 /* ret_handles: room for n_max of the regions' handles; ret_n: how many there are. */

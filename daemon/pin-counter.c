@@ -9,7 +9,7 @@
 
 /* Once the pages have begun to be freed: on a busy machine the kernel's worker may have to wait for a CPU. */
 #define STILL_USEC (250 * USEC_PER_MSEC)
-#define WAIT_USEC  (1500 * USEC_PER_MSEC)
+#define WAIT_USEC  (1800 * USEC_PER_MSEC)
 
 static uint64_t read_released(void)
 {

@@ -23,6 +23,15 @@ OK, USAGE, DATAERR, NOINPUT, UNAVAILABLE, TEMPFAIL = 0, 64, 65, 66, 69, 75  # sy
 VERBS = ('status', 'list', 'show', 'revoke', 'watch', 'map', 'preflight', 'hold')
 
 
+class Running(subprocess.Popen):
+    """Ends with its block, also where that fails."""
+
+    def __exit__(self, *args):
+        if args[0]:
+            self.kill()
+        super().__exit__(*args)
+
+
 class Tool:
     def __init__(self, world):
         self.env = dict(os.environ, PINBROKER_SOCKET=world.path, LC_ALL='C.UTF-8', COLUMNS='200',
@@ -53,8 +62,8 @@ class Tool:
 
     def start(self, *args):
         """A tool that goes on; its lines come from its stdout."""
-        return subprocess.Popen([TOOL, *map(str, args)], stdin=subprocess.DEVNULL, text=True,
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=self.env)
+        return Running([TOOL, *map(str, args)], stdin=subprocess.DEVNULL, text=True,
+                       stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=self.env)
 
     @contextlib.contextmanager
     def hold(self, *args):

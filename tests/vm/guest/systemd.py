@@ -18,6 +18,7 @@ from installed import (ADDRESS, MANAGER, NAME, ROOT, SECOND, SERVICE, SOCKET, TE
                        busctl, call, daemon_pid, journal, leases, output, properties, run, show)
 from client import PAGE, Connection, is_readable, truncate_in_child
 
+RULES = '/etc/polkit-1/rules.d/10-test.rules'
 DROP_IN = '/etc/pinbroker/pinbroker.conf.d/test.conf'
 SIZE = 64 * PAGE
 GRACE, SIGNAL_GRACE = 6, 2  # seconds
@@ -154,14 +155,27 @@ class Bus(Case):
         self.assertEqual(holder.wait(), 0)
 
     def test_strangers(self):
-        """An ordinary user may not, a member of the group may."""
+        """An ordinary user may not, unless a rule of polkit lets him; a member of the group may."""
         argv = ('call', NAME, ROOT, MANAGER, 'ListFiles', 'a{sv}tu', 0, 0, 0)
+        stranger = {'user': TESTER, 'group': TESTER, 'extra_groups': []}
         output('systemctl', 'start', SERVICE)
-        refused = busctl(*argv, user=TESTER, group=TESTER, extra_groups=[])
+        refused = busctl(*argv, **stranger)
         self.assertNotEqual(refused.returncode, 0)
-        self.assertRegex(refused.stderr, 'Access denied|not allowed|AccessDenied')
-        allowed = busctl(*argv, user=TESTER, group=TESTER, extra_groups=['pinbroker'])
+        self.assertIn('Only root and the group pinbroker may do this', refused.stderr)
+        allowed = busctl(*argv, **stranger | {'extra_groups': ['pinbroker']})
         self.assertEqual(allowed.returncode, 0, allowed.stderr)
+
+        self.addCleanup(output, 'systemctl', 'restart', 'polkit.service')
+        self.addCleanup(os.unlink, RULES)
+        with open(RULES, 'w', encoding='utf-8') as f:
+            f.write('polkit.addRule(function(action, subject) {'
+                    ' if (action.id == "org.pinbroker1.inspect" && subject.user == "tester")'
+                    ' return polkit.Result.YES; });')
+        output('systemctl', 'restart', 'polkit.service')
+        allowed = busctl(*argv, **stranger)
+        self.assertEqual(allowed.returncode, 0, allowed.stderr)
+        refused = busctl('call', NAME, ROOT, MANAGER, 'RevokeDevice', 'sst', 'none0', '', 0, **stranger)
+        self.assertNotEqual(refused.returncode, 0)
 
 
 class Journal(Case):
