@@ -25,7 +25,7 @@
 
 /* Room for so many regions' handles, at first, and at most: their size in bytes has 16 bits. */
 #define REGIONS_FIRST 1024U
-#define REGIONS_MAX   16383U
+#define REGIONS_MAX   8192U
 
 /* The header, and the attributes behind it: as an array, since a structure that ends in one of no size may
  * not be part of another (clang). */
@@ -75,7 +75,7 @@ static int command_run(int fd, struct command *c)
 	return ioctl(fd, RDMA_VERBS_IOCTL, header) < 0 ? -errno : 0;
 }
 
-/* ret_handles: room for n_max of the regions' handles; ret_n: how many there are. */
+/* ret_handles: room for n_max of the regions' handles; ret_n: how many it got. */
 static int list_regions(int fd, uint32_t driver, uint32_t *ret_handles, uint32_t n_max,
 			uint32_t *ret_n)
 {
@@ -95,11 +95,10 @@ static int find_driver(int fd, uint32_t *ret)
 		uint32_t handle, n;
 		int r = list_regions(fd, driver, &handle, 1, &n);
 
-		/* ENOSPC: there are more than fit */
 		if (r == -EINVAL)
 			continue;
 		*ret = driver;
-		return r == -ENOSPC ? 0 : r;
+		return r;
 	}
 	return -EOPNOTSUPP;
 }
@@ -207,22 +206,36 @@ static int rdma_check(int fd, struct handle *handles, size_t n_handles)
 	return 0;
 }
 
+/* As list_regions(), with room for all; the caller frees them. */
+static int list_all_regions(int fd, uint32_t driver, uint32_t **ret_handles, uint32_t *ret_n)
+{
+	for (uint32_t n_max = REGIONS_FIRST; n_max <= REGIONS_MAX; n_max *= 2) {
+		_cleanup_(freep) uint32_t *handles = calloc(n_max, sizeof(*handles));
+		int r;
+
+		if (!handles)
+			return -ENOMEM;
+		r = list_regions(fd, driver, handles, n_max, ret_n);
+		if (r < 0)
+			return r;
+		/* If there are more than fit the kernel leaves them out, and does not say so. */
+		if (*ret_n < n_max) {
+			*ret_handles = TAKE_PTR(handles);
+			return 0;
+		}
+	}
+	return -E2BIG;
+}
+
 /* All regions of the context; the caller frees them. */
 static int query_regions(int fd, uint32_t driver, struct handle_identity **ret, uint32_t *ret_n)
 {
 	_cleanup_(freep) struct handle_identity *regions = NULL;
 	_cleanup_(freep) uint32_t *handles = NULL;
-	uint32_t n = REGIONS_FIRST, n_max, n_regions = 0;
+	uint32_t n, n_regions = 0;
 	int r;
 
-	do {
-		n_max = n;
-		free(handles);
-		handles = calloc(n_max, sizeof(*handles));
-		if (!handles)
-			return -ENOMEM;
-		r = list_regions(fd, driver, handles, n_max, &n);
-	} while (r == -ENOSPC && n > n_max && n <= REGIONS_MAX);
+	r = list_all_regions(fd, driver, &handles, &n);
 	if (r < 0)
 		return r;
 	regions = calloc(n + 1, sizeof(*regions));
