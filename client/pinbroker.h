@@ -426,8 +426,8 @@ int pinbroker_add_context(pinbroker *pb, int fd, const char *label, pinbroker_co
 int pinbroker_add_context_remote(pinbroker *pb, int fd, const char *label, pinbroker_context **ret);
 
 uint64_t pinbroker_context_get_id(const pinbroker_context *context);
-/* "io_uring", "af_xdp", or "opaque" for what the broker does not know; later versions may know
- * more. Valid as long as the context. */
+/* "io_uring", "af_xdp", "rdma", or "opaque" for what the broker does not know; later versions may
+ * know more. Valid as long as the context. */
 const char *pinbroker_context_get_kind(const pinbroker_context *context);
 /* The kernel's name of the device, or NULL. Valid as long as the context. */
 const char *pinbroker_context_get_device(const pinbroker_context *context);
