@@ -35,12 +35,12 @@ static const struct column pin_columns[] = {
 	{"PIN", "pin", COLUMN_RIGHT},
 	{"CLIENT", "client", COLUMN_RIGHT},
 	{"FILE", "file", COLUMN_RIGHT},
-	{"CONTEXT", "context", COLUMN_RIGHT},
+	{"CONTEXT", "context", COLUMN_RIGHT | COLUMN_OPTIONAL},
 	{"OFFSET", "offset", COLUMN_RIGHT},
 	{"LENGTH", "length", COLUMN_RIGHT},
 	{"ACCESS", "access"},
 	{"STATE", "state"},
-	{"HANDLE", "handle", COLUMN_RIGHT},
+	{"HANDLE", "handle", COLUMN_RIGHT | COLUMN_OPTIONAL},
 	{"REVOCATION", "revocation", COLUMN_RIGHT},
 	{"LABEL", "label", COLUMN_FLEXIBLE},
 	{"PATH", "path", COLUMN_FLEXIBLE | COLUMN_TAIL},
@@ -80,11 +80,11 @@ static const struct column file_columns[] = {
 	{"DEVICE", "device", COLUMN_RIGHT | COLUMN_JSON_ONLY},
 	{"INODE", "inode", COLUMN_RIGHT | COLUMN_JSON_ONLY},
 	{"SIZE", "size", COLUMN_RIGHT},
-	{"ACCESS", "access"},
+	{"ACCESS", "access", COLUMN_OPTIONAL},
 	{"LEASE", "lease"},
 	{"SETTLED", "settledUSec"},
 	{"EXPOSED", "exposed"},
-	{"CLIENTS", "clients", COLUMN_RIGHT},
+	{"CLIENTS", "clients", COLUMN_RIGHT | COLUMN_OPTIONAL},
 	{"PINS", "pins", COLUMN_RIGHT},
 	{"PATH", "path", COLUMN_FLEXIBLE | COLUMN_TAIL},
 };
@@ -121,14 +121,14 @@ static const struct column client_columns[] = {
 	{"CLIENT", "client", COLUMN_RIGHT},
 	{"PID", "pid", COLUMN_RIGHT},
 	{"UID", "uid", COLUMN_RIGHT},
-	{"COMM", "comm"},
+	{"COMM", "comm", COLUMN_FLEXIBLE},
 	{"NAME", "name", COLUMN_FLEXIBLE},
-	{"UNIT", "unit", COLUMN_FLEXIBLE},
+	{"UNIT", "unit", COLUMN_FLEXIBLE | COLUMN_OPTIONAL},
 	{"BUS", "busName", COLUMN_JSON_ONLY},
 	{"ALIVE", "alive"},
-	{"CONNECTED", "connected"},
-	{"FILES", "files", COLUMN_RIGHT},
-	{"CONTEXTS", "contexts", COLUMN_RIGHT},
+	{"CONNECTED", "connected", COLUMN_OPTIONAL},
+	{"FILES", "files", COLUMN_RIGHT | COLUMN_OPTIONAL},
+	{"CONTEXTS", "contexts", COLUMN_RIGHT | COLUMN_OPTIONAL},
 	{"PINS", "pins", COLUMN_RIGHT},
 	{"PINNED", "pinnedBytes", COLUMN_RIGHT},
 };
@@ -205,15 +205,15 @@ static const struct column revocation_columns[] = {
 	{"LENGTH", "length", COLUMN_RIGHT | COLUMN_JSON_ONLY},
 	{"SIZE", "size", COLUMN_RIGHT | COLUMN_JSON_ONLY},
 	{"PID", "pid", COLUMN_RIGHT},
-	{"UID", "uid", COLUMN_RIGHT},
-	{"COMM", "comm"},
-	{"REASON", "reason", COLUMN_FLEXIBLE},
-	{"STARTED", "startUSec"},
-	{"DEADLINE", "deadlineUSec"},
-	{"ENDED", "endUSec"},
+	{"UID", "uid", COLUMN_RIGHT | COLUMN_OPTIONAL},
+	{"COMM", "comm", COLUMN_FLEXIBLE},
+	{"REASON", "reason", COLUMN_FLEXIBLE | COLUMN_OPTIONAL},
+	{"STARTED", "startUSec", COLUMN_OPTIONAL},
+	{"", "deadlineUSec", COLUMN_JSON_ONLY},
+	{"ENDS", "endUSec"},
 	{"PINS", "pins", COLUMN_RIGHT},
 	{"LEFT", "remaining", COLUMN_RIGHT},
-	{"PROOF", "proof"},
+	{"PROOF", "proof", COLUMN_OPTIONAL},
 	{"FILE", "file", COLUMN_RIGHT | COLUMN_JSON_ONLY},
 	{"PATH", "path", COLUMN_FLEXIBLE | COLUMN_TAIL},
 };
@@ -222,6 +222,7 @@ static int add_revocation(const struct pinbroker_revocation_info *info, void *us
 {
 	struct list *list = userdata;
 	struct table *t = list->table;
+	char ends[64];
 
 	if (!list_wants(list, info->revocation))
 		return 0;
@@ -236,12 +237,11 @@ static int add_revocation(const struct pinbroker_revocation_info *info, void *us
 	table_string(t, info->comm);
 	table_string(t, info->reason);
 	table_when(t, info->start_usec);
-	/* A deadline that was kept says nothing any more. */
-	if (info->end_usec == PINBROKER_UNKNOWN)
-		table_when(t, info->deadline_usec);
-	else
-		table_number_as(t, info->deadline_usec, "-");
-	table_when(t, info->end_usec);
+	table_when(t, info->deadline_usec);
+	/* Of one that runs: when it will have, at the latest, or go on by force. */
+	format_when(info->end_usec != PINBROKER_UNKNOWN ? info->end_usec : info->deadline_usec,
+		ends, sizeof(ends));
+	table_number_as(t, info->end_usec, ends);
 	table_number(t, info->n_pins);
 	table_number(t, info->n_remaining);
 	table_string(t, info->has_proof ? pinbroker_proof_name(info->proof) : NULL);

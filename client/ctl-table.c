@@ -10,7 +10,8 @@
 #include <sys/wait.h>
 #include <wchar.h>
 
-#define WIDTH_MIN 8 /* below which no column is cut */
+#define WIDTH_MIN 8        /* below which no column is cut */
+#define HIDDEN    SIZE_MAX /* a column's width */
 
 struct table {
 	const struct column *columns;
@@ -58,7 +59,7 @@ static void table_cell(struct table *t, char *text, json_object *json)
 void table_number_as(struct table *t, uint64_t value, const char *text)
 {
 	if (value == PINBROKER_UNKNOWN)
-		table_cell(t, strdup("-"), NULL);
+		table_cell(t, strdup(*text ? text : "-"), NULL);
 	else
 		table_cell(t, strdup(text), must(json_object_new_int64((int64_t)value)));
 }
@@ -68,7 +69,7 @@ void table_number(struct table *t, uint64_t value)
 	char text[32];
 
 	snprintf(text, sizeof(text), "%" PRIu64, value);
-	table_number_as(t, value, text);
+	table_number_as(t, value, value != PINBROKER_UNKNOWN ? text : "");
 }
 
 void table_string(struct table *t, const char *value)
@@ -198,28 +199,31 @@ size_t terminal_width(void)
 	return SIZE_MAX;
 }
 
-static bool column_is_shown(const struct column *column)
-{
-	return !(column->flags & COLUMN_JSON_ONLY);
-}
-
-/* Takes from the widest flexible column, again and again, until the table fits. */
+/* Takes from the widest flexible column, again and again, and then leaves out optional ones, until
+ * the table fits. */
 static void widths_fit(const struct table *t, size_t *widths, size_t available)
 {
 	for (;;) {
-		size_t total = 0, widest = SIZE_MAX;
+		size_t total = 0, widest = SIZE_MAX, optional = SIZE_MAX;
 
 		for (size_t i = 0; i < t->n_columns; i++) {
-			if (!column_is_shown(&t->columns[i]))
+			if (widths[i] == HIDDEN)
 				continue;
 			total += widths[i] + (total > 0 ? 1 : 0);
 			if (t->columns[i].flags & COLUMN_FLEXIBLE && widths[i] > WIDTH_MIN &&
 				(widest == SIZE_MAX || widths[i] > widths[widest]))
 				widest = i;
+			if (t->columns[i].flags & COLUMN_OPTIONAL)
+				optional = i;
 		}
-		if (total <= available || widest == SIZE_MAX)
+		if (total <= available)
 			return;
-		widths[widest]--;
+		if (widest != SIZE_MAX)
+			widths[widest]--;
+		else if (optional != SIZE_MAX)
+			widths[optional] = HIDDEN;
+		else
+			return;
 	}
 }
 
@@ -234,6 +238,9 @@ static void table_measure(
 		if (w > ret[i % t->n_columns])
 			ret[i % t->n_columns] = w;
 	}
+	for (size_t i = 0; i < t->n_columns; i++)
+		if (t->columns[i].flags & COLUMN_JSON_ONLY)
+			ret[i] = HIDDEN;
 	widths_fit(t, ret, available);
 }
 
@@ -241,10 +248,10 @@ static void table_print_row(const struct table *t, char *const *texts, const siz
 {
 	size_t last = t->n_columns;
 
-	while (last > 0 && !column_is_shown(&t->columns[--last]))
+	while (last > 0 && widths[--last] == HIDDEN)
 		;
 	for (size_t i = 0; i <= last; i++)
-		if (column_is_shown(&t->columns[i]))
+		if (widths[i] != HIDDEN)
 			print_cell(texts ? texts[i] : t->columns[i].title, &t->columns[i],
 				widths[i], i == last);
 }
@@ -299,7 +306,8 @@ void table_print_vertical(const struct table *t, const char *what)
 		printf("%s %s\n", what, t->texts[row]);
 		for (size_t i = 1; i < t->n_columns; i++)
 			if (!(t->columns[i].flags & COLUMN_TABLE_ONLY))
-				printf("  %*s: %s\n", width, t->columns[i].key, t->texts[row + i]);
+				printf("  %*s: %s\n", width, t->columns[i].key,
+					t->jsons[row + i] ? t->texts[row + i] : "-");
 	}
 }
 

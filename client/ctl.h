@@ -104,6 +104,7 @@ enum column_flags {
 	COLUMN_FLEXIBLE = 1 << 2, /* may be cut to make the table fit */
 	COLUMN_JSON_ONLY = 1 << 3,
 	COLUMN_TABLE_ONLY = 1 << 4,
+	COLUMN_OPTIONAL = 1 << 5, /* left out of a table that does not fit; the last one first */
 };
 
 struct column {
@@ -118,8 +119,9 @@ struct table *table_new(const struct column *columns, size_t n_columns);
 struct table *table_free(struct table *t);
 /* Cells are added row by row, from left to right. */
 void table_number(struct table *t, uint64_t value); /* PINBROKER_UNKNOWN: null */
-void table_number_as(struct table *t, uint64_t value, const char *text); /* text in a table */
-void table_string(struct table *t, const char *value);                   /* NULL: null; copied */
+/* text: in a table; "": as table_number() has it */
+void table_number_as(struct table *t, uint64_t value, const char *text);
+void table_string(struct table *t, const char *value); /* NULL: null; copied */
 void table_bool(struct table *t, bool value);
 size_t table_rows(const struct table *t);
 /* what: the plural, for the legend; NULL: no count. */

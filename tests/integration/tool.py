@@ -148,11 +148,14 @@ def test_list(world, tool, o):
     expect(tool.run('list', 'contexts').split('\n')[1].split()[:3] ==
            [str(o.context), str(o.client), 'opaque'])
     equal(tool.json('list', 'revocations'), [])
-    for columns in (40, 60, 100):
-        text = tool.run('list', 'pins', COLUMNS=str(columns))
-        if columns == 100:
+    for columns in (80, 100):
+        for kind in ('pins', 'files', 'clients', 'contexts'):
+            text = tool.run('list', kind, COLUMNS=str(columns))
             expect(max(map(len, text.splitlines())) <= columns, text)
-        expect('…' in text, text)
+    # what is left out first, and what stays
+    title = tool.run('list', COLUMNS='80').split('\n')[0].split()
+    expect('HANDLE' not in title and 'PATH' in title, title)
+    expect('…' in tool.run('list', COLUMNS='80'))
 
 
 def test_show(world, tool, o):
@@ -250,6 +253,9 @@ def test_revoked(world, tool):
                status['revocations'][0]['pid'], status['revocations'][0]['state']),
               (1, revocation, child, 'notified'))
         expect('Revocations running: 1\n' in tool.run('status'))
+        text = tool.run('list', 'revocations', COLUMNS='80')
+        expect(max(map(len, text.splitlines())) <= 80 and ' in ' in text, text)
+        expect('endUSec: -\n' in tool.run('show', revocation))
         bar = tool.run('map', world.file, LC_ALL='C', COLUMNS='32').splitlines()[3]
         equal(bar, '!' * 32)
         tool.run('revoke', pin, '--timeout=0')
