@@ -160,6 +160,8 @@ def test_signals(world):
         root.wait(lambda m: m.member == 'InterfacesAdded' and
                   m.body[0] == f'{ROOT}/client/{holder.client}')
         root.call(ROOT, MANAGER, 'RevokePins', 'atst', 1, holder.pins[0], 'x', 10 ** 9)
+        root.wait(lambda m: m.member == 'InterfacesAdded' and
+                  m.body[0].startswith(f'{ROOT}/revocation/'))
         holder.connection.call('org.pinbroker.Unpin', {'pins': holder.pins})
         root.wait(lambda m: m.member == 'PropertiesChanged')
         holder.connection.close()

@@ -164,7 +164,10 @@ class Bus:
             left = end - time.monotonic()
             if left <= 0:
                 return None
-            select.select([LIB.sd_bus_get_fd(self.bus)], [], [], left)
+            # what could not be sent yet is to be waited for as well
+            poll = select.poll()
+            poll.register(LIB.sd_bus_get_fd(self.bus), check(LIB.sd_bus_get_events(self.bus)))
+            poll.poll(left * 1000)
 
     def wait(self, condition):
         """The first message that meets it; the others are kept."""
