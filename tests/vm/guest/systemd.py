@@ -179,6 +179,19 @@ class Bus(Case):
 
 
 class Journal(Case):
+    def test_catalog(self):
+        """journalctl -x explains a line, with what the line is about."""
+        output('journalctl', '--update-catalog')
+        path = self.make_file()
+        self.hold(path)
+        journal(MESSAGES['LEASE_TAKEN'], PINBROKER_PATH=path)
+        told = output('journalctl', '-x', '--no-pager', 'MESSAGE_ID=' + MESSAGES['LEASE_TAKEN'],
+                      'PINBROKER_PATH=' + path)
+        self.assertRegex(told, r'(?m)^.. Defined-By: pinbroker$')
+        self.assertIn(path, told.split('Defined-By: pinbroker', 1)[1])
+        # as pinbrokerd(8) has it, whether there is any or not
+        run('journalctl', '-x', '--no-pager', 'MESSAGE_ID=' + MESSAGES['LEASE_LOST'], check=True)
+
     def test_truncate(self):
         """What was pinned, who broke it, what was done: each can be found by its fields."""
         path = self.make_file()
