@@ -153,6 +153,13 @@ static void say_revoked(const void *p)
 	const struct msg_revoked *e = p;
 
 	last.public.revocation = (uint64_t)e->revocation;
+	if (e->pins.n_items == 0) {
+		say("The broker has closed the file or context on an administrator's word, or "
+		    "because its "
+		    "device is going away (revocation %" PRId64 "). Open or add it anew.",
+			e->revocation);
+		return;
+	}
 	say(e->pins.n_items == 1 ? "Pin" : "Pins");
 	for (size_t i = 0; i < e->pins.n_items && i < 8; i++)
 		say("%s %" PRId64, i > 0 ? "," : "", e->pins.items[i]);

@@ -36,7 +36,8 @@ extern "C" {
  *     -EACCES       the caller may not do this                        (NotAllowed)
  *     -ENOENT       no such client, file, context, pin or revocation  (NoSuchObject)
  *     -EDQUOT       a limit in pinbroker.conf is reached              (LimitExceeded)
- *     -ESTALE       the pins were, or are being, revoked              (Revoked)
+ *     -ESTALE       the pins were, or are being, revoked, or the file
+ *                   or context was withdrawn: open or add it anew     (Revoked)
  *     -ERANGE       the range does not lie within the file            (BeyondEndOfFile)
  *     -EOPNOTSUPP   not supported for this file, context or kernel    (NotSupported)
  *     -EINVAL       a parameter makes no sense                        (InvalidParameter)

@@ -137,6 +137,18 @@ static bool is_below(const char *path, const char *directory)
 	return strncmp(path, directory, n) == 0 && (n == 1 || path[n] == '/' || path[n] == 0);
 }
 
+static void withdraw_below(struct broker *broker, const char *path, uint64_t revocation)
+{
+	struct file *file;
+	uint64_t after = 0;
+
+	while ((file = broker_next_file(broker, after))) {
+		after = file->id;
+		if (is_below(file->path, path))
+			file_withdraw(file, revocation);
+	}
+}
+
 int admin_revoke_mount(struct broker *broker, const char *path, const char *reason,
 		       uint64_t timeout_usec, uint64_t *ret_id, struct refusal *ret_refusal)
 {
@@ -155,7 +167,22 @@ int admin_revoke_mount(struct broker *broker, const char *path, const char *reas
 		if (is_below(file->path, path))
 			select_file(&s, file);
 	}
-	return start_revocation(&s, CAUSE_ADMIN, reason, timeout_usec, ret_id, ret_refusal);
+	r = start_revocation(&s, CAUSE_ADMIN, reason, timeout_usec, ret_id, ret_refusal);
+	if (r == 0)
+		withdraw_below(broker, path, *ret_id);
+	return r;
+}
+
+static void withdraw_device(struct broker *broker, const char *device, uint64_t revocation)
+{
+	struct context *context;
+	uint64_t after = 0;
+
+	while ((context = broker_next_context(broker, after))) {
+		after = context->id;
+		if (strcmp(context->description.device, device) == 0)
+			context_withdraw(context, revocation);
+	}
 }
 
 int admin_revoke_device(struct broker *broker, const char *device, const char *reason,
@@ -174,5 +201,8 @@ int admin_revoke_device(struct broker *broker, const char *device, const char *r
 		if (strcmp(context->description.device, device) == 0)
 			select_context(&s, context);
 	}
-	return start_revocation(&s, CAUSE_DEVICE, reason, timeout_usec, ret_id, ret_refusal);
+	r = start_revocation(&s, CAUSE_DEVICE, reason, timeout_usec, ret_id, ret_refusal);
+	if (r == 0)
+		withdraw_device(broker, device, *ret_id);
+	return r;
 }

@@ -22,9 +22,9 @@ int admin_revoke_path(struct broker *broker, const char *path, const char *reaso
 		      uint64_t timeout_usec, uint64_t *ret_id, struct refusal *ret_refusal);
 int admin_revoke_client(struct broker *broker, uint64_t client, const char *reason,
 			uint64_t timeout_usec, uint64_t *ret_id, struct refusal *ret_refusal);
-/* Every file at or below a directory, by the paths as listed. */
+/* Every file at or below a directory, by the paths as listed. The files are withdrawn, as before an umount. */
 int admin_revoke_mount(struct broker *broker, const char *path, const char *reason,
 		       uint64_t timeout_usec, uint64_t *ret_id, struct refusal *ret_refusal);
-/* Every pin through contexts of a device. */
+/* Every pin through contexts of a device. The contexts are withdrawn, as before its removal. */
 int admin_revoke_device(struct broker *broker, const char *device, const char *reason,
 			uint64_t timeout_usec, uint64_t *ret_id, struct refusal *ret_refusal);

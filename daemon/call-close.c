@@ -101,16 +101,15 @@ static int close_file(struct peer *peer, int64_t id, uint64_t *looked_at, struct
 		      struct refusal *ret_refusal)
 {
 	struct client *client = peer->client;
-	struct file *file = broker_find_file(client->broker, (uint64_t)id);
-	struct use *use = file ? client_find_use(client, file) : NULL;
+	struct use *use = client_find_use_of(client, id, ret_refusal);
 
 	if (!use)
-		return refuse_no_such(ret_refusal, "file", (uint64_t)id);
+		return REFUSED;
 	if (use->n_pins > 0) {
 		*ret_look = find_leaving(client, use, looked_at);
 		return refuse(ret_refusal, REFUSAL_BUSY, "pinned",
 			      "%u pins of yours are on %s: unpin them first.", use->n_pins,
-			      file->path);
+			      use->file->path);
 	}
 	use_free(use);
 	peer_reply(peer, &schema_msg_close_file_out, NULL, NULL, 0);

@@ -162,6 +162,17 @@ struct use *client_find_use(struct client *client, const struct file *file)
 	return NULL;
 }
 
+struct use *client_find_use_of(struct client *client, int64_t file_id, struct refusal *ret_refusal)
+{
+	struct use *use;
+
+	LIST_FOREACH(use, &client->uses, of_client)
+		if (use->file_id == (uint64_t)file_id)
+			return use;
+	refuse_no_such(ret_refusal, "file", (uint64_t)file_id);
+	return NULL;
+}
+
 int client_add_use(struct client *client, struct file *file, enum access access, bool writable,
 		   struct use **ret, struct refusal *ret_refusal)
 {
@@ -176,6 +187,7 @@ int client_add_use(struct client *client, struct file *file, enum access access,
 	}
 	use->client = client;
 	use->file = file;
+	use->file_id = file->id;
 	use->access = access;
 	use->writable = writable;
 	LIST_INSERT_HEAD(&client->uses, use, of_client);
@@ -188,24 +200,41 @@ int client_add_use(struct client *client, struct file *file, enum access access,
 	return 0;
 }
 
+/* Takes it out of its file. */
+static void leave_file(struct use *use)
+{
+	struct file *file = use->file;
+
+	assert(use->n_pins == 0);
+	use->client->n_files--;
+	LIST_REMOVE(use, of_file);
+	file->n_uses--;
+	bus_changed(file->broker->bus, &use->client->view);
+	bus_changed(file->broker->bus, &file->view);
+	use->file = NULL;
+}
+
 struct use *use_free(struct use *use)
 {
 	struct file *file;
 
 	if (!use)
 		return NULL;
-	assert(use->n_pins == 0);
 	file = use->file;
+	if (file)
+		leave_file(use);
 	LIST_REMOVE(use, of_client);
-	use->client->n_files--;
-	LIST_REMOVE(use, of_file);
-	file->n_uses--;
-	bus_changed(file->broker->bus, &use->client->view);
-	bus_changed(file->broker->bus, &file->view);
 	user_discharge(use->client->user, LIMIT_FILES, 1);
 	free(use);
-	file_collect(file);
+	if (file)
+		file_collect(file);
 	return NULL;
+}
+
+void use_withdraw(struct use *use, uint64_t revocation)
+{
+	leave_file(use);
+	use->revocation = revocation;
 }
 
 struct context *client_find_context(struct client *client, int64_t id, struct refusal *ret_refusal)
@@ -317,26 +346,30 @@ int client_pin(struct client *client, uint64_t file_id, uint64_t context_id,
 	       const struct msg_range *ranges, size_t n_ranges, enum access access,
 	       const char *text, int64_t *ret_ids, struct refusal *ret_refusal)
 {
-	struct file *file = broker_find_file(client->broker, file_id);
-	struct use *use = file ? client_find_use(client, file) : NULL;
+	struct use *use = client_find_use_of(client, (int64_t)file_id, ret_refusal);
 	struct label *label = NULL;
 	struct context *context;
 	uint64_t bytes = 0;
 	int r;
 
 	if (!use)
-		return refuse_no_such(ret_refusal, "file", file_id);
+		return REFUSED;
 	context = client_find_context(client, (int64_t)context_id, ret_refusal);
 	if (!context)
 		return REFUSED;
+	if (!use->file || use->file->withdrawn != 0)
+		return refuse_revoked(ret_refusal,
+				      use->file ? use->file->withdrawn : use->revocation, 0);
+	if (context->withdrawn != 0)
+		return refuse_revoked(ret_refusal, context->withdrawn, 0);
 	if (context->fd < 0)
 		return refuse(ret_refusal, REFUSAL_NOT_ALLOWED, "closed",
 			      "The context was closed when its pins were let go.");
 	if (n_ranges == 0 || n_ranges > PIN_RANGES_MAX)
 		return refuse_parameter(ret_refusal, "ranges");
-	r = check_file(file, use, access, ret_refusal);
+	r = check_file(use->file, use, access, ret_refusal);
 	if (r == 0)
-		r = check_ranges(file, ranges, n_ranges, &bytes, ret_refusal);
+		r = check_ranges(use->file, ranges, n_ranges, &bytes, ret_refusal);
 	if (r != 0)
 		return r;
 

@@ -23,7 +23,9 @@ struct user;
 /* A client's hold on a file. */
 struct use {
 	struct client *client; /* client::uses, which owns it */
-	struct file *file;     /* file::uses */
+	struct file *file;     /* file::uses; NULL: withdrawn, and kept only to tell the client */
+	uint64_t file_id;
+	uint64_t revocation;   /* withdrawn: on whose word */
 	enum access access;    /* what was asked for */
 	bool writable;         /* the client was given a descriptor that can write */
 	unsigned n_pins;       /* not over */
@@ -68,10 +70,14 @@ void client_collect(struct client *client);
 bool client_check_token(const struct client *client, const char *token);
 
 struct use *client_find_use(struct client *client, const struct file *file);
+/* By the file's id, also one that was withdrawn. NULL with a refusal. */
+struct use *client_find_use_of(struct client *client, int64_t file_id, struct refusal *ret_refusal);
 /* REFUSED if a limit of the user is reached. */
 int client_add_use(struct client *client, struct file *file, enum access access, bool writable,
 		   struct use **ret, struct refusal *ret_refusal);
 struct use *use_free(struct use *use);
+/* Its file is being withdrawn by a revocation: takes it away from the client. */
+void use_withdraw(struct use *use, uint64_t revocation);
 
 /* Reserves pins, all or none. REFUSED with what stands in the way. */
 int client_pin(struct client *client, uint64_t file_id, uint64_t context_id,

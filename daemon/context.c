@@ -203,6 +203,20 @@ struct context *context_free(struct context *context)
 	return NULL;
 }
 
+void context_withdraw(struct context *context, uint64_t revocation)
+{
+	context->withdrawn = revocation;
+	context_close_withdrawn(context);
+}
+
+void context_close_withdrawn(struct context *context)
+{
+	if (context->withdrawn != 0 && context->n_pins == 0 && context->n_jobs == 0 &&
+	    !context->reaping)
+		context->fd = offload_close(context->client->broker->offload, context->user,
+					    context->fd);
+}
+
 /*
  * Work on a context's descriptor, which stays open until the job has come back. The context may have
  * lost its client by then.
@@ -254,6 +268,7 @@ bool context_release(struct context *context, struct broker *broker)
 {
 	context->n_jobs--;
 	if (context->client) {
+		context_close_withdrawn(context);
 		if (context->reaping && context->n_jobs == 0)
 			start_reap(context);
 		return true;

@@ -95,6 +95,7 @@ struct context {
 	bool checking;         /* a job looks whether leaving pins are gone */
 	bool check_again;
 	bool reaping; /* a job looks who else holds it, or waits for the others to come back */
+	uint64_t withdrawn;       /* the revocation with which its device goes, or 0 */
 	uint64_t detached_by;     /* the revocation that last had its pins detached */
 	uint64_t reap_revocation; /* the one that waits for it, or 0 */
 	uint64_t check_usec;      /* the back-off of the next look */
@@ -121,6 +122,14 @@ int context_new(struct client *client, const struct context_ops *ops,
 		struct context **ret, struct refusal *ret_refusal);
 /* Frees its pins, too, without a word: see that it has none that live. */
 struct context *context_free(struct context *context);
+
+/*
+ * Its device is going away: nothing more is pinned through it, and our own copy is closed once the last
+ * pin has ended. To be called when the revocation of its pins has been started.
+ */
+void context_withdraw(struct context *context, uint64_t revocation);
+/* Closes it if that is to be done now. */
+void context_close_withdrawn(struct context *context);
 
 /* Keeps its descriptor open, for a job; release returns false if the context is no more. */
 struct context *context_hold(struct context *context);

@@ -11,6 +11,7 @@
 #include "blame.h"
 #include "broker.h"
 #include "bus.h"
+#include "client.h"
 #include "log.h"
 #include "macro.h"
 #include "open.h"
@@ -89,8 +90,16 @@ struct file *file_free(struct file *file)
 	return NULL;
 }
 
+void file_withdraw(struct file *file, uint64_t revocation)
+{
+	file->withdrawn = revocation;
+	file_collect(file);
+}
+
 void file_collect(struct file *file)
 {
+	while (file->withdrawn != 0 && file->n_pins == 0 && file->n_uses > 0)
+		use_withdraw(LIST_FIRST(&file->uses), file->withdrawn);
 	if (file->n_uses == 0 && !file->opening && STAILQ_EMPTY(&file->waiting))
 		file_free(file);
 }

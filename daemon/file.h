@@ -42,6 +42,7 @@ struct file {
 	LIST_HEAD(, use) uses; /* owned by the clients */
 	unsigned n_uses;
 
+	uint64_t withdrawn; /* the revocation with which an administrator wants it closed, or 0 */
 	struct revocation *revocation; /* the one that a break of the lease has started, or NULL */
 	bool exposed;                  /* pinned, without a lease */
 	uint64_t emergency_size;       /* exposed: a shrink to this has been dealt with already */
@@ -59,8 +60,14 @@ struct file {
 int file_new(struct broker *broker, struct inode_key key, const char *path,
 	     const char *file_system, struct file **ret);
 struct file *file_free(struct file *file);
-/* Frees it if nobody uses it any more. */
+/* Frees it if nobody uses it any more, or it is withdrawn and nobody pins it. */
 void file_collect(struct file *file);
+/*
+ * An administrator wants it gone from here, as before an umount: nothing more is pinned, and once the last
+ * pin has ended the broker closes its own descriptors. Its clients are told when they next name it.
+ * To be called when the revocation of its pins has been started; may free it.
+ */
+void file_withdraw(struct file *file, uint64_t revocation);
 
 /* Gives it a description to carry the lease, taken over, and tries the lease: 0, or what lease_take()
  * says, with the description in place all the same. */

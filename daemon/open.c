@@ -127,6 +127,9 @@ static int add_use(struct open_request *q, struct file *file, bool writable)
 
 	if (!client || client->dead)
 		return -ECONNRESET;
+	if (file->withdrawn != 0)
+		return refuse(&q->result.refusal, REFUSAL_BUSY, "revoking",
+			      "%s is being withdrawn by an administrator.", file->path);
 	use = client_find_use(client, file);
 	if (!use) {
 		r = client_add_use(client, file, q->access, writable, &use, &q->result.refusal);

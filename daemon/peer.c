@@ -394,7 +394,7 @@ void peer_refuse(struct peer *peer, int r, const struct refusal *f)
 		      .used = f->used);
 		break;
 	case REFUSAL_REVOKED:
-		ERROR(msg_revoked, .revocation = f->id, .pins = { (int64_t[]){ f->pin }, 1 });
+		ERROR(msg_revoked, .revocation = f->id, .pins = { (int64_t[]){ f->pin }, f->pin != 0 });
 		break;
 	case REFUSAL_RANGE_CONFLICT:
 		ERROR(msg_range_conflict, .revocation = f->id, .offset = f->offset,

@@ -59,6 +59,7 @@ static void leave_file(struct pin *pin)
 	bus_changed(use->file->broker->bus, &use->file->view);
 	bus_changed(use->file->broker->bus, &use->client->view);
 	pin->context->n_pins--;
+	context_close_withdrawn(pin->context);
 	user_discharge(pin->context->user, LIMIT_PINNED_BYTES, pin->length);
 	pin->use = NULL;
 }
@@ -81,14 +82,8 @@ struct pin *pin_free(struct pin *pin)
 int pin_bind(struct pin *pin, int64_t handle, const struct handle_identity *identity,
 	     struct refusal *ret_refusal)
 {
-	if (pin->over) {
-		*ret_refusal = (struct refusal){
-			.kind = REFUSAL_REVOKED,
-			.id = (int64_t)pin->revocation,
-			.pin = (int64_t)pin->id,
-		};
-		return REFUSED;
-	}
+	if (pin->over)
+		return refuse_revoked(ret_refusal, pin->revocation, pin->id);
 	if (pin->state == PIN_LEAVING)
 		return refuse_no_such(ret_refusal, "pin", pin->id);
 	if (identity->length > pin->length)
@@ -146,8 +141,10 @@ void pin_end(struct pin *pin, enum proof proof)
 		targets = next;
 	}
 	file = broker_find_file(broker, file_id);
-	if (file && file->n_pins == 0)
+	if (file && file->n_pins == 0) {
 		file_update(file);
+		file_collect(file);
+	}
 }
 
 void pin_info(const struct pin *pin, struct msg_pin_info *ret)

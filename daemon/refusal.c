@@ -31,6 +31,16 @@ int refuse_parameter(struct refusal *ret, const char *parameter)
 	return REFUSED;
 }
 
+int refuse_revoked(struct refusal *ret, uint64_t revocation, uint64_t pin)
+{
+	*ret = (struct refusal){
+		.kind = REFUSAL_REVOKED,
+		.id = (int64_t)revocation,
+		.pin = (int64_t)pin,
+	};
+	return REFUSED;
+}
+
 int refuse_limit(struct refusal *ret, const struct user *user, int limit)
 {
 	*ret = (struct refusal){
@@ -71,8 +81,12 @@ const char *refusal_message(const struct refusal *f, char buffer[static 300])
 			 f->maximum, f->used);
 		break;
 	case REFUSAL_REVOKED:
-		snprintf(buffer, 300, "Pin %" PRIi64 " was revoked (revocation %" PRIi64 ").", f->pin,
-			 f->id);
+		if (f->pin == 0)
+			snprintf(buffer, 300,
+				 "It was withdrawn by revocation %" PRIi64 ": open or add it anew.", f->id);
+		else
+			snprintf(buffer, 300,
+				 "Pin %" PRIi64 " was revoked (revocation %" PRIi64 ").", f->pin, f->id);
 		break;
 	case REFUSAL_RANGE_CONFLICT:
 		snprintf(buffer, 300,

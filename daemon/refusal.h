@@ -32,7 +32,7 @@ struct refusal {
 	char file_system[32];  /* NOT_LEASABLE; empty: not known */
 	int64_t until_usec;    /* BUSY; INT_NULL: not known */
 	int64_t id;            /* NO_SUCH_OBJECT; REVOKED, RANGE_CONFLICT: the revocation */
-	int64_t pin;           /* REVOKED */
+	int64_t pin;           /* REVOKED; 0: a file or context that was withdrawn */
 	int64_t offset, length, size;
 	int64_t maximum, used; /* LIMIT_EXCEEDED */
 };
@@ -44,6 +44,7 @@ int refuse(struct refusal *ret, enum refusal_kind kind, const char *cause, const
 	__attribute__((format(printf, 4, 5)));
 int refuse_no_such(struct refusal *ret, const char *type, uint64_t id);
 int refuse_parameter(struct refusal *ret, const char *parameter);
+int refuse_revoked(struct refusal *ret, uint64_t revocation, uint64_t pin);
 int refuse_limit(struct refusal *ret, const struct user *user, int limit);
 
 /* The error's name without the interface ("Busy"), and a sentence for people. */

@@ -3,6 +3,7 @@
 """org.pinbroker1.Manager as an administrator uses it: what is listed, page by page, and what is revoked, by
 whichever name."""
 
+import contextlib
 import json
 import os
 import signal
@@ -107,6 +108,12 @@ def test_revokes(world, manager):
         last = manager.list('Revocations')[0][-1]
         equal((last['revocation'], last['state'], last['remaining']), (revocation, 'released', 0))
 
+    # The mount's files are withdrawn: whoever wants to go on opens them anew.
+    h.refused('Revoked', {'revocation': revocation, 'pins': []}, 'Pin',
+              {'file': file, 'context': context, 'access': 'read', 'ranges': ranges((0, PAGE))})
+    h.call('CloseFile', {'file': file})
+    file = h.open(world.file)['file']
+
     # One of two pins: the other, and the lease, stay.
     pins = pin(h, file, context, 0, PAGE)
     manager.call('RevokePins', 'atst', 1, pins[0], '', 60 * SECOND)
@@ -120,6 +127,60 @@ def test_revokes(world, manager):
     h.call('Unpin', {'pins': pins[1:]})
     h.close()
     watch.close()
+
+
+def files_of_daemon(world):
+    """What it has open."""
+    found = []
+    for fd in os.scandir(f'/proc/{world.daemon.pid}/fd'):
+        with contextlib.suppress(FileNotFoundError):  # closed just now
+            found.append(os.readlink(fd.path))
+    return found
+
+
+def expect_closed(world, path):
+    """The pool does it, a moment later."""
+    end = time.monotonic() + WAIT
+    while path in files_of_daemon(world):
+        expect(time.monotonic() < end)
+
+
+def test_withdrawal(world, manager):
+    """What an administrator wants to unmount the broker closes as soon as nobody pins it, for all who have it
+    open, and says so to each when he next names it."""
+    h, other = Holder(world), Holder(world)
+    file, context = h.open(world.file, 'write')['file'], h.context()
+    equal(other.open(world.file, 'write')['file'], file)
+    pins = pin(h, file, context, 0, PAGE)
+    revocation = manager.call('RevokeMount', 'sst', '/dev/shm', '', 60 * SECOND)[0]
+    more = {'file': file, 'context': context, 'access': 'read', 'ranges': ranges((2 * PAGE, PAGE))}
+    gone = {'revocation': revocation, 'pins': []}
+    h.refused('Revoked', gone, 'Pin', more)
+    other.open(world.file, refused='Busy', cause='revoking')
+    h.call('Unpin', {'pins': pins[:1]})
+    equal([f['file'] for f in manager.list('Files')[0]], [file])
+    h.call('Unpin', {'pins': pins[1:]})
+    equal(manager.list('Files')[0], [])
+    equal([c['files'] for c in manager.list('Clients')[0]], [0, 0])
+    expect_closed(world, world.file)
+    h.refused('Revoked', gone, 'Pin', more)
+    other.refused('Revoked', gone, 'Pin', more | {'context': other.context()})
+    # One goes on, with the same file under another name; what the other has left of it ends with him.
+    again = h.open(world.file, 'write')['file']
+    expect(again != file)
+    h.call('CloseFile', {'file': file})
+    h.refused('NoSuchObject', {'type': 'file', 'id': file}, 'CloseFile', {'file': file})
+    h.call('Unpin', {'pins': pin(h, again, context, 0)})
+    other.close()
+    # Without pins it is closed at once, …
+    manager.call('RevokeMount', 'sst', '/', '', 0)
+    equal(manager.list('Files')[0], [])
+    expect_closed(world, world.file)
+    # … and of what is elsewhere nothing is.
+    file = h.open(world.file)['file']
+    manager.call('RevokeMount', 'sst', '/dev/shm-not', '', 0)
+    h.call('Unpin', {'pins': pin(h, file, context, 0)})
+    h.close()
 
 
 def test_time(world, manager):
@@ -149,7 +210,7 @@ def main():
     with World() as world:
         world.start('[Revocation]\nSignalOnTimeout=none\n')
         manager = Manager(world)
-        for test in (test_lists, test_revokes, test_time):
+        for test in (test_lists, test_revokes, test_withdrawal, test_time):
             test(world, manager)
             print(f'ok {test.__name__}', flush=True)
         world.stop()

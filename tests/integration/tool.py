@@ -431,7 +431,16 @@ def test_mount(world, tool):
         o = tool.once('revoke', '--mount', point, status=TEMPFAIL, error='maps')
         equal(o['openers'][0]['uses'], ['reads', 'maps'])  # mmap keeps a descriptor
         mapping.close()
-        equal(tool.once('revoke', '--mount', point)['openers'], [])
+        # a client that has it open here, and no descriptor of its own
+        idle = Holder(world)
+        file = idle.open(path, 'write')['file']
+        o = tool.once('revoke', '--mount', point)
+        equal(o['openers'], [])
+        subprocess.run(['umount', point], check=True)
+        subprocess.run(['mount', '-t', 'tmpfs', 'none', point], check=True)
+        idle.refused('Revoked', {'revocation': o['revocation'], 'pins': []}, 'Pin', {
+            'file': file, 'context': idle.context(), 'access': 'read', 'ranges': ranges((0, PAGE))})
+        idle.close()
         equal([p['pin'] for p in tool.json('list', 'pins')], others)
         outside.call('Unpin', {'pins': others})
         outside.close()

@@ -200,6 +200,10 @@ static void test_fields_become_sentences(void **state)
 	assert_int_equal(e->revocation, 5);
 	assert_non_null(strstr(e->message, "Pins 3, 4 "));
 
+	e = error_of(*state, "org.pinbroker.Revoked", "{\"revocation\":5,\"pins\":[]}");
+	assert_int_equal(e->revocation, 5);
+	assert_non_null(strstr(e->message, "has closed the file or context"));
+
 	e = error_of(*state, "org.pinbroker.RangeConflict",
 		"{\"revocation\":6,\"offset\":4096,\"length\":0}");
 	assert_int_equal(e->revocation, 6);
