@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "broker.h"
+#include "log.h"
 #include "macro.h"
 
 struct selection {
@@ -173,20 +174,31 @@ int admin_revoke_mount(struct broker *broker, const char *path, const char *reas
 	return r;
 }
 
-static void withdraw_device(struct broker *broker, const char *device, uint64_t revocation)
-{
-	struct context *context;
-	uint64_t after = 0;
+/* A device by its name, as contexts have it, or, without one, by its number. */
+struct device {
+	const char *name;
+	dev_t number;
+};
 
-	while ((context = broker_next_context(broker, after))) {
-		after = context->id;
-		if (strcmp(context->description.device, device) == 0)
-			context_withdraw(context, revocation);
-	}
+static bool is_on(const struct context *context, const struct device *device)
+{
+	const struct context_description *description = &context->description;
+
+	return device->name ? strcmp(description->device, device->name) == 0
+			    : description->number == device->number;
 }
 
-int admin_revoke_device(struct broker *broker, const char *device, const char *reason,
-			uint64_t timeout_usec, uint64_t *ret_id, struct refusal *ret_refusal)
+static struct context *next_on(struct broker *broker, const struct device *device, uint64_t after)
+{
+	struct context *context = broker_next_context(broker, after);
+
+	while (context && !is_on(context, device))
+		context = broker_next_context(broker, context->id);
+	return context;
+}
+
+static int revoke_device(struct broker *broker, const struct device *device, const char *reason,
+			 uint64_t timeout_usec, uint64_t *ret_id, struct refusal *ret_refusal)
 {
 	_cleanup_(selection_clear) struct selection s = {};
 	struct context *context;
@@ -196,13 +208,35 @@ int admin_revoke_device(struct broker *broker, const char *device, const char *r
 	r = selection_init(&s, broker, broker->n_pins);
 	if (r < 0)
 		return r;
-	while ((context = broker_next_context(broker, after))) {
-		after = context->id;
-		if (strcmp(context->description.device, device) == 0)
-			select_context(&s, context);
-	}
+	for (; (context = next_on(broker, device, after)); after = context->id)
+		select_context(&s, context);
 	r = start_revocation(&s, CAUSE_DEVICE, reason, timeout_usec, ret_id, ret_refusal);
-	if (r == 0)
-		withdraw_device(broker, device, *ret_id);
-	return r;
+	if (r != 0)
+		return r;
+	for (after = 0; (context = next_on(broker, device, after)); after = context->id)
+		context_withdraw(context, *ret_id);
+	return 0;
+}
+
+int admin_revoke_device(struct broker *broker, const char *name, const char *reason,
+			uint64_t timeout_usec, uint64_t *ret_id, struct refusal *ret_refusal)
+{
+	return revoke_device(broker, &(struct device){ .name = name }, reason, timeout_usec, ret_id,
+			     ret_refusal);
+}
+
+void admin_remove_device(struct broker *broker, dev_t number)
+{
+	const struct device device = { .number = number };
+	struct context *context = next_on(broker, &device, 0);
+	struct refusal refusal;
+	uint64_t id;
+	int r;
+
+	if (!context)
+		return;
+	r = revoke_device(broker, &device, "it is being removed", 0, &id, &refusal);
+	if (r < 0)
+		log_errno(LOG_ERR, r, "Cannot revoke the pins through %s, which is being removed",
+			  context->description.device);
 }

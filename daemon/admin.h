@@ -3,6 +3,7 @@
 
 #include <stddef.h>
 #include <stdint.h>
+#include <sys/types.h>
 
 #include "refusal.h"
 
@@ -28,3 +29,5 @@ int admin_revoke_mount(struct broker *broker, const char *path, const char *reas
 /* Every pin through contexts of a device. The contexts are withdrawn, as before its removal. */
 int admin_revoke_device(struct broker *broker, const char *device, const char *reason,
 			uint64_t timeout_usec, uint64_t *ret_id, struct refusal *ret_refusal);
+/* The same for one that is being removed, by its number. */
+void admin_remove_device(struct broker *broker, dev_t number);

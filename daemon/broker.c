@@ -8,6 +8,7 @@
 #include <sys/signalfd.h>
 
 #include "blame.h"
+#include "device-monitor.h"
 #include "log.h"
 #include "macro.h"
 #include "watch.h"
@@ -106,6 +107,15 @@ static int block_signals(void)
 	return sigprocmask(SIG_BLOCK, &set, NULL) < 0 ? -errno : 0;
 }
 
+/* It has to work without: in a container there are no devices to be removed. */
+static void add_devices(struct broker *broker)
+{
+	int r = device_monitor_new(broker, &broker->devices);
+
+	if (r < 0)
+		log_errno(LOG_WARNING, r, "Cannot listen for devices that are being removed");
+}
+
 static int add_sources(struct broker *broker)
 {
 	int r;
@@ -154,6 +164,7 @@ int broker_new(sd_event *event, struct config *config, struct broker **ret)
 		broker_free(broker);
 		return r;
 	}
+	add_devices(broker);
 	broker->config = *config;
 	*config = (struct config){};
 	*ret = broker;
@@ -180,6 +191,7 @@ struct broker *broker_free(struct broker *broker)
 	assert(broker->n_files == 0 && broker->n_pins == 0);
 	blame_free(broker->blame);
 	watch_free(broker->watch);
+	sd_device_monitor_unref(broker->devices);
 	sd_event_source_disable_unref(broker->lease_signal);
 	sd_event_source_disable_unref(broker->overflow_signal);
 	sd_event_source_disable_unref(broker->sweep);

@@ -4,6 +4,7 @@
 #include "tree.h"
 #include <stdint.h>
 #include <sys/queue.h>
+#include <systemd/sd-device.h>
 #include <systemd/sd-event.h>
 
 #include "client.h"
@@ -42,6 +43,7 @@ struct broker {
 	struct users *users;
 	struct offload *offload;
 	struct watch *watch; /* inotify, for files without a lease */
+	sd_device_monitor *devices; /* whose removal is heard of; NULL: none */
 	struct blame *blame; /* finds out who broke a lease */
 	struct rpc *rpc;
 	struct bus *bus; /* NULL: none wanted */

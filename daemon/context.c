@@ -13,6 +13,7 @@
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <sys/sysmacros.h>
 
 #include "broker.h"
 #include "bus.h"
@@ -88,7 +89,10 @@ int context_identify(int fd, const struct context_ops **ret, struct context_desc
 		return r;
 	*ret = find_kind(fd, link);
 	*ret_description = (struct context_description){ .proof = PROOF_CLAIMED };
-	return (*ret)->describe ? (*ret)->describe(fd, ret_description) : 0;
+	r = (*ret)->describe ? (*ret)->describe(fd, ret_description) : 0;
+	if (S_ISCHR(stx.stx_mode))
+		ret_description->number = makedev(stx.stx_rdev_major, stx.stx_rdev_minor);
+	return r;
 }
 
 int context_identify_at_once(int fd, const struct context_ops **ret,

@@ -33,6 +33,7 @@ struct handle {
 
 struct context_description {
 	char device[64]; /* empty: none */
+	dev_t number;    /* of the device's node; 0: none */
 	bool forcible;
 	enum proof proof;
 };

@@ -127,6 +127,9 @@ static void on_revoke(pinbroker *p, const struct pinbroker_notice *notice, void 
 {
 	printf("%s of %s, by %s (pid %d)\n", pinbroker_cause_name(notice->cause), notice->path,
 		notice->comm ? notice->comm : "somebody", (int)notice->pid);
+	/* Whoever removes it waits until it is closed. */
+	if (notice->cause == PINBROKER_CAUSE_DEVICE)
+		stopping = 1;
 	for (size_t i = 0; i < notice->n_pins; i++)
 		if (region && pinbroker_find_mr(pb, notice->pins[i]) == region)
 			let_go(msec_until(notice->deadline_usec) / 2);
