@@ -10,19 +10,15 @@
 #include <string.h>
 #include <sys/sysmacros.h>
 
-/* What keeps pages, and with which kind of pin. */
-struct mechanism {
+static const struct {
 	const char *name, *what;
 	const char *device; /* there where it can be used on this machine; NULL: everywhere */
-	enum { PINS_AS_ASKED, PINS_FOR_WRITING, PINS_NOTHING } pins;
-};
-
-static const struct mechanism mechanisms[] = {
-	{"io_uring", "io_uring fixed buffer", NULL, PINS_FOR_WRITING},
-	{"af_xdp", "AF_XDP umem", NULL, PINS_FOR_WRITING},
-	{"rdma", "RDMA memory region", "/sys/class/infiniband", PINS_AS_ASKED},
-	{"rdma-odp", "RDMA on-demand paging", "/sys/class/infiniband", PINS_NOTHING},
-	{"vfio", "VFIO mapping", "/dev/vfio/vfio", PINS_AS_ASKED},
+} mechanisms[MECHANISMS] = {
+	[MECHANISM_IO_URING] = {"io_uring", "io_uring fixed buffer", NULL},
+	[MECHANISM_AF_XDP] = {"af_xdp", "AF_XDP umem", NULL},
+	[MECHANISM_RDMA] = {"rdma", "RDMA memory region", "/sys/class/infiniband"},
+	[MECHANISM_RDMA_ODP] = {"rdma-odp", "RDMA on-demand paging", "/sys/class/infiniband"},
+	[MECHANISM_VFIO] = {"vfio", "VFIO mapping", "/dev/vfio/vfio"},
 };
 
 struct preflight {
@@ -39,21 +35,9 @@ struct preflight {
 
 /* ---- What is asked ---- */
 
-static struct verdict judge(
-	const struct preflight *p, const struct mechanism *m, enum pinbroker_access access)
+static bool is_here(enum mechanism m)
 {
-	if (m->pins == PINS_NOTHING)
-		return (struct verdict){p->probe.backing != BACKING_OTHER,
-			"nothing is pinned; the device's driver has to support it"};
-	if (m->pins == PINS_FOR_WRITING && access == PINBROKER_READ && p->probe.read.possible)
-		return (struct verdict){
-			false, "it pins for writing, which a read-only mapping refuses"};
-	return access == PINBROKER_READ ? p->probe.read : p->probe.write;
-}
-
-static bool is_here(const struct mechanism *m)
-{
-	return !m->device || access(m->device, F_OK) == 0;
+	return !mechanisms[m].device || access(mechanisms[m].device, F_OK) == 0;
 }
 
 static const char *hazard(const struct preflight *p)
@@ -157,21 +141,28 @@ static json_object *lease_to_json(const struct preflight *p, enum pinbroker_acce
 	return o;
 }
 
+static void verdict_to_json(json_object *o, const struct verdict *v)
+{
+	if (v->possible == VERDICT_UNKNOWN)
+		json_add(o, "possible", NULL);
+	else
+		json_add_bool(o, "possible", v->possible == VERDICT_YES);
+	json_add_bool(o, "tried", v->tried);
+	json_add_string(o, "error", v->error < 0 ? strerrorname_np(-v->error) : NULL);
+	json_add_string(o, "reason", v->reason);
+}
+
 static json_object *pins_to_json(const struct preflight *p)
 {
 	json_object *array = must(json_object_new_array());
 
-	for (size_t i = 0; i < ELEMENTS(mechanisms) * 2; i++) {
-		const struct mechanism *m = &mechanisms[i / 2];
-		enum pinbroker_access access = i % 2 == 0 ? PINBROKER_READ : PINBROKER_WRITE;
-		struct verdict v = judge(p, m, access);
+	for (size_t i = 0; i < MECHANISMS * 2; i++) {
 		json_object *o = must(json_object_new_object());
 
-		json_add_string(o, "mechanism", m->name);
-		json_add_string(o, "access", pinbroker_access_name(access));
-		json_add_bool(o, "possible", v.possible);
-		json_add_string(o, "reason", v.reason);
-		json_add_bool(o, "here", is_here(m));
+		json_add_string(o, "mechanism", mechanisms[i / 2].name);
+		json_add_string(o, "access", pinbroker_access_name(i % 2));
+		verdict_to_json(o, &p->probe.verdicts[i / 2][i % 2]);
+		json_add_bool(o, "here", is_here(i / 2));
 		json_object_array_add(array, o);
 	}
 	return array;
@@ -275,19 +266,33 @@ static const struct column pin_columns[] = {
 	{"", "reason", COLUMN_FLEXIBLE},
 };
 
+static const char *told_of(const struct verdict *v, bool here, char *buffer, size_t size)
+{
+	const char *reason = v->reason ?: v->tried ? "tried" : "";
+
+	if (!v->reason && !here)
+		return "this machine has no such device";
+	if (v->error == 0)
+		return reason;
+	snprintf(buffer, size, "%s (%s%s)", reason, v->tried ? "tried: " : "",
+		strerrorname_np(-v->error));
+	return buffer;
+}
+
 static void print_pins(const struct preflight *p)
 {
+	static const char *const words[] = {
+		[VERDICT_UNKNOWN] = "unknown", [VERDICT_NO] = "no", [VERDICT_YES] = "yes"};
 	struct table *t = table_new(pin_columns, ELEMENTS(pin_columns));
 
-	for (size_t i = 0; i < ELEMENTS(mechanisms) * 2; i++) {
-		const struct mechanism *m = &mechanisms[i / 2];
-		enum pinbroker_access access = i % 2 == 0 ? PINBROKER_READ : PINBROKER_WRITE;
-		struct verdict v = judge(p, m, access);
+	for (size_t i = 0; i < MECHANISMS * 2; i++) {
+		const struct verdict *v = &p->probe.verdicts[i / 2][i % 2];
+		char buffer[256];
 
-		table_string(t, m->what);
-		table_string(t, pinbroker_access_name(access));
-		table_bool(t, v.possible);
-		table_string(t, v.reason ?: is_here(m) ? "" : "this machine has no such device");
+		table_string(t, mechanisms[i / 2].what);
+		table_string(t, pinbroker_access_name(i % 2));
+		table_string(t, words[v->possible]);
+		table_string(t, told_of(v, is_here(i / 2), buffer, sizeof(buffer)));
 	}
 	putchar('\n');
 	table_print_rows(t, p->ctl);

@@ -1,11 +1,12 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 #include "ctl-probe.h"
-#include "ctl-region.h"
-#include "ctl-ring.h"
+#include "ctl-try.h"
 
 #include <fcntl.h>
 #include <libgen.h>
+#include <linux/magic.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/sysmacros.h>
 #include <sys/utsname.h>
 #include <sys/vfs.h>
@@ -53,33 +54,128 @@ static enum backing backing_of(const struct statx *stx, const struct mount *moun
 	return BACKING_PAGE_CACHE;
 }
 
-/* A nameless file beside this one, of one page; -1 where the caller may not make one. */
-static int make_sibling(const char *path)
-{
-	_cleanup_(freep) char *copy = must(strdup(path));
-	_cleanup_(close_fdp) int fd = -1;
-	struct statfs sfs;
+/* What pins are tried on. */
+struct sample {
+	int fd; /* owned; -1: there is none */
+	size_t size;
+};
 
-	fd = open(dirname(copy), O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
-	if (fd < 0 || fstatfs(fd, &sfs) < 0 || ftruncate(fd, sfs.f_bsize) < 0)
-		return -1;
-	return TAKE_FD(fd);
+static void sample_close(struct sample *sample)
+{
+	if (sample->fd >= 0)
+		close(sample->fd);
 }
 
-/* 0, or the negative errno that the kernel answers a fixed buffer over such a file with; -ENOSYS:
- * it could not be tried. */
-static int try_pin(const char *path)
+/* Device-DAX maps in units of this. */
+static size_t alignment_of(const struct statx *device)
 {
-	_cleanup_(close_fdp) int ring_fd = ring_open();
-	_cleanup_(close_fdp) int fd = make_sibling(path);
-	struct region region = {.range = {0, (uint64_t)sysconf(_SC_PAGESIZE)}};
-	int r;
+	_cleanup_(close_filep) FILE *f = NULL;
+	char path[64];
+	size_t size;
 
-	if (ring_fd < 0 || fd < 0)
-		return -ENOSYS;
-	r = regions_register(&region, 1, ring_fd, fd, PINBROKER_WRITE);
-	region_unmap(&region);
-	return r == -EFAULT || r == -EOPNOTSUPP || r >= 0 ? r : -ENOSYS;
+	snprintf(path, sizeof(path), "/sys/dev/char/%u:%u/align", device->stx_rdev_major,
+		device->stx_rdev_minor);
+	f = fopen(path, "re");
+	return f && fscanf(f, "%zu", &size) == 1 ? size : 0;
+}
+
+/* One page of a new file; its descriptor is taken over. */
+static bool sample_set(struct sample *sample, int new_fd)
+{
+	_cleanup_(close_fdp) int fd = new_fd;
+	size_t size = (size_t)sysconf(_SC_PAGESIZE);
+	struct statfs sfs;
+
+	if (fd < 0 || fstatfs(fd, &sfs) < 0)
+		return false;
+	if (sfs.f_type == HUGETLBFS_MAGIC)
+		size = (size_t)sfs.f_bsize;
+	if (ftruncate(fd, (off_t)size) < 0)
+		return false;
+	*sample = (struct sample){TAKE_FD(fd), size};
+	return true;
+}
+
+/* A nameless file in that directory, if its pages are of the kind wanted. */
+static bool sample_make(struct sample *sample, const char *directory, enum backing backing)
+{
+	_cleanup_(close_fdp) int fd = open(directory, O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
+	struct mount mount;
+	struct statx stx;
+
+	if (fd < 0 || statx(fd, "", AT_EMPTY_PATH, STATX_BASIC_STATS, &stx) < 0 ||
+		mount_of(fd, &mount) < 0 || backing_of(&stx, &mount) != backing)
+		return false;
+	return sample_set(sample, TAKE_FD(fd));
+}
+
+static struct sample sample_find(const char *path, const struct statx *stx, enum backing backing)
+{
+	_cleanup_(freep) char *copy = must(strdup(path));
+	struct sample sample = {-1, 0};
+
+	if (backing == BACKING_DEVICE_DAX)
+		return (struct sample){open(path, O_RDWR | O_CLOEXEC), alignment_of(stx)};
+	if (backing == BACKING_OTHER || sample_make(&sample, dirname(copy), backing) ||
+		sample_make(&sample, "/var/tmp", backing))
+		return sample;
+	if (backing == BACKING_SHMEM)
+		sample_set(&sample, memfd_create("pinbrokerctl", MFD_CLOEXEC));
+	if (backing == BACKING_HUGE_PAGES)
+		sample_set(&sample, memfd_create("pinbrokerctl", MFD_CLOEXEC | MFD_HUGETLB));
+	return sample;
+}
+
+static bool is_refusal(enum mechanism m, int r)
+{
+	return r == -EFAULT || r == -EOPNOTSUPP || (r == -EINVAL && m == MECHANISM_RDMA_ODP);
+}
+
+static const char *reason_of(
+	const struct probe *p, enum mechanism m, enum pinbroker_access access, int r)
+{
+	if (m == MECHANISM_RDMA_ODP)
+		return "the device's driver does not support it";
+	if (p->backing == BACKING_FSDAX)
+		return "the kernel makes no long-term pins of fsdax pages: on-demand paging is the "
+		       "way";
+	if (r == -EOPNOTSUPP)
+		return "this kernel takes memory of tmpfs and hugetlbfs only";
+	if (access == PINBROKER_READ)
+		return "it pins for writing, which a read-only mapping refuses";
+	return "the kernel refuses it where the file system must be told of every write";
+}
+
+static struct verdict refused(
+	const struct probe *p, enum mechanism m, enum pinbroker_access access, int r)
+{
+	return (struct verdict){VERDICT_NO, .error = r, .reason = reason_of(p, m, access, r)};
+}
+
+static void probe_map(struct probe *p, const struct sample *sample, enum pinbroker_access access)
+{
+	int protection = access == PINBROKER_WRITE ? PROT_READ | PROT_WRITE : PROT_READ;
+	void *map = mmap(NULL, sample->size, protection, MAP_SHARED, sample->fd, 0);
+
+	if (map == MAP_FAILED)
+		return;
+	for (enum mechanism m = 0; m < MECHANISMS; m++) {
+		struct verdict *v = &p->verdicts[m][access];
+		int r = try_pin(m, map, sample->size, access);
+
+		if (r >= 0)
+			*v = (struct verdict){VERDICT_YES};
+		else if (is_refusal(m, r))
+			*v = refused(p, m, access, r);
+		v->tried = v->possible != VERDICT_UNKNOWN;
+	}
+	munmap(map, sample->size);
+}
+
+static void probe_try(struct probe *p, const struct sample *sample)
+{
+	for (unsigned access = 0; access <= PINBROKER_WRITE && sample->fd >= 0; access++)
+		probe_map(p, sample, access);
 }
 
 static bool kernel_is_at_least(unsigned major_wanted, unsigned minor_wanted)
@@ -93,43 +189,78 @@ static bool kernel_is_at_least(unsigned major_wanted, unsigned minor_wanted)
 	       (major_version == major_wanted && minor_version >= minor_wanted);
 }
 
-static struct verdict judge_page_cache(const char *path)
+/* What this kernel says of pins for writing, to whoever could try; an io_uring's own rule apart. */
+static struct verdict derive_write(const struct probe *p, enum mechanism m)
 {
-	int r = try_pin(path);
+	static const enum mechanism order[] = {
+		MECHANISM_RDMA, MECHANISM_AF_XDP, MECHANISM_IO_URING};
+	struct verdict verdict = {VERDICT_UNKNOWN};
 
-	if (r >= 0)
-		return (struct verdict){true, "tried on a file beside it"};
-	if (r != -ENOSYS)
-		return (struct verdict){false,
-			"the kernel refuses it where the file system must be told of every write "
-			"(tried on a file beside it)"};
-	if (kernel_is_at_least(6, 5))
-		return (struct verdict){false,
-			"the kernel, from Linux 6.5 on, refuses it where the file system must be "
-			"told of every write"};
-	return (struct verdict){true, "the kernel, up to Linux 6.4, lets it happen"};
+	if (p->backing != BACKING_PAGE_CACHE)
+		verdict.possible = VERDICT_YES;
+	for (size_t i = 0; i < ELEMENTS(order); i++) {
+		const struct verdict *v = &p->verdicts[order[i]][PINBROKER_WRITE];
+
+		if (v->tried && v->error != -EOPNOTSUPP) {
+			verdict = *v;
+			break;
+		}
+	}
+	if (m == MECHANISM_IO_URING && verdict.possible == VERDICT_YES)
+		verdict.possible = VERDICT_UNKNOWN;
+	if (verdict.possible == VERDICT_UNKNOWN)
+		verdict.reason = "it could not be tried";
+	return verdict;
+}
+
+static struct verdict derive_read(const struct probe *p, enum mechanism m)
+{
+	if (m == MECHANISM_IO_URING || m == MECHANISM_AF_XDP)
+		return refused(p, m, PINBROKER_READ, -EFAULT);
+	if (m == MECHANISM_RDMA && !kernel_is_at_least(6, 2))
+		return (struct verdict){VERDICT_UNKNOWN,
+			.reason = "before Linux 6.2 it pins for writing, which a read-only mapping "
+				  "refuses; there is no device to try it on"};
+	return (struct verdict){VERDICT_YES};
+}
+
+/* Where it could not be tried; memory: what could be on other memory, if that is all there is. */
+static struct verdict derive(const struct probe *p, const struct probe *memory, enum mechanism m,
+	enum pinbroker_access access)
+{
+	struct verdict verdict;
+
+	if (p->backing == BACKING_OTHER)
+		return (struct verdict){VERDICT_NO, .reason = "it is no data file"};
+	if (m != MECHANISM_RDMA_ODP && p->backing == BACKING_FSDAX)
+		return refused(p, m, access, -EOPNOTSUPP);
+	if (memory->verdicts[m][access].tried &&
+		(m == MECHANISM_RDMA_ODP || access == PINBROKER_READ))
+		verdict = memory->verdicts[m][access];
+	else if (m == MECHANISM_RDMA_ODP)
+		verdict = (struct verdict){VERDICT_YES,
+			.reason = "nothing is pinned; the device's driver has to support it"};
+	else if (access == PINBROKER_READ)
+		verdict = derive_read(p, m);
+	else
+		verdict = derive_write(p, m);
+	verdict.tried = false;
+	return verdict;
 }
 
 void probe_file(
 	const char *path, const struct statx *stx, const struct mount *mount, struct probe *ret)
 {
-	ret->backing = backing_of(stx, mount);
-	switch (ret->backing) {
-	case BACKING_FSDAX:
-		ret->read.possible = ret->write.possible = false;
-		ret->read.reason = ret->write.reason =
-			"the kernel makes no long-term pins of fsdax pages: on-demand paging is "
-			"the way";
-		break;
-	case BACKING_OTHER:
-		ret->read.possible = ret->write.possible = false;
-		ret->read.reason = ret->write.reason = "it is no data file";
-		break;
-	case BACKING_PAGE_CACHE:
-		ret->read = (struct verdict){true, NULL};
-		ret->write = judge_page_cache(path);
-		break;
-	default:
-		ret->read = ret->write = (struct verdict){true, NULL};
-	}
+	_cleanup_(sample_close) struct sample sample = {-1, 0}, other = {-1, 0};
+	struct probe memory = {.backing = BACKING_SHMEM};
+
+	*ret = (struct probe){.backing = backing_of(stx, mount)};
+	sample = sample_find(path, stx, ret->backing);
+	probe_try(ret, &sample);
+	if (sample.fd < 0 && sample_set(&other, memfd_create("pinbrokerctl", MFD_CLOEXEC)))
+		probe_try(&memory, &other);
+	for (enum mechanism m = 0; m < MECHANISMS; m++)
+		for (unsigned access = 0; access <= PINBROKER_WRITE; access++)
+			if (ret->verdicts[m][access].possible == VERDICT_UNKNOWN)
+				ret->verdicts[m][access] = derive(ret, &memory, m, access);
 }

@@ -7,9 +7,10 @@
 #include <sys/stat.h>
 
 /*
- * What kind of memory stands behind a file, and which long-term pins this kernel makes of it. The
- * file itself is not opened: that could break a lease. What has to be tried is tried on a nameless
- * file beside it.
+ * What kind of memory stands behind a file, and who can pin its pages on this kernel. The file
+ * itself is not opened: that could break a lease. Pins are tried on a nameless file of the same
+ * kind, beside it if possible; of device-DAX, which has no leases, on itself. What cannot be tried
+ * follows from what can, or is not known.
  */
 
 enum backing {
@@ -21,15 +22,28 @@ enum backing {
 	BACKING_OTHER, /* neither a regular file nor device-DAX */
 };
 
+/* What pins pages. */
+enum mechanism {
+	MECHANISM_IO_URING,
+	MECHANISM_AF_XDP,
+	MECHANISM_RDMA,
+	MECHANISM_RDMA_ODP, /* on-demand paging, which pins nothing */
+	MECHANISM_VFIO,
+	MECHANISMS,
+};
+
 struct verdict {
-	bool possible;
-	const char *reason; /* why (not); NULL: there is nothing to say */
+	enum { VERDICT_UNKNOWN, VERDICT_NO, VERDICT_YES } possible;
+	bool tried;
+	int error;          /* negative errno that the kernel refuses it with, or 0 */
+	const char *reason; /* NULL: there is nothing to say */
 };
 
 struct probe {
 	enum backing backing;
-	/* A long-term pin of a shared mapping, through which the hardware reads, or writes. */
-	struct verdict read, write;
+	/* Through a shared mapping as who has the file open for reading, or for writing, makes it.
+	 */
+	struct verdict verdicts[MECHANISMS][PINBROKER_WRITE + 1];
 };
 
 const char *backing_name(enum backing backing);
