@@ -2,6 +2,7 @@
 #include "internal.h"
 
 #include <assert.h>
+#include <string.h>
 
 static_assert((int)PINBROKER_READ == ACCESS_READ && (int)PINBROKER_WRITE == ACCESS_WRITE, "");
 static_assert((int)PINBROKER_PROOF_PROVABLE == PROOF_PROVABLE &&
@@ -12,6 +13,12 @@ static_assert((int)PINBROKER_CAUSE_MODIFY == CAUSE_MODIFY &&
 	"");
 static_assert(
 	(int)PINBROKER_LEASE_NONE == LEASE_NONE && (int)PINBROKER_LEASE_BREAKING == LEASE_BREAKING,
+	"");
+static_assert((int)PINBROKER_BACKING_PAGE_CACHE == BACKING_PAGE_CACHE &&
+		      (int)PINBROKER_BACKING_DEVICE_DAX == BACKING_DEVICE_DAX,
+	"");
+static_assert((int)PINBROKER_PINNABLE_NO == PINNABLE_NO &&
+		      (int)PINBROKER_PINNABLE_UNKNOWN == PINNABLE_UNKNOWN,
 	"");
 static_assert(
 	(int)PINBROKER_PIN_RESERVED == PIN_RESERVED && (int)PINBROKER_PIN_LEAVING == PIN_LEAVING,
@@ -40,6 +47,16 @@ EXPORT const char *pinbroker_lease_state_name(enum pinbroker_lease_state state)
 	return enumeration_name(&enumeration_lease_state, (int)state);
 }
 
+EXPORT const char *pinbroker_backing_name(enum pinbroker_backing backing)
+{
+	return enumeration_name(&enumeration_backing_kind, (int)backing);
+}
+
+EXPORT const char *pinbroker_pinnable_name(enum pinbroker_pinnable pinnable)
+{
+	return enumeration_name(&enumeration_pinnable, (int)pinnable);
+}
+
 EXPORT const char *pinbroker_pin_state_name(enum pinbroker_pin_state state)
 {
 	return enumeration_name(&enumeration_pin_state, (int)state);
@@ -48,6 +65,12 @@ EXPORT const char *pinbroker_pin_state_name(enum pinbroker_pin_state state)
 EXPORT const char *pinbroker_revocation_state_name(enum pinbroker_revocation_state state)
 {
 	return enumeration_name(&enumeration_revocation_state, (int)state);
+}
+
+bool text_copy(const char *text, const char **ret)
+{
+	*ret = text ? strdup(text) : NULL;
+	return *ret || !text;
 }
 
 uint64_t known(int64_t value)
@@ -80,6 +103,11 @@ void convert_file_info(const struct msg_file_info *m, struct pinbroker_file_info
 		.exposed = m->exposed,
 		.n_clients = (uint64_t)m->clients,
 		.n_pins = (uint64_t)m->pins,
+		.backing = (enum pinbroker_backing)m->backing.kind,
+		.device_name = m->backing.deviceName,
+		.nvdimm_namespace = m->backing.namespace,
+		.nvdimm_region = m->backing.region,
+		.numa_node = known(m->backing.numaNode),
 	};
 }
 

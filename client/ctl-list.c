@@ -77,6 +77,11 @@ static int list_pins(struct list *list)
 static const struct column file_columns[] = {
 	{"FILE", "file", COLUMN_RIGHT},
 	{"FILESYSTEM", "fileSystem"},
+	{"BACKING", "kind", COLUMN_OPTIONAL},
+	{"ON", "deviceName", COLUMN_OPTIONAL},
+	{"NAMESPACE", "namespace", COLUMN_JSON_ONLY},
+	{"REGION", "region", COLUMN_JSON_ONLY},
+	{"NODE", "numaNode", COLUMN_RIGHT | COLUMN_JSON_ONLY},
 	{"DEVICE", "device", COLUMN_RIGHT | COLUMN_JSON_ONLY},
 	{"INODE", "inode", COLUMN_RIGHT | COLUMN_JSON_ONLY},
 	{"SIZE", "size", COLUMN_RIGHT},
@@ -98,6 +103,11 @@ static int add_file(const struct pinbroker_file_info *info, void *userdata)
 		return 0;
 	table_number(t, info->file);
 	table_string(t, info->file_system);
+	table_string(t, pinbroker_backing_name(info->backing));
+	table_string(t, info->device_name);
+	table_string(t, info->nvdimm_namespace);
+	table_string(t, info->nvdimm_region);
+	table_number(t, info->numa_node);
 	table_number(t, info->device);
 	table_number(t, info->inode);
 	table_size(t, info->size);

@@ -168,6 +168,14 @@ static json_object *pins_to_json(const struct preflight *p)
 	return array;
 }
 
+static void backing_to_json(json_object *o, const struct pinbroker_preflight_info *info)
+{
+	json_add_string(o, "deviceName", info ? info->device_name : NULL);
+	json_add_string(o, "namespace", info ? info->nvdimm_namespace : NULL);
+	json_add_string(o, "region", info ? info->nvdimm_region : NULL);
+	json_add_number(o, "numaNode", info ? info->numa_node : PINBROKER_UNKNOWN);
+}
+
 static void preflight_print_json(const struct preflight *p)
 {
 	json_object *o = must(json_object_new_object()), *leases;
@@ -179,6 +187,7 @@ static void preflight_print_json(const struct preflight *p)
 	json_add_string(o, "mountPoint", p->mount.point);
 	json_add_string(o, "source", p->mount.source);
 	json_add_string(o, "backing", backing_name(p->probe.backing));
+	backing_to_json(o, p->leases[PINBROKER_READ]);
 	json_add(o, "broker", json_object_get(p->broker));
 	leases = must(json_object_new_object());
 	json_add(leases, "read", lease_to_json(p, PINBROKER_READ));
@@ -192,6 +201,21 @@ static void preflight_print_json(const struct preflight *p)
 	json_print(o, p->ctl);
 }
 
+/* The device and what it is on, which the broker knows. */
+static void print_backing(const struct preflight *p)
+{
+	const struct pinbroker_preflight_info *info = p->leases[PINBROKER_READ];
+
+	printf("  Backing: %s", backing_name(p->probe.backing));
+	if (info && info->device_name)
+		printf(", %s", info->device_name);
+	if (info && info->nvdimm_namespace)
+		printf(" of %s, %s", info->nvdimm_namespace, info->nvdimm_region);
+	if (info && info->numa_node != PINBROKER_UNKNOWN)
+		printf(", NUMA node %" PRIu64, info->numa_node);
+	putchar('\n');
+}
+
 static void print_file(const struct preflight *p)
 {
 	_cleanup_(freep) char *path = escape_text(p->path);
@@ -203,7 +227,7 @@ static void print_file(const struct preflight *p)
 	printf("%s\n", path);
 	printf("     File: %s, inode %" PRIu64 " of %s on %s (%s)\n", size,
 		(uint64_t)p->stx.stx_ino, p->mount.type, point, source);
-	printf("  Backing: %s\n", backing_name(p->probe.backing));
+	print_backing(p);
 }
 
 static void print_lease(const struct preflight *p, enum pinbroker_access access)
@@ -214,6 +238,8 @@ static void print_lease(const struct preflight *p, enum pinbroker_access access)
 	printf("    Lease: for %s ", access == PINBROKER_READ ? "reading" : "writing");
 	if (!info)
 		puts("not known: no broker was asked");
+	else if (info->leasable && p->probe.backing == BACKING_DEVICE_DAX)
+		puts("none is needed: a device is not truncated");
 	else if (!info->leasable)
 		printf("no: %s\n", info->reason ?: "the broker does not say why");
 	else if (n > 0)
@@ -254,7 +280,7 @@ static void print_broker(const struct preflight *p)
 	json_object_object_get_ex(p->broker, "file", &file);
 	json_object_object_get_ex(p->broker, "lease", &lease);
 	json_object_object_get_ex(p->broker, "pins", &pins);
-	printf("   Broker: it is file %s, under a lease (%s), with %s pins\n",
+	printf("   Broker: it is file %s, its lease is %s, with %s pins\n",
 		json_object_get_string(file), json_object_get_string(lease),
 		json_object_get_string(pins));
 }

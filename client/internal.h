@@ -195,6 +195,8 @@ void bus_dispatch(pinbroker *pb);
 void bus_close(pinbroker *pb); /* without a new attempt */
 
 /* convert.c */
+/* false: out of memory, with *ret NULL */
+bool text_copy(const char *text, const char **ret);
 uint64_t known(int64_t value);  /* PINBROKER_UNKNOWN for null */
 pid_t known_pid(int64_t value); /* 0 for null */
 uid_t known_uid(int64_t value); /* PINBROKER_NO_UID for null */

@@ -161,6 +161,19 @@ EXPORT int pinbroker_list_revocations(pinbroker *pb,
 	return transient_stream(pb, METHOD_ListRevocations, NULL, &out, each_revocations, &each);
 }
 
+static bool copy_backing(const struct msg_backing *m, struct pinbroker_preflight_info *ret)
+{
+	ret->numa_node = PINBROKER_UNKNOWN;
+	if (!m)
+		return true;
+	ret->has_backing = true;
+	ret->backing = (enum pinbroker_backing)m->kind;
+	ret->numa_node = known(m->numaNode);
+	return text_copy(m->deviceName, &ret->device_name) &&
+	       text_copy(m->namespace, &ret->nvdimm_namespace) &&
+	       text_copy(m->region, &ret->nvdimm_region);
+}
+
 EXPORT int pinbroker_preflight(
 	pinbroker *pb, int fd, enum pinbroker_access access, struct pinbroker_preflight_info **ret)
 {
@@ -178,9 +191,8 @@ EXPORT int pinbroker_preflight(
 	p = calloc(1, sizeof(*p));
 	if (!p)
 		return error_set(pb, -ENOMEM, "Out of memory.");
-	p->file_system = out.fileSystem ? strdup(out.fileSystem) : NULL;
-	p->reason = out.reason ? strdup(out.reason) : NULL;
-	if ((out.fileSystem && !p->file_system) || (out.reason && !p->reason)) {
+	if (!text_copy(out.fileSystem, &p->file_system) || !text_copy(out.reason, &p->reason) ||
+		!text_copy(out.pinReason, &p->pin_reason) || !copy_backing(out.backing, p)) {
 		pinbroker_preflight_free(p);
 		return error_set(pb, -ENOMEM, "Out of memory.");
 	}
@@ -188,6 +200,7 @@ EXPORT int pinbroker_preflight(
 	p->dax = out.dax;
 	p->lease_break_usec = (uint64_t)out.leaseBreakUSec;
 	p->settle_usec = (uint64_t)out.settleUSec;
+	p->pinnable = (enum pinbroker_pinnable)out.pinnable;
 	*ret = p;
 	return 0;
 }
@@ -199,6 +212,10 @@ EXPORT struct pinbroker_preflight_info *pinbroker_preflight_free(
 		return NULL;
 	free((char *)preflight->file_system);
 	free((char *)preflight->reason);
+	free((char *)preflight->pin_reason);
+	free((char *)preflight->device_name);
+	free((char *)preflight->nvdimm_namespace);
+	free((char *)preflight->nvdimm_region);
 	free(preflight);
 	return NULL;
 }

@@ -5,11 +5,9 @@
 #include <string.h>
 
 struct pinbroker_file {
-	pinbroker *pb; /* a reference */
-	int fd;        /* owned */
-	struct pinbroker_file_info info;
-	char *path;        /* owned, info's */
-	char *file_system; /* likewise */
+	pinbroker *pb;                   /* a reference */
+	int fd;                          /* owned */
+	struct pinbroker_file_info info; /* its texts are owned */
 };
 
 struct pinbroker_context {
@@ -33,6 +31,19 @@ static void pinbroker_file_freep(pinbroker_file **f)
 	pinbroker_file_free(*f);
 }
 
+/* The texts belonged to the broker's reply. */
+static bool file_copy_texts(struct pinbroker_file_info *info)
+{
+	const char **texts[] = {&info->path, &info->file_system, &info->device_name,
+		&info->nvdimm_namespace, &info->nvdimm_region};
+	bool copied = true;
+
+	/* Each is tried, so that what is freed is ours. */
+	for (size_t i = 0; i < ELEMENTS(texts); i++)
+		copied &= text_copy(*texts[i], texts[i]);
+	return copied;
+}
+
 static int file_new(pinbroker *pb, const struct msg_open_file_out *out, struct reply *reply,
 	pinbroker_file **ret)
 {
@@ -47,9 +58,7 @@ static int file_new(pinbroker *pb, const struct msg_open_file_out *out, struct r
 	f->fd = TAKE_FD(reply->fds.fds[out->fileDescriptor]);
 	convert_file_info(&out->info, &f->info);
 	f->info.file = (uint64_t)out->file;
-	f->info.path = f->path = strdup(out->info.path);
-	f->info.file_system = f->file_system = strdup(out->info.fileSystem);
-	if (!f->path || !f->file_system)
+	if (!file_copy_texts(&f->info))
 		return no_memory(pb);
 	*ret = TAKE_PTR(f);
 	return 0;
@@ -133,8 +142,11 @@ EXPORT pinbroker_file *pinbroker_file_free(pinbroker_file *file)
 	if (!file)
 		return NULL;
 	safe_close(file->fd);
-	free(file->path);
-	free(file->file_system);
+	free((char *)file->info.path);
+	free((char *)file->info.file_system);
+	free((char *)file->info.device_name);
+	free((char *)file->info.nvdimm_namespace);
+	free((char *)file->info.nvdimm_region);
 	pinbroker_unref(file->pb);
 	free(file);
 	return NULL;

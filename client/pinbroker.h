@@ -118,6 +118,22 @@ enum pinbroker_lease_state {
 	PINBROKER_LEASE_BREAKING, /* given up when the pins are gone */
 };
 
+/* What the pages of a file live on. */
+enum pinbroker_backing {
+	PINBROKER_BACKING_PAGE_CACHE, /* memory that the kernel writes back to a device */
+	PINBROKER_BACKING_TMPFS,
+	PINBROKER_BACKING_HUGETLBFS,
+	PINBROKER_BACKING_FSDAX,      /* the blocks of a persistent memory */
+	PINBROKER_BACKING_DEVICE_DAX, /* a device of memory, /dev/daxX.Y: it needs no lease */
+};
+
+/* Whether the kernel makes long-term pins of pages. */
+enum pinbroker_pinnable {
+	PINBROKER_PINNABLE_NO,
+	PINBROKER_PINNABLE_YES,
+	PINBROKER_PINNABLE_UNKNOWN, /* it depends on the kernel */
+};
+
 enum pinbroker_pin_state {
 	PINBROKER_PIN_RESERVED, /* no handle bound yet */
 	PINBROKER_PIN_BOUND,
@@ -139,6 +155,8 @@ const char *pinbroker_access_name(enum pinbroker_access access);
 const char *pinbroker_proof_name(enum pinbroker_proof proof);
 const char *pinbroker_cause_name(enum pinbroker_cause cause);
 const char *pinbroker_lease_state_name(enum pinbroker_lease_state state);
+const char *pinbroker_backing_name(enum pinbroker_backing backing);
+const char *pinbroker_pinnable_name(enum pinbroker_pinnable pinnable);
 const char *pinbroker_pin_state_name(enum pinbroker_pin_state state);
 const char *pinbroker_revocation_state_name(enum pinbroker_revocation_state state);
 
@@ -194,6 +212,11 @@ struct pinbroker_file_info {
 	bool exposed;          /* pinned, but the lease cannot be held at present */
 	uint64_t n_clients;
 	uint64_t n_pins;
+	enum pinbroker_backing backing;
+	const char *device_name; /* the block device that it is on, or the device-DAX; or NULL */
+	const char *nvdimm_namespace; /* that this device is on, or NULL */
+	const char *nvdimm_region;    /* or NULL */
+	uint64_t numa_node;           /* that these are near to, or PINBROKER_UNKNOWN */
 };
 
 struct pinbroker_pin_info {
@@ -267,6 +290,14 @@ struct pinbroker_preflight_info {
 	bool dax;                  /* the file is really mapped without a page cache */
 	uint64_t lease_break_usec; /* how long the kernel waits for a broken lease; 0: for ever */
 	uint64_t settle_usec;      /* how long a write lease would hold up readers; 0: not at all */
+	bool has_backing;          /* the next five are known; as in pinbroker_file_info */
+	enum pinbroker_backing backing;
+	const char *device_name;
+	const char *nvdimm_namespace;
+	const char *nvdimm_region;
+	uint64_t numa_node;
+	enum pinbroker_pinnable pinnable; /* the kernel would make long-term pins for this access */
+	const char *pin_reason;           /* why not, or what it depends on; or NULL */
 };
 
 /* ---- The client ---- */

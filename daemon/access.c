@@ -144,7 +144,6 @@ static int probe_file(int fd, const struct process *client, char *const *file_sy
 	p->inode = stx.stx_ino;
 	p->owner = stx.stx_uid;
 	p->size = stx.stx_size;
-	p->dax = stx.stx_attributes & STATX_ATTR_DAX;
 	r = find_path(fd, p);
 	if (r < 0)
 		return r;
@@ -164,8 +163,11 @@ static int probe_file(int fd, const struct process *client, char *const *file_sy
 	if (r < 0)
 		return r;
 	for (char *const *name = file_systems; *name; name++)
-		if (strcmp(*name, p->file_system) == 0)
+		if (strcmp(*name, p->file_system) == 0) {
+			backing_find(p->device, p->file_system,
+				     stx.stx_attributes & STATX_ATTR_DAX, &p->backing);
 			return 0;
+		}
 	return refuse_file(ret_refusal, "fileSystem", p,
 			   "The file system is not in FileSystems= of pinbroker.conf.");
 }

@@ -5,6 +5,7 @@
 #include <stdint.h>
 #include <sys/types.h>
 
+#include "backing.h"
 #include "config.h"
 #include "process.h"
 #include "protocol/interface.h"
@@ -21,7 +22,7 @@ struct probe {
 	ino_t inode;
 	uid_t owner;
 	uint64_t size;
-	bool dax;
+	struct backing backing;
 	char *path; /* owned; as /proc tells it */
 	char file_system[32];
 };

@@ -79,14 +79,21 @@ static void preflight_done(struct job *job)
 	struct peer *peer = j->peer;
 	bool settles = j->access == ACCESS_WRITE && !file_admits_readers(peer->broker);
 	uint64_t break_usec = lease_break_usec();
+	struct msg_backing backing;
 	char message[300];
 	struct msg_preflight_out out = {
 		.leasable = j->result == 0,
-		.dax = j->probe.dax,
+		.dax = j->probe.backing.kind == BACKING_FSDAX,
+		.pinnable = PINNABLE_UNKNOWN,
 		.leaseBreakUSec = break_usec != USEC_INFINITY ? (int64_t)break_usec : 0,
 		.settleUSec = settles ? (int64_t)break_usec : 0,
 	};
 
+	if (j->probe.path) {
+		backing_info(&j->probe.backing, &backing);
+		out.backing = &backing;
+		out.pinnable = backing_pinnable(&j->probe.backing, j->access, &out.pinReason);
+	}
 	if (j->result == REFUSED) {
 		out.reason = refusal_message(&j->refusal, message);
 		out.fileSystem = j->refusal.file_system[0] ? j->refusal.file_system : NULL;

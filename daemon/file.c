@@ -8,6 +8,7 @@
 #include <string.h>
 #include <sys/stat.h>
 
+#include "access.h"
 #include "blame.h"
 #include "broker.h"
 #include "bus.h"
@@ -43,8 +44,7 @@ static void set_fd(struct file *file, int fd)
 
 static int on_timer(sd_event_source *source, uint64_t usec, void *userdata);
 
-int file_new(struct broker *broker, struct inode_key key, const char *path,
-	     const char *file_system, struct file **ret)
+int file_new(struct broker *broker, const struct probe *probe, struct file **ret)
 {
 	struct file *file;
 	int r;
@@ -53,15 +53,16 @@ int file_new(struct broker *broker, struct inode_key key, const char *path,
 	if (!file)
 		return -ENOMEM;
 	file->broker = broker;
-	file->key = key;
+	file->key = (struct inode_key){ probe->device, probe->inode };
 	file->lease.fd = -1;
 	file->opening = true;
 	file->watch = -1;
 	STAILQ_INIT(&file->waiting);
 	RB_INIT(&file->pins);
 	LIST_INIT(&file->uses);
-	snprintf(file->file_system, sizeof(file->file_system), "%s", file_system);
-	file->path = strdup(path);
+	snprintf(file->file_system, sizeof(file->file_system), "%s", probe->file_system);
+	file->backing = probe->backing;
+	file->path = strdup(probe->path);
 	r = file->path ? sd_event_add_time(broker->event, &file->timer, CLOCK_MONOTONIC, 0, 1,
 					   on_timer, file)
 		       : -ENOMEM;
@@ -461,4 +462,5 @@ void file_info(const struct file *file, struct msg_file_info *ret)
 		.clients = file->n_uses,
 		.pins = file->n_pins,
 	};
+	backing_info(&file->backing, &ret->backing);
 }

@@ -8,6 +8,7 @@
 #include <sys/types.h>
 #include <systemd/sd-event.h>
 
+#include "backing.h"
 #include "bus-view.h"
 #include "lease.h"
 #include "pin.h"
@@ -15,6 +16,7 @@
 
 struct broker;
 struct open_request;
+struct probe;
 struct revocation;
 struct use;
 
@@ -33,6 +35,7 @@ struct file {
 	struct inode_key key;
 	char *path; /* owned; as it was when opened, for people */
 	char file_system[32];
+	struct backing backing;
 	struct lease lease; /* its fd < 0: being opened */
 	bool opening;       /* an open request is at work on it; others wait */
 	STAILQ_HEAD(, open_request) waiting; /* for that one */
@@ -57,8 +60,7 @@ struct file {
 };
 
 /* A file that is being opened. */
-int file_new(struct broker *broker, struct inode_key key, const char *path,
-	     const char *file_system, struct file **ret);
+int file_new(struct broker *broker, const struct probe *probe, struct file **ret);
 struct file *file_free(struct file *file);
 /* Frees it if nobody uses it any more, or it is withdrawn and nobody pins it. */
 void file_collect(struct file *file);

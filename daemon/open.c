@@ -220,12 +220,12 @@ static void lease_file(struct open_request *q)
 }
 
 /* Nobody has it open here. */
-static void open_first(struct open_request *q, struct inode_key key)
+static void open_first(struct open_request *q)
 {
 	struct file *file;
 	int r;
 
-	r = file_new(q->broker, key, q->probe.path, q->probe.file_system, &file);
+	r = file_new(q->broker, &q->probe, &file);
 	if (r < 0) {
 		finish(q, r);
 		return;
@@ -272,7 +272,7 @@ static void find_way(struct open_request *q)
 	const struct lease *lease;
 
 	if (!file) {
-		open_first(q, key);
+		open_first(q);
 		return;
 	}
 	if (file->opening) {

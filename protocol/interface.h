@@ -29,6 +29,14 @@ enum lease_state {
 	LEASE_SETTLED,
 	LEASE_BREAKING,
 };
+enum backing_kind {
+	BACKING_PAGE_CACHE,
+	BACKING_TMPFS,
+	BACKING_HUGETLBFS,
+	BACKING_FSDAX,
+	BACKING_DEVICE_DAX,
+};
+enum pinnable { PINNABLE_NO, PINNABLE_YES, PINNABLE_UNKNOWN };
 enum pin_state { PIN_RESERVED, PIN_BOUND, PIN_LEAVING };
 enum revocation_state {
 	REVOCATION_NOTIFIED,
@@ -45,6 +53,8 @@ enum revocation_state {
 	E(proof, Proof, "provable", "claimed", "presumed")                                     \
 	E(cause, Cause, "modify", "truncate", "open", "shrink", "admin", "device", "shutdown") \
 	E(lease_state, LeaseState, "none", "read", "write", "settling", "settled", "breaking") \
+	E(backing_kind, BackingKind, "pageCache", "tmpfs", "hugetlbfs", "fsdax", "deviceDax")  \
+	E(pinnable, Pinnable, "no", "yes", "unknown")                                          \
 	E(pin_state, PinState, "reserved", "bound", "leaving")                                 \
 	E(revocation_state, RevocationState, "notified", "detaching", "signalled", "killed",   \
 		"released", "lost")
@@ -72,18 +82,26 @@ enum revocation_state {
 	F(OBJECT, REQUIRED, conflict, msg_conflict) \
 	F(INT, REQUIRED, deadlineUSec, _)
 
-#define FILE_INFO_FIELDS(F)                   \
-	F(INT, REQUIRED, file, _)             \
-	F(STRING, REQUIRED, path, _)          \
-	F(STRING, REQUIRED, fileSystem, _)    \
-	F(INT, REQUIRED, device, _)           \
-	F(INT, REQUIRED, inode, _)            \
-	F(INT, REQUIRED, size, _)             \
-	F(ENUM, REQUIRED, access, access)     \
-	F(ENUM, REQUIRED, lease, lease_state) \
-	F(INT, NULLABLE, settledUSec, _)      \
-	F(BOOL, REQUIRED, exposed, _)         \
-	F(INT, REQUIRED, clients, _)          \
+#define BACKING_FIELDS(F)                     \
+	F(ENUM, REQUIRED, kind, backing_kind) \
+	F(STRING, NULLABLE, deviceName, _)    \
+	F(STRING, NULLABLE, namespace, _)     \
+	F(STRING, NULLABLE, region, _)        \
+	F(INT, NULLABLE, numaNode, _)
+
+#define FILE_INFO_FIELDS(F)                       \
+	F(INT, REQUIRED, file, _)                 \
+	F(STRING, REQUIRED, path, _)              \
+	F(STRING, REQUIRED, fileSystem, _)        \
+	F(OBJECT, REQUIRED, backing, msg_backing) \
+	F(INT, REQUIRED, device, _)               \
+	F(INT, REQUIRED, inode, _)                \
+	F(INT, REQUIRED, size, _)                 \
+	F(ENUM, REQUIRED, access, access)         \
+	F(ENUM, REQUIRED, lease, lease_state)     \
+	F(INT, NULLABLE, settledUSec, _)          \
+	F(BOOL, REQUIRED, exposed, _)             \
+	F(INT, REQUIRED, clients, _)              \
 	F(INT, REQUIRED, pins, _)
 
 #define PIN_INFO_FIELDS(F)                  \
@@ -143,6 +161,7 @@ enum revocation_state {
 	T(msg_range, Range, RANGE_FIELDS)                     \
 	T(msg_conflict, Conflict, CONFLICT_FIELDS)            \
 	T(msg_notice, Notice, NOTICE_FIELDS)                  \
+	T(msg_backing, Backing, BACKING_FIELDS)               \
 	T(msg_file_info, FileInfo, FILE_INFO_FIELDS)          \
 	T(msg_pin_info, PinInfo, PIN_INFO_FIELDS)             \
 	T(msg_client_info, ClientInfo, CLIENT_INFO_FIELDS)    \
@@ -212,12 +231,15 @@ enum revocation_state {
 #define PREFLIGHT_IN(F)                     \
 	F(INT, REQUIRED, fileDescriptor, _) \
 	F(ENUM, REQUIRED, access, access)
-#define PREFLIGHT_OUT(F)                    \
-	F(STRING, NULLABLE, fileSystem, _)  \
-	F(BOOL, REQUIRED, leasable, _)      \
-	F(STRING, NULLABLE, reason, _)      \
-	F(BOOL, REQUIRED, dax, _)           \
-	F(INT, REQUIRED, leaseBreakUSec, _) \
+#define PREFLIGHT_OUT(F)                          \
+	F(STRING, NULLABLE, fileSystem, _)        \
+	F(BOOL, REQUIRED, leasable, _)            \
+	F(STRING, NULLABLE, reason, _)            \
+	F(BOOL, REQUIRED, dax, _)                 \
+	F(OBJECT, NULLABLE, backing, msg_backing) \
+	F(ENUM, REQUIRED, pinnable, pinnable)     \
+	F(STRING, NULLABLE, pinReason, _)         \
+	F(INT, REQUIRED, leaseBreakUSec, _)       \
 	F(INT, REQUIRED, settleUSec, _)
 
 enum method_kind { METHOD_CALL = false, METHOD_STREAM = true };

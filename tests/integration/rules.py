@@ -49,6 +49,13 @@ class Holder:
             os.close(received)
         return reply
 
+    def preflight(self, path, access):
+        fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        try:
+            return self.call('Preflight', {'fileDescriptor': 0, 'access': access}, [fd])
+        finally:
+            os.close(fd)
+
     def context(self):
         fd = os.eventfd(0)
         try:
@@ -285,6 +292,17 @@ def mounted(kind):
             subprocess.run(['umount', '-l', mount], check=True)
 
 
+def backing(path, kind):
+    """What is to be told of a file there."""
+    if kind in ('tmpfs', 'hugetlbfs'):
+        return {'kind': kind}
+    device = os.stat(path).st_dev
+    if os.major(device) == 0:  # btrfs has numbers of its own
+        return {'kind': 'pageCache'}
+    link = os.readlink(f'/sys/dev/block/{os.major(device)}:{os.minor(device)}')
+    return {'kind': 'pageCache', 'deviceName': os.path.basename(link)}
+
+
 def test_file_system(kind):
     with mounted(kind) as mount, running() as world:
         path = os.path.join(mount, 'data')
@@ -294,6 +312,7 @@ def test_file_system(kind):
         for access in ('read', 'write'):
             opened = h.open(path, access)
             equal((opened['info']['fileSystem'], opened['info']['size']), (kind, 4 << 20))
+            equal(opened['info']['backing'], backing(path, kind))
             pins = h.call('Pin', {'file': opened['file'], 'context': h.context(), 'access': access,
                                   'ranges': ranges((0, 4 << 20))})['pins']
             expect(break_lease(path))
@@ -302,6 +321,10 @@ def test_file_system(kind):
             h.call('Unpin', {'pins': pins})
             write_at_last(path)
             h.call('CloseFile', {'file': opened['file']})
+            flight = h.preflight(path, access)
+            equal((flight['backing'], flight['pinnable'], 'pinReason' in flight),
+                  (backing(path, kind), *(('unknown', True) if access == 'write' and kind not in
+                                          ('tmpfs', 'hugetlbfs') else ('yes', False))))
         h.close()
 
 

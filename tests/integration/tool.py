@@ -135,6 +135,8 @@ def test_list(world, tool, o):
            file['access'], file['lease'], file['exposed'], file['clients'], file['pins']),
           (o.file, world.file, 'tmpfs', SIZE, os.stat(world.file).st_ino, 'read', 'read', False,
            1, 2))
+    equal([file[key] for key in ('kind', 'deviceName', 'namespace', 'region', 'numaNode')],
+          ['tmpfs', None, None, None, None])
     file = rows(tool.run('list', 'files'))[0]
     equal((file['FILE'], file['SIZE'], file['LEASE']), (str(o.file), '16M', 'read'))
     client = tool.json('list', 'clients')[0]

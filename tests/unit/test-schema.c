@@ -483,7 +483,7 @@ static void every_message_makes_the_round_trip(void **state)
 			round_trip(interface->methods[j].out);
 		}
 	}
-	assert_int_equal(n, 8 + 9 + 2 * METHOD_COUNT + 6 + 2 * SERVICE_METHOD_COUNT);
+	assert_int_equal(n, 9 + 9 + 2 * METHOD_COUNT + 6 + 2 * SERVICE_METHOD_COUNT);
 }
 
 int main(void)
