@@ -200,14 +200,14 @@ static int hold_divide(struct hold *h)
 	struct region *given = TAKE_PTR(h->regions);
 	size_t n_given = h->n_regions;
 	struct region whole = {};
-	struct stat st;
+	uint64_t size = pinbroker_file_get_info(h->file)->size;
 
 	h->n_regions = 0;
 	if (n_given == 0) {
-		if (fstat(pinbroker_file_get_fd(h->file), &st) < 0 || st.st_size == 0)
+		if (size == 0)
 			return fail(
 				EX_DATAERR, "There is nothing to pin in %s: it is empty.", h->path);
-		whole.range.length = (uint64_t)st.st_size;
+		whole.range.length = size;
 	}
 	for (size_t i = 0; i < (n_given > 0 ? n_given : 1); i++) {
 		struct pinbroker_range range = n_given > 0 ? given[i].range : whole.range;

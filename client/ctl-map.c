@@ -59,7 +59,7 @@ static int find_file(const struct pinbroker_file_info *info, void *userdata)
 			      : strcmp(info->path, m->path) != 0)
 		return 0;
 	m->file = info->file;
-	m->size = m->st.st_ino != 0 ? (uint64_t)m->st.st_size : info->size;
+	m->size = S_ISREG(m->st.st_mode) ? (uint64_t)m->st.st_size : info->size;
 	format_size(m->size, size);
 	if (asprintf(&m->title,
 		    "%s: file %" PRIu64 ", %s on %s, lease %s%s, %" PRIu64 " pin%s of %" PRIu64

@@ -2,8 +2,11 @@
 #include "ctl-region.h"
 #include "ctl-ring.h"
 
+#include <fcntl.h>
 #include <linux/magic.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/sysmacros.h>
 #include <sys/vfs.h>
 
 void region_unmap(struct region *region)
@@ -13,10 +16,31 @@ void region_unmap(struct region *region)
 	region->map = NULL;
 }
 
+/* 0: it is none that has an alignment */
+static size_t device_alignment(int fd)
+{
+	_cleanup_(close_fdp) int attribute = -1;
+	char text[64] = "";
+	struct stat st;
+
+	if (fstat(fd, &st) < 0 || !S_ISCHR(st.st_mode))
+		return 0;
+	snprintf(text, sizeof(text), "/sys/dev/char/%u:%u/align", major(st.st_rdev),
+		minor(st.st_rdev));
+	attribute = open(text, O_RDONLY | O_CLOEXEC);
+	if (attribute < 0 || read(attribute, text, sizeof(text) - 1) <= 0)
+		return 0;
+	return strtoul(text, NULL, 10);
+}
+
+/* What a mapping of it is cut by. */
 static size_t page_size(int fd)
 {
+	size_t alignment = device_alignment(fd);
 	struct statfs sfs;
 
+	if (alignment > 0)
+		return alignment;
 	if (fstatfs(fd, &sfs) == 0 && sfs.f_type == HUGETLBFS_MAGIC)
 		return (size_t)sfs.f_bsize;
 	return (size_t)sysconf(_SC_PAGESIZE);

@@ -130,6 +130,15 @@ static int find_path(int fd, struct probe *probe)
 	return probe->path ? 0 : -ENOMEM;
 }
 
+/* Where the node of a device lies, matters only in that it must not be with somebody else's process. */
+static bool is_accepted(const struct probe *p, char *const *file_systems)
+{
+	for (char *const *name = file_systems; *name; name++)
+		if (strcmp(*name, p->file_system) == 0)
+			return true;
+	return p->backing.kind == BACKING_DEVICE_DAX && strcmp(p->file_system, "devtmpfs") == 0;
+}
+
 static int probe_file(int fd, const struct process *client, char *const *file_systems,
 		      struct probe *p, struct refusal *ret_refusal)
 {
@@ -148,9 +157,16 @@ static int probe_file(int fd, const struct process *client, char *const *file_sy
 	if (r < 0)
 		return r;
 
-	if (!S_ISREG(stx.stx_mode))
+	if (S_ISCHR(stx.stx_mode))
+		r = backing_find_device(makedev(stx.stx_rdev_major, stx.stx_rdev_minor),
+					&p->backing, &p->size);
+	else if (!S_ISREG(stx.stx_mode))
+		r = -ENODEV;
+	if (r == -ENODEV)
 		return refuse_file(ret_refusal, type_name(stx.stx_mode), p,
 				   "Only regular files can be put under a lease.");
+	if (r < 0)
+		return r;
 	if (!(stx.stx_mask & STATX_MNT_ID))
 		return -EOPNOTSUPP;
 	r = find_file_system(stx.stx_mnt_id, client, p);
@@ -162,14 +178,13 @@ static int probe_file(int fd, const struct process *client, char *const *file_sy
 				   "The file's mount is not in the caller's mount table.");
 	if (r < 0)
 		return r;
-	for (char *const *name = file_systems; *name; name++)
-		if (strcmp(*name, p->file_system) == 0) {
-			backing_find(p->device, p->file_system,
-				     stx.stx_attributes & STATX_ATTR_DAX, &p->backing);
-			return 0;
-		}
-	return refuse_file(ret_refusal, "fileSystem", p,
-			   "The file system is not in FileSystems= of pinbroker.conf.");
+	if (!is_accepted(p, file_systems))
+		return refuse_file(ret_refusal, "fileSystem", p,
+				   "The file system is not in FileSystems= of pinbroker.conf.");
+	if (S_ISREG(stx.stx_mode))
+		backing_find(p->device, p->file_system, stx.stx_attributes & STATX_ATTR_DAX,
+			     &p->backing);
+	return 0;
 }
 
 int access_probe(int fd, const struct process *client, char *const *file_systems,
@@ -211,7 +226,8 @@ int access_check_lease(int fd, const struct process *client, const struct probe 
 {
 	int r;
 
-	if (client->uid == 0 || client->uid == probe->owner)
+	if (client->uid == 0 || client->uid == probe->owner ||
+	    !backing_needs_lease(&probe->backing))
 		return 0;
 	if (leases == LEASES_OWNER)
 		return refuse(ret_refusal, REFUSAL_NOT_ALLOWED, "notOwner",
@@ -282,7 +298,8 @@ int access_open(int fd, const struct process *client, enum access access,
 		return r;
 	if (fstat(opened, &st) < 0)
 		return -errno;
-	if (!S_ISREG(st.st_mode) || st.st_dev != probe->device || st.st_ino != probe->inode)
+	if (st.st_dev != probe->device || st.st_ino != probe->inode ||
+	    !(backing_needs_lease(&probe->backing) ? S_ISREG(st.st_mode) : S_ISCHR(st.st_mode)))
 		return -ESTALE;
 	/* O_NONBLOCK was for the leases of others only. */
 	if (fcntl(opened, F_SETFL, 0) < 0)

@@ -29,8 +29,8 @@ struct probe {
 
 /*
  * Finds out what a descriptor is, touching it only in ways that no file system can delay. REFUSED
- * with *ret_refusal if it is not a regular file on one of `file_systems`, the client's mount table
- * being asked. *ret->file_system is set even then, where it is known.
+ * with *ret_refusal if it is neither a regular file on one of `file_systems`, the client's mount table
+ * being asked, nor a device-DAX. *ret->file_system is set even then, where it is known.
  */
 int access_probe(int fd, const struct process *client, char *const *file_systems,
 		 struct probe *ret, struct refusal *ret_refusal);

@@ -62,6 +62,7 @@ int file_new(struct broker *broker, const struct probe *probe, struct file **ret
 	LIST_INIT(&file->uses);
 	snprintf(file->file_system, sizeof(file->file_system), "%s", probe->file_system);
 	file->backing = probe->backing;
+	file->device_size = probe->size;
 	file->path = strdup(probe->path);
 	r = file->path ? sd_event_add_time(broker->event, &file->timer, CLOCK_MONOTONIC, 0, 1,
 					   on_timer, file)
@@ -109,6 +110,8 @@ int64_t file_size(const struct file *file)
 {
 	struct stat st;
 
+	if (file->backing.kind == BACKING_DEVICE_DAX)
+		return (int64_t)file->device_size;
 	return fstat(file->lease.fd, &st) < 0 ? -errno : st.st_size;
 }
 
@@ -129,7 +132,8 @@ static void disarm(struct file *file)
 
 static void set_exposed(struct file *file)
 {
-	bool exposed = file->n_pins > 0 && file->lease.state == LEASE_NONE;
+	bool exposed = file->n_pins > 0 && file->lease.state == LEASE_NONE &&
+		       backing_needs_lease(&file->backing);
 	struct log_fields fields = file_fields(file);
 
 	bus_changed(file->broker->bus, &file->view);
@@ -265,6 +269,8 @@ static int take(struct file *file)
 	struct log_fields fields = file_fields(file);
 	int r;
 
+	if (!backing_needs_lease(&file->backing))
+		return 0;
 	r = lease_take(&file->lease);
 	if (r < 0)
 		return r;
@@ -407,7 +413,7 @@ bool file_ensure_lease(struct file *file)
 	file_update(file);
 	if (file->lease.state == LEASE_NONE && !file->opening)
 		(void)take(file);
-	return lease_is_held(&file->lease);
+	return lease_is_held(&file->lease) || !backing_needs_lease(&file->backing);
 }
 
 int file_set_description(struct file *file, int fd, enum access access)

@@ -36,6 +36,7 @@ struct file {
 	char *path; /* owned; as it was when opened, for people */
 	char file_system[32];
 	struct backing backing;
+	uint64_t device_size; /* of a device-DAX, for which fstat() says 0 */
 	struct lease lease; /* its fd < 0: being opened */
 	bool opening;       /* an open request is at work on it; others wait */
 	STAILQ_HEAD(, open_request) waiting; /* for that one */

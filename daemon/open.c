@@ -17,7 +17,7 @@
 enum step {
 	STEP_PROBE,  /* what is it? */
 	STEP_OPEN,   /* nobody has it: open it, both the description for the lease and the reader's */
-	STEP_REOPEN, /* one more read-only description for a file that is leased */
+	STEP_REOPEN, /* one more description of a file that is open, for reading if it is leased */
 	STEP_CHECK,  /* may the client have a copy of the leased description? */
 };
 
@@ -75,6 +75,12 @@ static void finish(struct open_request *q, int r)
 	request_free(q);
 }
 
+/* Writers do, as there can be only one description under a write lease. */
+static bool shares_description(const struct open_request *q)
+{
+	return q->access == ACCESS_WRITE && backing_needs_lease(&q->probe.backing);
+}
+
 static void run(struct job *job)
 {
 	struct open_request *q = container_of(job, struct open_request, job);
@@ -95,12 +101,12 @@ static void run(struct job *job)
 		break;
 	case STEP_OPEN:
 		r = access_open(q->fd, &q->process, q->access, &q->probe, &q->leased_fd, refusal);
-		if (r == 0 && q->access == ACCESS_READ)
-			r = access_open(q->fd, &q->process, ACCESS_READ, &q->probe, &q->client_fd,
+		if (r == 0 && !shares_description(q))
+			r = access_open(q->fd, &q->process, q->access, &q->probe, &q->client_fd,
 					refusal);
 		break;
 	case STEP_REOPEN:
-		r = access_open(q->fd, &q->process, ACCESS_READ, &q->probe, &q->client_fd, refusal);
+		r = access_open(q->fd, &q->process, q->access, &q->probe, &q->client_fd, refusal);
 		break;
 	case STEP_CHECK:
 		r = access_check_open(q->fd, &q->process, ACCESS_WRITE, refusal);
@@ -210,8 +216,8 @@ static void lease_file(struct open_request *q)
 			return;
 	}
 	if (r == 0)
-		r = q->access == ACCESS_WRITE ? share_description(q, file)
-					      : add_use(q, file, false);
+		r = shares_description(q) ? share_description(q, file)
+					  : add_use(q, file, q->access == ACCESS_WRITE);
 	else
 		r = refuse_lease(q, r);
 	if (r != 0 && file->n_uses == 0) /* nothing of it is to be kept */
@@ -285,6 +291,8 @@ static void find_way(struct open_request *q)
 	if (lease->state == LEASE_BREAKING)
 		finish(q, refuse(&q->result.refusal, REFUSAL_BUSY, "revoking",
 				 "%s is being revoked.", file->path));
+	else if (!backing_needs_lease(&file->backing))
+		submit(q, STEP_REOPEN);
 	else if (lease->access == ACCESS_WRITE)
 		submit(q, STEP_CHECK);
 	else if (q->access == ACCESS_READ)
@@ -329,7 +337,7 @@ static void go_on(struct open_request *q)
 		if (!file || file->opening)
 			find_way(q);
 		else
-			finish(q, r == 0 ? add_use(q, file, false) : r);
+			finish(q, r == 0 ? add_use(q, file, q->access == ACCESS_WRITE) : r);
 		break;
 	}
 }
