@@ -129,8 +129,12 @@ int admin_revoke_client(struct broker *broker, uint64_t id, const char *reason,
 	return start_revocation(&s, CAUSE_ADMIN, reason, timeout_usec, ret_id, ret_refusal);
 }
 
-static bool is_below(const char *path, const char *directory)
+/* Is it one of those that are meant? */
+typedef bool (*file_filter)(const struct file *file, const void *wanted);
+
+static bool is_below(const struct file *file, const void *wanted)
 {
+	const char *path = file->path, *directory = wanted;
 	size_t n = strlen(directory);
 
 	while (n > 1 && directory[n - 1] == '/')
@@ -138,14 +142,27 @@ static bool is_below(const char *path, const char *directory)
 	return strncmp(path, directory, n) == 0 && (n == 1 || path[n] == '/' || path[n] == 0);
 }
 
-static void withdraw_below(struct broker *broker, const char *path, uint64_t revocation)
+static void select_files(struct selection *s, file_filter filter, const void *wanted)
+{
+	struct file *file;
+	uint64_t after = 0;
+
+	while ((file = broker_next_file(s->broker, after))) {
+		after = file->id;
+		if (filter(file, wanted))
+			select_file(s, file);
+	}
+}
+
+static void withdraw_files(struct broker *broker, file_filter filter, const void *wanted,
+			   uint64_t revocation)
 {
 	struct file *file;
 	uint64_t after = 0;
 
 	while ((file = broker_next_file(broker, after))) {
 		after = file->id;
-		if (is_below(file->path, path))
+		if (filter(file, wanted))
 			file_withdraw(file, revocation);
 	}
 }
@@ -154,8 +171,6 @@ int admin_revoke_mount(struct broker *broker, const char *path, const char *reas
 		       uint64_t timeout_usec, uint64_t *ret_id, struct refusal *ret_refusal)
 {
 	_cleanup_(selection_clear) struct selection s = {};
-	struct file *file;
-	uint64_t after = 0;
 	int r;
 
 	if (path[0] != '/')
@@ -163,18 +178,14 @@ int admin_revoke_mount(struct broker *broker, const char *path, const char *reas
 	r = selection_init(&s, broker, broker->n_pins);
 	if (r < 0)
 		return r;
-	while ((file = broker_next_file(broker, after))) {
-		after = file->id;
-		if (is_below(file->path, path))
-			select_file(&s, file);
-	}
+	select_files(&s, is_below, path);
 	r = start_revocation(&s, CAUSE_ADMIN, reason, timeout_usec, ret_id, ret_refusal);
 	if (r == 0)
-		withdraw_below(broker, path, *ret_id);
+		withdraw_files(broker, is_below, path, *ret_id);
 	return r;
 }
 
-/* A device by its name, as contexts have it, or, without one, by its number. */
+/* A device by its name, as contexts and files have it, or, without one, by its number. */
 struct device {
 	const char *name;
 	dev_t number;
@@ -186,6 +197,13 @@ static bool is_on(const struct context *context, const struct device *device)
 
 	return device->name ? strcmp(description->device, device->name) == 0
 			    : description->number == device->number;
+}
+
+static bool lies_on(const struct file *file, const void *wanted)
+{
+	const struct device *device = wanted;
+
+	return device->name && backing_is_on(&file->backing, device->name);
 }
 
 static struct context *next_on(struct broker *broker, const struct device *device, uint64_t after)
@@ -205,14 +223,17 @@ static int revoke_device(struct broker *broker, const struct device *device, con
 	uint64_t after = 0;
 	int r;
 
-	r = selection_init(&s, broker, broker->n_pins);
+	/* a pin may be there both by its file and by its context */
+	r = selection_init(&s, broker, 2 * (size_t)broker->n_pins);
 	if (r < 0)
 		return r;
+	select_files(&s, lies_on, device);
 	for (; (context = next_on(broker, device, after)); after = context->id)
 		select_context(&s, context);
 	r = start_revocation(&s, CAUSE_DEVICE, reason, timeout_usec, ret_id, ret_refusal);
 	if (r != 0)
 		return r;
+	withdraw_files(broker, lies_on, device, *ret_id);
 	for (after = 0; (context = next_on(broker, device, after)); after = context->id)
 		context_withdraw(context, *ret_id);
 	return 0;

@@ -26,7 +26,8 @@ int admin_revoke_client(struct broker *broker, uint64_t client, const char *reas
 /* Every file at or below a directory, by the paths as listed. The files are withdrawn, as before an umount. */
 int admin_revoke_mount(struct broker *broker, const char *path, const char *reason,
 		       uint64_t timeout_usec, uint64_t *ret_id, struct refusal *ret_refusal);
-/* Every pin through contexts of a device. The contexts are withdrawn, as before its removal. */
+/* Every pin through contexts of a device, and of files that it holds: a block device, a device-DAX, an NVDIMM
+ * namespace or region. Contexts and files are withdrawn, as before its removal. */
 int admin_revoke_device(struct broker *broker, const char *device, const char *reason,
 			uint64_t timeout_usec, uint64_t *ret_id, struct refusal *ret_refusal);
 /* The same for one that is being removed, by its number. */
