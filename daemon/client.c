@@ -304,9 +304,13 @@ static int check_ranges(struct file *file, const struct msg_range *ranges, size_
 static int check_file(struct file *file, struct use *use, enum access access,
 		      struct refusal *ret_refusal)
 {
+	const char *reason;
+
 	if (access == ACCESS_WRITE && !use->writable)
 		return refuse(ret_refusal, REFUSAL_NOT_ALLOWED, "readOnly",
 			      "%s was opened for reading.", file->path);
+	if (backing_pinnable(&file->backing, access, &reason) == PINNABLE_NO)
+		return refuse(ret_refusal, REFUSAL_NOT_SUPPORTED, "fsdax", "%s", reason);
 	if (file->broker->stopping)
 		return refuse(ret_refusal, REFUSAL_BUSY, "shutdown", "The broker is shutting down.");
 	if (file->revocation) {
