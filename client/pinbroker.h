@@ -458,8 +458,8 @@ int pinbroker_add_context(pinbroker *pb, int fd, const char *label, pinbroker_co
 int pinbroker_add_context_remote(pinbroker *pb, int fd, const char *label, pinbroker_context **ret);
 
 uint64_t pinbroker_context_get_id(const pinbroker_context *context);
-/* "io_uring", "af_xdp", "rdma", or "opaque" for what the broker does not know; later versions may
- * know more. Valid as long as the context. */
+/* "io_uring", "af_xdp", "rdma", "vfio", or "opaque" for what the broker does not know; later versions
+ * may know more. Valid as long as the context. */
 const char *pinbroker_context_get_kind(const pinbroker_context *context);
 /* The kernel's name of the device, or NULL. Valid as long as the context. */
 const char *pinbroker_context_get_device(const pinbroker_context *context);
@@ -494,7 +494,8 @@ int pinbroker_pin(pinbroker *pb, const pinbroker_file *file, const pinbroker_con
 
 /*
  * Tells the kernel's identifier of what was registered over a pin's range: the index of the fixed
- * buffer (io_uring), the handle of the memory region (RDMA), otherwise any number up to INT64_MAX.
+ * buffer (io_uring), the handle of the memory region (RDMA), the iova (VFIO), otherwise any number
+ * up to INT64_MAX.
  * Again after a re-registration. -ESTALE: the pin has been ended by force; deregister, and unpin.
  */
 int pinbroker_bind(pinbroker *pb, uint64_t pin, uint64_t handle);

@@ -55,7 +55,8 @@ static void context_new_run(struct job *job)
 
 	j->result = j->fd < 0 ? fetch_remote(j) : 0;
 	if (j->result == 0)
-		j->result = context_identify(j->fd, &j->ops, &j->description, &j->refusal);
+		j->result = context_identify(j->fd, &j->peer->broker->config, &j->ops,
+					     &j->description, &j->refusal);
 }
 
 static void reply_context(struct peer *peer, const struct context *context)

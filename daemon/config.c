@@ -221,6 +221,7 @@ static const struct setting {
 	{"Revocation", "RevokeGraceSec", parse_span, MEMBER(revoke_grace_usec)},
 	{"Revocation", "SignalOnTimeout", parse_signal, MEMBER(signal_on_timeout)},
 	{"Revocation", "SignalGraceSec", parse_span, MEMBER(signal_grace_usec)},
+	{"Revocation", "ForceUnmap", parse_boolean, MEMBER(force_unmap)},
 	{"Files", "Leases", parse_leases, MEMBER(leases)},
 	{"Files", "Readers", parse_readers, MEMBER(readers)},
 	{"Files", "RequireOpenDescriptor", parse_boolean, MEMBER(require_open_descriptor)},

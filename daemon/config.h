@@ -18,6 +18,7 @@ struct config {
 	uint64_t revoke_grace_usec; /* RevokeGraceSec=10s */
 	int signal_on_timeout;      /* SignalOnTimeout=SIGBUS, a signal's name, or "none": 0 */
 	uint64_t signal_grace_usec; /* SignalGraceSec=5s */
+	bool force_unmap;           /* ForceUnmap=no */
 
 	/* [Files] */
 	enum leases leases;           /* Leases=writers */

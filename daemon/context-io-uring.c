@@ -32,7 +32,7 @@ static int ring_register(int fd, unsigned opcode, void *arg, unsigned n)
 	return r < 0 ? -errno : r;
 }
 
-static int ring_describe(int fd, struct context_description *ret)
+static int ring_describe(int fd, const struct config *config, struct context_description *ret)
 {
 	_Alignas(struct io_uring_probe) char probe[sizeof(struct io_uring_probe) +
 						   256 * sizeof(struct io_uring_probe_op)] = {};

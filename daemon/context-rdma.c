@@ -160,7 +160,7 @@ static bool rdma_identify(int fd, const char *link)
 	return *link == '/' && read_device_name(fd, name) == 0;
 }
 
-static int rdma_describe(int fd, struct context_description *ret)
+static int rdma_describe(int fd, const struct config *config, struct context_description *ret)
 {
 	uint32_t driver;
 

@@ -32,6 +32,7 @@ static const struct context_ops *const kinds[] = {
 	&context_io_uring,
 	&context_af_xdp,
 	&context_rdma,
+	&context_vfio,
 	&context_opaque, /* last: takes what the others leave */
 };
 
@@ -68,8 +69,18 @@ static const struct context_ops *find_kind(int fd, const char *link)
 	return kinds[i];
 }
 
-int context_identify(int fd, const struct context_ops **ret, struct context_description *ret_description,
-		     struct refusal *ret_refusal)
+dev_t context_device_number(int fd)
+{
+	struct statx stx;
+
+	if (syscall(SYS_statx, fd, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, STATX_TYPE, &stx) < 0 ||
+	    !S_ISCHR(stx.stx_mode))
+		return 0;
+	return makedev(stx.stx_rdev_major, stx.stx_rdev_minor);
+}
+
+int context_identify(int fd, const struct config *config, const struct context_ops **ret,
+		     struct context_description *ret_description, struct refusal *ret_refusal)
 {
 	char link[PATH_MAX];
 	struct statx stx;
@@ -89,9 +100,8 @@ int context_identify(int fd, const struct context_ops **ret, struct context_desc
 		return r;
 	*ret = find_kind(fd, link);
 	*ret_description = (struct context_description){ .proof = PROOF_CLAIMED };
-	r = (*ret)->describe ? (*ret)->describe(fd, ret_description) : 0;
-	if (S_ISCHR(stx.stx_mode))
-		ret_description->number = makedev(stx.stx_rdev_major, stx.stx_rdev_minor);
+	r = (*ret)->describe ? (*ret)->describe(fd, config, ret_description) : 0;
+	ret_description->number = context_device_number(fd);
 	return r;
 }
 
@@ -306,7 +316,12 @@ static void end_gone(struct context_job *j)
 
 static struct handle handle_of(const struct pin *pin)
 {
-	return (struct handle){ .pin = pin->id, .handle = pin->handle, .identity = pin->identity };
+	return (struct handle){
+		.pin = pin->id,
+		.handle = pin->handle,
+		.identity = pin->identity,
+		.length = pin->length,
+	};
 }
 
 static void check_run(struct job *job)
@@ -438,12 +453,25 @@ bool context_look(struct context *context, struct context_waiter *waiter)
 
 static bool detach_now(struct context *context, uint64_t revocation);
 
+/* Returns who keeps pins through it, 0 for nobody, or negative errno. */
+static int find_keeper(const struct context_job *j)
+{
+	pid_t found = process_find_holder(j->fd);
+
+	/* A living holder may just be about to register. */
+	if (!j->ops->is_empty || (found > 0 && !j->holder_dead))
+		return found;
+	if (j->ops->is_empty(j->fd))
+		return 0;
+	return found != 0 ? found : -EBUSY;
+}
+
 static void reap_run(struct job *job)
 {
 	struct context_job *j = container_of(job, struct context_job, job);
 	struct pin_counter counter;
 
-	j->found = process_find_holder(j->fd);
+	j->found = find_keeper(j);
 	if (j->found != 0)
 		return;
 	pin_counter_start(&counter);

@@ -15,6 +15,7 @@
 
 struct broker;
 struct client;
+struct config;
 struct revocation;
 struct user;
 
@@ -27,6 +28,7 @@ struct handle {
 	uint64_t pin;
 	int64_t handle;
 	struct handle_identity identity;
+	uint64_t length; /* of the pin */
 	bool keep; /* detach: not to be touched, and known to be there */
 	bool gone; /* out: it was seen not to be there any more */
 };
@@ -46,7 +48,7 @@ struct context_ops {
 
 	/* Finds out, doing no harm, what can be done through it. Default: nothing, and its holder is
 	 * believed (PROOF_CLAIMED). */
-	int (*describe)(int fd, struct context_description *ret);
+	int (*describe)(int fd, const struct config *config, struct context_description *ret);
 
 	/* What the handle is at present; -ENOENT: there is none. Default: -EOPNOTSUPP, no handle is
 	 * ever checked. */
@@ -61,6 +63,10 @@ struct context_ops {
 	/* Sets `gone` on the handles that are no longer there, after their holder said so. Default:
 	 * the holder is believed. */
 	int (*check)(int fd, struct handle *handles, size_t n_handles);
+
+	/* Is nothing pinned through it (any more), whoever has it? Where it can be asked, that nobody is found
+	 * with the descriptor is not enough. Default: cannot be asked. */
+	bool (*is_empty)(int fd);
 
 	/* The pages stay pinned until the last close: after Unpin nobody else may hold it, and our own
 	 * copy has to be closed. Default: the holder lets go of single pins. */
@@ -80,6 +86,7 @@ struct context_waiter {
 extern const struct context_ops context_io_uring;
 extern const struct context_ops context_af_xdp;
 extern const struct context_ops context_rdma;
+extern const struct context_ops context_vfio;
 extern const struct context_ops context_opaque;
 
 struct context {
@@ -111,11 +118,14 @@ const char *context_kind(size_t i);
 
 /* The kind of a descriptor, and what can be done through it. REFUSED if it cannot be a context.
  * context_identify() can wait (offload); context_identify_at_once() is -EAGAIN where it would. */
-int context_identify(int fd, const struct context_ops **ret, struct context_description *ret_description,
-		     struct refusal *ret_refusal);
+int context_identify(int fd, const struct config *config, const struct context_ops **ret,
+		     struct context_description *ret_description, struct refusal *ret_refusal);
 int context_identify_at_once(int fd, const struct context_ops **ret,
 			     struct context_description *ret_description,
 			     struct refusal *ret_refusal);
+
+/* For identify(): the number of the character device that it is; 0: it is none. */
+dev_t context_device_number(int fd);
 
 /* Takes the descriptor over on success. REFUSED if LIMIT_CONTEXTS is reached. */
 int context_new(struct client *client, const struct context_ops *ops,

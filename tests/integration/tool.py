@@ -178,7 +178,7 @@ def test_status(world, tool, o):
            s['counts']['clients'], s['counts']['files'], s['counts']['contexts'],
            s['counts']['revocations'], s['exposed'], s['revocations']),
           (world.path, world.daemon.pid, 2, SIZE // 4 + PAGE, 1, 1, 1, 0, [], []))
-    equal(set(s['features']), {'io_uring', 'af_xdp', 'rdma', 'opaque'})
+    equal(set(s['features']), {'io_uring', 'af_xdp', 'rdma', 'vfio', 'opaque'})
     equal(s['kernel']['release'], os.uname().release)
     with open('/proc/sys/fs/lease-break-time', encoding='ascii') as f:
         equal(s['kernel']['leaseBreakSec'], int(f.read()))

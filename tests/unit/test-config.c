@@ -122,6 +122,7 @@ static void assert_defaults(const struct config *c)
 	assert_int_equal(c->revoke_grace_usec, 10 * USEC_PER_SEC);
 	assert_int_equal(c->signal_on_timeout, SIGBUS);
 	assert_int_equal(c->signal_grace_usec, 5 * USEC_PER_SEC);
+	assert_false(c->force_unmap);
 	assert_int_equal(c->leases, LEASES_WRITERS);
 	assert_int_equal(c->readers, READERS_WAIT);
 	assert_false(c->require_open_descriptor);
@@ -153,6 +154,7 @@ static void test_everything(void **state)
 			       "RevokeGraceSec = 1min 30s\n"
 			       "  SignalOnTimeout=TERM\n" /* indented, yet a line of its own */
 			       "SignalGraceSec=500ms\n"
+			       "ForceUnmap=yes\n"
 			       "[Files]\n"
 			       "Leases=owner\n"
 			       "Readers=admit\n"
@@ -170,6 +172,7 @@ static void test_everything(void **state)
 	assert_int_equal(c.revoke_grace_usec, 90 * USEC_PER_SEC);
 	assert_int_equal(c.signal_on_timeout, SIGTERM);
 	assert_int_equal(c.signal_grace_usec, 500 * USEC_PER_MSEC);
+	assert_true(c.force_unmap);
 	assert_int_equal(c.leases, LEASES_OWNER);
 	assert_int_equal(c.readers, READERS_ADMIT);
 	assert_true(c.require_open_descriptor);

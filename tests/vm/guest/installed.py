@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The installed daemon in its units, holders in units of their own, and what can be seen of them."""
+import contextlib
 import itertools
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 
@@ -86,6 +88,41 @@ class Lines:
             self.process.kill()
             self.process.wait()
         self.process.stdout.close()
+
+
+class Program:
+    """A process that does what it is told, line by line, and says what becomes of it; with its children."""
+
+    def __init__(self, test, *argv):
+        self.said = b''
+        self.process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0,
+                                        start_new_session=True)
+        self.pid = self.process.pid
+        test.addCleanup(self.end)
+
+    def end(self):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self.process.wait()
+        self.process.stdin.close()
+        self.process.stdout.close()
+
+    def tell(self, command, result=0):
+        self.process.stdin.write(command.encode() + b'\n')
+        self.expect(f'{command} {result}')
+
+    def expect(self, text):
+        """Waits for that line, and forgets those up to it."""
+        lines, text = [], text.encode()
+        while not lines or not lines[-1].startswith(text):
+            while b'\n' not in self.said:
+                ready, _, _ = select.select([self.process.stdout], [], [], TIMEOUT)
+                data = os.read(self.process.stdout.fileno(), 4096) if ready else b''
+                if not data:
+                    raise AssertionError(f'{lines + [self.said]}, not {text}')
+                self.said += data
+            line, self.said = self.said.split(b'\n', 1)
+            lines.append(line)
 
 
 class Holder(Lines):

@@ -1,30 +1,22 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 
-/*
- * Holds a file through a device, with libpinbroker-verbs, and does what it is told, line by line:
- * DEVICE FILE. Says the result of each, 0 or the number of an error, and the cause of each notice.
- */
+/* Holds a file through a device, with libpinbroker-verbs: DEVICE FILE. */
+
+#include "holder.h"
 
 #include "client/examples/rdma-pair.h"
 #include "pinbroker-verbs.h"
 
 #include <errno.h>
-#include <poll.h>
 #include <sys/mman.h>
 
 #define SIZE 65536
 
-static pinbroker *pb;
 static pinbroker_file *file;
 static struct ibv_context *device;
 static struct ibv_pd *pd;
 static struct ibv_mr *region;
 static void *map;
-
-static void on_revoke(pinbroker *p, const struct pinbroker_notice *notice, void *userdata)
-{
-	printf("notice %s\n", pinbroker_cause_name(notice->cause));
-}
 
 static int do_register(void)
 {
@@ -60,59 +52,26 @@ static int do_close_file(void)
 	return pinbroker_close_file(file);
 }
 
-static const struct {
-	const char *name;
-	int (*run)(void);
-} commands[] = {
-	{"register\n", do_register},
-	{"deregister\n", do_deregister},
-	{"close\n", do_close},
-	{"drop\n", do_drop},
-	{"close-file\n", do_close_file},
-};
-
-static void obey(const char *line)
-{
-	for (size_t i = 0; i < sizeof(commands) / sizeof(commands[0]); i++)
-		if (strcmp(line, commands[i].name) == 0)
-			printf("%s %d\n", strtok(strdup(line), "\n"), -commands[i].run());
-}
-
-static void check(int r)
-{
-	if (r < 0) {
-		fprintf(stderr, "%s\n", pinbroker_last_error(pb)->message);
-		exit(EXIT_FAILURE);
-	}
-}
-
 int main(int argc, char *argv[])
 {
-	struct pollfd pfd[] = {{.fd = STDIN_FILENO, .events = POLLIN}, {.events = POLLIN}};
-	char line[32];
+	static const struct command commands[] = {
+		{"register", do_register},
+		{"deregister", do_deregister},
+		{"close", do_close},
+		{"drop", do_drop},
+		{"close-file", do_close_file},
+		{NULL, NULL},
+	};
 
-	setvbuf(stdin, NULL, _IONBF, 0);
-	setvbuf(stdout, NULL, _IOLBF, 0);
 	device = device_open(argv[1]);
 	pd = ibv_alloc_pd(device);
-	if (!pd || pinbroker_new(NULL, NULL, &pb) < 0)
+	if (!pd)
 		fail(argv[1]);
-	check(pinbroker_set_revoke_callback(pb, on_revoke, NULL));
-	check(pinbroker_connect(pb));
+	holder_connect();
 	check(pinbroker_open_file(pb, argv[2], PINBROKER_WRITE, &file));
 	map = mmap(NULL, SIZE, PROT_READ | PROT_WRITE, MAP_SHARED, pinbroker_file_get_fd(file), 0);
 	if (map == MAP_FAILED)
 		fail(argv[2]);
-	printf("ready\n");
-	pfd[1].fd = pinbroker_get_fd(pb);
-	while (poll(pfd, 2, -1) >= 0) {
-		if (pfd[1].revents)
-			check(pinbroker_dispatch(pb));
-		if (pfd[0].revents) {
-			if (!fgets(line, sizeof(line), stdin))
-				break;
-			obey(line);
-		}
-	}
+	holder_run(commands);
 	return 0;
 }

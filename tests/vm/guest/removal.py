@@ -5,7 +5,6 @@ is not what the administrator has to wait for.
 """
 import errno
 import os
-import select
 import shutil
 import subprocess
 import tempfile
@@ -13,7 +12,7 @@ import time
 import unittest
 
 import case
-from installed import ADDRESS, SERVICE, TIMEOUT, daemon_pid, output, run
+from installed import ADDRESS, SERVICE, TIMEOUT, Program, daemon_pid, output, run
 from client import Connection
 
 HOLDER, SERVER = '/build/tests/rdma-holder', '/build/client/example-rdma-server'
@@ -47,39 +46,6 @@ def open_in(pid, name):
         except FileNotFoundError:  # closed just now
             pass
     return n
-
-
-class Program:
-    """It does what it is told, line by line, and says what becomes of it."""
-
-    def __init__(self, test, *argv):
-        self.said = b''
-        self.process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
-        self.pid = self.process.pid
-        test.addCleanup(self.end)
-
-    def end(self):
-        self.process.kill()
-        self.process.wait()
-        self.process.stdin.close()
-        self.process.stdout.close()
-
-    def tell(self, command, result=0):
-        self.process.stdin.write(command.encode() + b'\n')
-        self.expect(f'{command} {result}')
-
-    def expect(self, text):
-        """Waits for that line, and forgets those up to it."""
-        lines, text = [], text.encode()
-        while not lines or not lines[-1].startswith(text):
-            while b'\n' not in self.said:
-                ready, _, _ = select.select([self.process.stdout], [], [], TIMEOUT)
-                data = os.read(self.process.stdout.fileno(), 4096) if ready else b''
-                if not data:
-                    raise AssertionError(f'{lines + [self.said]}, not {text}')
-                self.said += data
-            line, self.said = self.said.split(b'\n', 1)
-            lines.append(line)
 
 
 class Case(unittest.TestCase):
