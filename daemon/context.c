@@ -17,6 +17,7 @@
 
 #include "broker.h"
 #include "bus.h"
+#include "holders.h"
 #include "log.h"
 #include "macro.h"
 #include "pin-counter.h"
@@ -564,27 +565,19 @@ static uint64_t wanted_pages(const struct context_job *j)
 static void detach_run(struct job *job)
 {
 	struct context_job *j = container_of(job, struct context_job, job);
+	bool alive = !j->holder_dead && process_is_same(&j->holder);
 	struct pin_counter counter;
-	int stopped = 0;
+	struct holders holders;
 
-	/*
-	 * Between looking at a handle and destroying it its holder must not reuse it. One that has
-	 * ended, or become another user's, cannot be stopped and need not be: what it registered is
-	 * all that this context holds.
-	 */
-	if (!j->holder_dead && process_is_same(&j->holder)) {
-		stopped = process_stop(&j->holder, STOP_TIMEOUT_USEC);
-		if (stopped < 0 && stopped != -ESRCH) {
-			j->result = stopped;
-			return;
-		}
+	/* Between looking at a handle and destroying it nobody who has the context must reuse it. */
+	j->result = holders_stop(j->fd, &j->holder, alive, STOP_TIMEOUT_USEC, &holders);
+	if (j->result >= 0) {
+		pin_counter_start(&counter);
+		j->result = j->ops->detach(j->fd, &j->holder, j->handles, j->n_handles);
 	}
-	pin_counter_start(&counter);
-	j->result = j->ops->detach(j->fd, &j->holder, j->handles, j->n_handles);
-	if (stopped > 0)
-		(void)pidfd_send_signal(j->holder.pidfd, SIGCONT, NULL, 0);
+	holders_continue(&holders);
 	/* Who cannot have the counters of all CPUs folded would wait in vain. */
-	if (j->ops->detach_frees_usec > 0 && geteuid() == 0)
+	if (j->result >= 0 && j->ops->detach_frees_usec > 0 && geteuid() == 0)
 		pin_counter_wait(&counter, wanted_pages(j), j->ops->detach_frees_usec);
 }
 

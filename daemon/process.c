@@ -220,19 +220,31 @@ int process_describe(struct process *p)
 	return 0;
 }
 
-bool process_is_same(const struct process *p)
+int process_uids(pid_t pid, struct uids *ret)
 {
 	_cleanup_(freep) char *status = NULL;
-	unsigned real, effective, saved, fs;
-	uint64_t start_time;
+	struct uids u;
 	char *line;
+	int r;
 
-	if (proc_read(&status, "/proc/%d/status", p->pid) < 0)
-		return false;
+	r = proc_read(&status, "/proc/%d/status", pid);
+	if (r < 0)
+		return r == -ENOENT ? -ESRCH : r;
 	line = strstr(status, "\nUid:");
-	if (!line || sscanf(line, "\nUid: %u %u %u %u", &real, &effective, &saved, &fs) != 4)
+	if (!line || sscanf(line, "\nUid: %u %u %u %u", &u.real, &u.effective, &u.saved, &u.fs) != 4)
+		return -EBADMSG;
+	*ret = u;
+	return 0;
+}
+
+bool process_is_same(const struct process *p)
+{
+	uint64_t start_time;
+	struct uids u;
+
+	if (process_uids(p->pid, &u) < 0)
 		return false;
-	if (real != p->uid || effective != p->uid || saved != p->uid || fs != p->uid)
+	if (u.real != p->uid || u.effective != p->uid || u.saved != p->uid || u.fs != p->uid)
 		return false;
 	return process_stat(p, &start_time) >= 0 && start_time == p->start_time;
 }
@@ -328,37 +340,12 @@ struct fd_search {
 static int search_process(pid_t pid, void *userdata)
 {
 	struct fd_search *s = userdata;
+	struct uids u;
 
-	if (s->uid != (uid_t)-1) {
-		_cleanup_(freep) char *status = NULL;
-		unsigned uid;
-		char *line;
-
-		if (proc_read(&status, "/proc/%d/status", pid) < 0)
-			return 0;
-		line = strstr(status, "\nUid:");
-		if (!line || sscanf(line, "\nUid: %u", &uid) != 1 || uid != s->uid)
-			return 0;
-	}
+	if (s->uid != (uid_t)-1 && (process_uids(pid, &u) < 0 || u.real != s->uid))
+		return 0;
 	/* A process that has ended, or that we may not look into, is passed over. */
 	return for_each_fd_of(pid, s->link, s->f, s->userdata);
-}
-
-pid_t process_find_holder(int fd)
-{
-	char link[PATH_MAX];
-	struct fd_search s = {
-		.link = link,
-		.uid = (uid_t)-1,
-		.f = is_same_description,
-		.userdata = &fd,
-	};
-	int r;
-
-	r = fd_link(getpid(), fd, link, sizeof(link));
-	if (r < 0)
-		return r;
-	return for_each_process(search_process, &s);
 }
 
 int process_for_each_fd(uid_t uid, const char *link, int (*f)(pid_t pid, int fd, void *userdata),
@@ -369,8 +356,40 @@ int process_for_each_fd(uid_t uid, const char *link, int (*f)(pid_t pid, int fd,
 	return for_each_process(search_process, &s);
 }
 
-/* Returns 1 if every thread is stopped (or ending), 0 if not yet. */
-static int all_stopped(pid_t pid)
+struct holder_search {
+	int fd;
+	int (*f)(pid_t pid, void *userdata);
+	void *userdata;
+};
+
+static int tell_holder(pid_t pid, int fd, void *userdata)
+{
+	struct holder_search *s = userdata;
+
+	return is_same_description(pid, fd, &s->fd) > 0 ? s->f(pid, s->userdata) : 0;
+}
+
+int process_for_each_holder(int fd, int (*f)(pid_t pid, void *userdata), void *userdata)
+{
+	struct holder_search s = { .fd = fd, .f = f, .userdata = userdata };
+	char link[PATH_MAX];
+	int r;
+
+	r = fd_link(getpid(), fd, link, sizeof(link));
+	return r < 0 ? r : process_for_each_fd((uid_t)-1, link, tell_holder, &s);
+}
+
+static int find_any(pid_t pid, void *userdata)
+{
+	return pid;
+}
+
+pid_t process_find_holder(int fd)
+{
+	return process_for_each_holder(fd, find_any, NULL);
+}
+
+int process_is_stopped(pid_t pid)
 {
 	_cleanup_(closedirp) DIR *dir = NULL;
 	char path[64];
@@ -397,28 +416,16 @@ static int all_stopped(pid_t pid)
 	return 1;
 }
 
-int process_stop(const struct process *p, uint64_t timeout_usec)
+int process_wait_stopped(pid_t pid, uint64_t end_usec)
 {
-	uint64_t end = now_usec() + timeout_usec;
-	int r;
-
-	r = all_stopped(p->pid);
-	if (r != 0)
-		return r < 0 ? r : 0;
-	if (pidfd_send_signal(p->pidfd, SIGSTOP, NULL, 0) < 0)
-		return -errno;
 	for (;;) {
 		struct timespec ts = { .tv_nsec = 100000 };
+		int r = process_is_stopped(pid);
 
-		r = all_stopped(p->pid);
-		if (r > 0)
-			return 1;
-		if (r == 0 && now_usec() >= end)
-			r = -ETIMEDOUT;
-		if (r < 0) {
-			(void)pidfd_send_signal(p->pidfd, SIGCONT, NULL, 0);
-			return r;
-		}
+		if (r != 0)
+			return r < 0 ? r : 0;
+		if (now_usec() >= end_usec)
+			return -ETIMEDOUT;
 		/* No event tells of a stop to anyone but the parent. */
 		nanosleep(&ts, NULL);
 	}

@@ -32,6 +32,12 @@ int process_describe(struct process *p);
 
 bool process_is_alive(const struct process *p);
 
+/* -ESRCH: it has ended. (scan) */
+struct uids {
+	uid_t real, effective, saved, fs;
+};
+int process_uids(pid_t pid, struct uids *ret);
+
 /* True if the process is alive, has the same start time, and all its uids are still those of the
  * connect: it has not become a setuid program. (scan) */
 bool process_is_same(const struct process *p);
@@ -39,6 +45,10 @@ bool process_is_same(const struct process *p);
 /* True if one of the process's descriptors is the same open file description as our fd (kcmp).
  * (scan) */
 bool process_holds(pid_t pid, int fd);
+
+/* Calls f for each process other than this one that holds fd's description, once for each descriptor of
+ * it, until it returns more than 0, which is then returned. (scan) */
+int process_for_each_holder(int fd, int (*f)(pid_t pid, void *userdata), void *userdata);
 
 /* Returns the pid of a process other than this one that holds fd's description, 0 if none was found,
  * negative errno if /proc could not be searched. (scan) */
@@ -49,9 +59,10 @@ pid_t process_find_holder(int fd);
 int process_for_each_fd(uid_t uid, const char *link, int (*f)(pid_t pid, int fd, void *userdata),
 			void *userdata);
 
-/* Stops every thread and waits until they are, at most timeout_usec. Returns 1 if it was this call
- * that stopped it, 0 if it was stopped before, negative errno. (scan) */
-int process_stop(const struct process *p, uint64_t timeout_usec);
+/* Returns 1 if every thread is stopped (or ending), 0 if not yet, negative errno. (scan) */
+int process_is_stopped(pid_t pid);
+/* Waits until it is: 0, -ETIMEDOUT, or -ESRCH if it has ended. (scan) */
+int process_wait_stopped(pid_t pid, uint64_t end_usec);
 
 /* Reads a whole file of /proc (at most 64 KiB) into a NUL-terminated buffer; returns its length. */
 int proc_read(char **ret, const char *format, ...) __attribute__((format(printf, 2, 3)));

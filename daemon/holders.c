@@ -1,0 +1,196 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#include "holders.h"
+
+#include <fcntl.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <sys/pidfd.h>
+#include <sys/queue.h>
+
+#include "macro.h"
+
+/* Scans, before those who fork faster than they are stopped are given up. */
+#define ROUNDS_MAX 8
+
+/* A process that is to stand still. Jobs for several of its contexts may want that at a time: the last to be
+ * done lets it go on. */
+struct standstill {
+	pid_t pid;
+	unsigned n_wanted;
+	bool by_us;
+	LIST_ENTRY(standstill) link;
+};
+
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static LIST_HEAD(, standstill) standstills = LIST_HEAD_INITIALIZER(standstills);
+
+struct holder {
+	pid_t pid;
+	int pidfd; /* owned */
+	struct standstill *standstill;
+};
+
+static struct standstill *standstill_get(pid_t pid)
+{
+	struct standstill *s;
+
+	pthread_mutex_lock(&lock);
+	LIST_FOREACH(s, &standstills, link)
+		if (s->pid == pid)
+			break;
+	if (!s) {
+		s = calloc(1, sizeof(*s));
+		if (s) {
+			s->pid = pid;
+			LIST_INSERT_HEAD(&standstills, s, link);
+		}
+	}
+	if (s)
+		s->n_wanted++;
+	pthread_mutex_unlock(&lock);
+	return s;
+}
+
+static void standstill_put(struct standstill *s, int pidfd)
+{
+	pthread_mutex_lock(&lock);
+	if (--s->n_wanted == 0) {
+		if (s->by_us)
+			(void)pidfd_send_signal(pidfd, SIGCONT, NULL, 0);
+		LIST_REMOVE(s, link);
+		free(s);
+	}
+	pthread_mutex_unlock(&lock);
+}
+
+/* Stops it unless it is stopped, and waits until it is. */
+static int holder_stop(struct holder *h, uint64_t end_usec)
+{
+	int r;
+
+	pthread_mutex_lock(&lock);
+	r = process_is_stopped(h->pid);
+	if (r == 0) {
+		r = pidfd_send_signal(h->pidfd, SIGSTOP, NULL, 0) < 0 ? -errno : 0;
+		h->standstill->by_us |= r == 0;
+	}
+	pthread_mutex_unlock(&lock);
+	return r != 0 ? r : process_wait_stopped(h->pid, end_usec);
+}
+
+/* Takes pidfd over. */
+static int add(struct holders *holders, pid_t pid, int pidfd)
+{
+	struct holder h = { .pid = pid, .pidfd = pidfd };
+
+	if (holders->n == holders->n_allocated) {
+		size_t n = holders->n_allocated * 2 + 4;
+		struct holder *list = realloc(holders->list, n * sizeof(*list));
+
+		if (!list)
+			goto no_memory;
+		holders->list = list;
+		holders->n_allocated = n;
+	}
+	h.standstill = standstill_get(pid);
+	if (!h.standstill)
+		goto no_memory;
+	holders->list[holders->n++] = h;
+	return holder_stop(&h, holders->end_usec);
+
+no_memory:
+	safe_close(pidfd);
+	return -ENOMEM;
+}
+
+/* The rule of kill(2): what the client could do itself hurts nobody. */
+static bool may_stop(const struct holders *holders, pid_t pid)
+{
+	struct uids u;
+
+	return holders->uid == 0 ||
+	       (process_uids(pid, &u) == 0 && (u.real == holders->uid || u.saved == holders->uid));
+}
+
+static bool is_listed(const struct holders *holders, pid_t pid)
+{
+	for (size_t i = 0; i < holders->n; i++)
+		if (holders->list[i].pid == pid)
+			return true;
+	return false;
+}
+
+static int stop_process(struct holders *holders, pid_t pid)
+{
+	int pidfd = pidfd_open(pid, 0);
+
+	if (pidfd < 0)
+		return -errno;
+	/* The number may have been another's before. */
+	if (!process_holds(pid, holders->fd)) {
+		safe_close(pidfd);
+		return -ESRCH;
+	}
+	if (!may_stop(holders, pid)) {
+		safe_close(pidfd);
+		return -EPERM;
+	}
+	return add(holders, pid, pidfd);
+}
+
+static int on_holder(pid_t pid, void *userdata)
+{
+	struct holders *holders = userdata;
+	int r;
+
+	/* The service manager cannot be stopped, and need not be: it stores descriptors, and uses none. */
+	if (pid == 1 || is_listed(holders, pid))
+		return 0;
+	r = stop_process(holders, pid);
+	if (r == -ESRCH)
+		return 0;
+	holders->result = r;
+	return r < 0;
+}
+
+int holders_stop(int fd, const struct process *client, bool client_alive, uint64_t timeout_usec,
+		 struct holders *ret)
+{
+	size_t n_before;
+	int r;
+
+	*ret = (struct holders){
+		.fd = fd,
+		.uid = client->uid,
+		.end_usec = now_usec() + timeout_usec,
+	};
+	if (client_alive) {
+		int pidfd = fcntl(client->pidfd, F_DUPFD_CLOEXEC, 3);
+
+		r = pidfd < 0 ? -errno : add(ret, client->pid, pidfd);
+		if (r < 0 && r != -ESRCH)
+			return r;
+	}
+	/* Those who run meanwhile may fork: until a scan finds nobody else. */
+	for (unsigned i = 0; i < ROUNDS_MAX; i++) {
+		n_before = ret->n;
+		r = process_for_each_holder(fd, on_holder, ret);
+		if (r != 0)
+			return r < 0 ? r : ret->result;
+		if (ret->n == n_before)
+			return 0;
+	}
+	return -ETIMEDOUT;
+}
+
+void holders_continue(struct holders *holders)
+{
+	for (size_t i = 0; i < holders->n; i++) {
+		struct holder *h = &holders->list[i];
+
+		standstill_put(h->standstill, h->pidfd);
+		safe_close(h->pidfd);
+	}
+	free(holders->list);
+}
