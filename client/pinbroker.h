@@ -503,7 +503,8 @@ int pinbroker_bind(pinbroker *pb, uint64_t pin, uint64_t handle);
 /*
  * Lets pins go. Where the context's proof is provable this comes first and the deregistration after
  * it: from then on the broker keeps its hands off the handle, and looks itself whether it is gone.
- * Where it is claimed, deregister first: this call is the claim.
+ * (In the moment of such a look, 10 ms later at the soonest, deregistering a memory region fails with
+ * EBUSY: try again.) Where it is claimed, deregister first: this call is the claim.
  *
  * ret_ended: room for n_pins ids; gets those that were already destroyed by force, whose handle
  * must not be touched, because somebody else may have it by now. ret_n_ended: how many. Both may be

@@ -2,6 +2,7 @@
 #include "verbs.h"
 
 #include <errno.h>
+#include <unistd.h>
 
 #define EXPORT __attribute__((visibility("default")))
 
@@ -12,6 +13,9 @@
 
 /* Calls that may be repeated are, when the connection breaks under them. */
 #define TRIES 3
+
+#define BUSY_TRIES 10
+#define BUSY_USEC  1000
 
 /* The table's locks may have been held when a child was forked. */
 static int check_process(pinbroker *pb)
@@ -49,11 +53,24 @@ static void forget(struct ibv_mr *mr)
 	ibv_unimport_mr(mr);
 }
 
+/* EBUSY: the broker may be looking at it, for some microseconds. */
+static int try_to_deregister(struct ibv_mr *mr)
+{
+	int r = -EBUSY;
+
+	for (int i = 0; i < BUSY_TRIES && r == -EBUSY; i++) {
+		if (i > 0)
+			usleep(BUSY_USEC);
+		r = ibv_dereg_mr(mr);
+		r = r > 0 ? -r : r;
+	}
+	return r;
+}
+
 static int deregister(struct ibv_mr *mr)
 {
-	int r = ibv_dereg_mr(mr);
+	int r = try_to_deregister(mr);
 
-	r = r > 0 ? -r : r;
 	if (r == -EIO && handle_is_of(mr) == 0)
 		r = -ENOENT;
 	if (r != -ENOENT)

@@ -193,19 +193,6 @@ static bool is_gone(int fd, uint32_t driver, const struct handle *h)
 	       (r == 0 && !handle_identity_equal(&now, &h->identity));
 }
 
-static int rdma_check(int fd, struct handle *handles, size_t n_handles)
-{
-	uint32_t driver;
-	int r;
-
-	r = find_driver(fd, &driver);
-	if (r < 0 && r != -EIO)
-		return r;
-	for (size_t i = 0; i < n_handles; i++)
-		handles[i].gone = r == -EIO || is_gone(fd, driver, &handles[i]);
-	return 0;
-}
-
 /* As list_regions(), with room for all; the caller frees them. */
 static int list_all_regions(int fd, uint32_t driver, uint32_t **ret_handles, uint32_t *ret_n)
 {
@@ -225,6 +212,41 @@ static int list_all_regions(int fd, uint32_t driver, uint32_t **ret_handles, uin
 		}
 	}
 	return -E2BIG;
+}
+
+static int compare_handle(const void *a, const void *b)
+{
+	uint32_t x = *(const uint32_t *)a, y = *(const uint32_t *)b;
+
+	return x < y ? -1 : x > y;
+}
+
+/*
+ * A handle that is not listed is nobody's. One that is may be another region's by now; but to ask which locks
+ * it for a moment, and its holder, were he deregistering it just then, would get EBUSY.
+ */
+static int rdma_check(int fd, struct handle *handles, size_t n_handles)
+{
+	_cleanup_(freep) uint32_t *listed = NULL;
+	uint32_t driver, n = 0;
+	int r;
+
+	r = find_driver(fd, &driver);
+	if (r >= 0)
+		r = list_all_regions(fd, driver, &listed, &n);
+	if (r < 0 && r != -EIO && r != -E2BIG)
+		return r;
+	if (listed)
+		qsort(listed, n, sizeof(*listed), compare_handle);
+	for (size_t i = 0; i < n_handles; i++) {
+		uint32_t handle = (uint32_t)handles[i].handle;
+
+		if (r == -EIO || (listed && !bsearch(&handle, listed, n, sizeof(*listed), compare_handle)))
+			handles[i].gone = true;
+		else if (handles[i].ask)
+			handles[i].gone = is_gone(fd, driver, &handles[i]);
+	}
+	return 0;
 }
 
 /* All regions of the context; the caller frees them. */

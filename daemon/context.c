@@ -29,6 +29,9 @@
 #define CHECK_LAST_USEC  (64 * USEC_PER_MSEC)
 #define CHECK_IDLE_USEC  (4 * USEC_PER_SEC) /* the same where nobody waits */
 
+/* How long a holder has who wants to deregister what he has let go of, before it is asked for. */
+#define ASK_MSEC 10
+
 static const struct context_ops *const kinds[] = {
 	&context_io_uring,
 	&context_af_xdp,
@@ -429,8 +432,12 @@ static void check_now(struct context *context)
 		return;
 	}
 	LIST_FOREACH(pin, &context->pins, of_context)
-		if (pin_is_awaited(pin))
-			j->handles[j->n_handles++] = handle_of(pin);
+		if (pin_is_awaited(pin)) {
+			j->handles[j->n_handles] = handle_of(pin);
+			j->handles[j->n_handles++].ask = context->ask ||
+							 now_msec() - pin->left_msec >= ASK_MSEC;
+		}
+	context->ask = false;
 	j->job.run = check_run;
 	j->job.done = check_done;
 	context->checking = true;
@@ -445,9 +452,12 @@ void context_check(struct context *context)
 
 bool context_look(struct context *context, struct context_waiter *waiter)
 {
+	context->ask = true;
 	check_now(context);
-	if (!context->checking)
+	if (!context->checking) {
+		context->ask = false;
 		return false;
+	}
 	LIST_INSERT_HEAD(&context->waiters, waiter, of_context);
 	return true;
 }

@@ -30,6 +30,7 @@ struct handle {
 	struct handle_identity identity;
 	uint64_t length; /* of the pin */
 	bool keep; /* detach: not to be touched, and known to be there */
+	bool ask;  /* check: in ways, too, that can get in the way of its holder, should he be at it now */
 	bool gone; /* out: it was seen not to be there any more */
 };
 
@@ -102,6 +103,7 @@ struct context {
 	unsigned n_jobs;       /* jobs on the pool that use fd: it stays open meanwhile */
 	bool checking;         /* a job looks whether leaving pins are gone */
 	bool check_again;
+	bool ask; /* the next look may get in the way of the holder, who says that he is done */
 	bool reaping; /* a job looks who else holds it, or waits for the others to come back */
 	uint64_t withdrawn;       /* the revocation with which its device goes, or 0 */
 	uint64_t detached_by;     /* the revocation that last had its pins detached */

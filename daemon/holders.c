@@ -13,8 +13,8 @@
 /* Scans, before those who fork faster than they are stopped are given up. */
 #define ROUNDS_MAX 8
 
-/* A process that is to stand still. Jobs for several of its contexts may want that at a time: the last to be
- * done lets it go on. */
+/* A process that is to stand still. Jobs for several of its contexts may want that at a time: the
+ * last to be done lets it go on. */
 struct standstill {
 	pid_t pid;
 	unsigned n_wanted;
@@ -36,7 +36,7 @@ static struct standstill *standstill_get(pid_t pid)
 	struct standstill *s;
 
 	pthread_mutex_lock(&lock);
-	LIST_FOREACH(s, &standstills, link)
+	LIST_FOREACH (s, &standstills, link)
 		if (s->pid == pid)
 			break;
 	if (!s) {
@@ -82,7 +82,7 @@ static int holder_stop(struct holder *h, uint64_t end_usec)
 /* Takes pidfd over. */
 static int add(struct holders *holders, pid_t pid, int pidfd)
 {
-	struct holder h = { .pid = pid, .pidfd = pidfd };
+	struct holder h = {.pid = pid, .pidfd = pidfd};
 
 	if (holders->n == holders->n_allocated) {
 		size_t n = holders->n_allocated * 2 + 4;
@@ -144,7 +144,8 @@ static int on_holder(pid_t pid, void *userdata)
 	struct holders *holders = userdata;
 	int r;
 
-	/* The service manager cannot be stopped, and need not be: it stores descriptors, and uses none. */
+	/* The service manager cannot be stopped, and need not be: it stores descriptors, and uses
+	 * none. */
 	if (pid == 1 || is_listed(holders, pid))
 		return 0;
 	r = stop_process(holders, pid);
@@ -155,7 +156,7 @@ static int on_holder(pid_t pid, void *userdata)
 }
 
 int holders_stop(int fd, const struct process *client, bool client_alive, uint64_t timeout_usec,
-		 struct holders *ret)
+	struct holders *ret)
 {
 	size_t n_before;
 	int r;

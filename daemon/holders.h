@@ -7,8 +7,9 @@
 #include "process.h"
 
 /*
- * Everybody who has a context: the client, and whoever was forked from it or sent a copy. Between looking
- * at a handle and destroying it none of them may run, as the handle could be another's by then.
+ * Everybody who has a context: the client, and whoever was forked from it or sent a copy. Between
+ * looking at a handle and destroying it none of them may run, as the handle could be another's by
+ * then.
  */
 struct holders {
 	int fd;            /* the context's, not owned */
@@ -20,10 +21,10 @@ struct holders {
 };
 
 /*
- * Stops them all, and the client, if it is alive, in any case. -EPERM: somebody has the context whom the
- * client could not have stopped itself; -ETIMEDOUT. holders_continue() is to follow, whatever the result: it
- * has those go on that were not stopped before. (scan)
+ * Stops them all, and the client, if it is alive, in any case. -EPERM: somebody has the context
+ * whom the client could not have stopped itself; -ETIMEDOUT. holders_continue() is to follow,
+ * whatever the result: it has those go on that were not stopped before. (scan)
  */
 int holders_stop(int fd, const struct process *client, bool client_alive, uint64_t timeout_usec,
-		 struct holders *ret);
+	struct holders *ret);
 void holders_continue(struct holders *holders);

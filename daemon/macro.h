@@ -38,6 +38,12 @@ static inline uint64_t now_usec(void)
 	return (uint64_t)ts.tv_sec * USEC_PER_SEC + (uint64_t)ts.tv_nsec / 1000;
 }
 
+/* Good for differences */
+static inline uint32_t now_msec(void)
+{
+	return (uint32_t)(now_usec() / USEC_PER_MSEC);
+}
+
 /* For our own descriptors, whose closing cannot wait. Clients' go through offload_close(). */
 static inline int safe_close(int fd)
 {

@@ -9,6 +9,7 @@
 #include "broker.h"
 #include "bus.h"
 #include "label.h"
+#include "macro.h"
 
 int pin_new(struct context *context, struct use *use, const struct msg_range *range,
 	    enum access access, struct label *label, struct pin **ret)
@@ -104,6 +105,7 @@ void pin_leave(struct pin *pin)
 	if (pin->state == PIN_LEAVING)
 		return;
 	pin->state = PIN_LEAVING;
+	pin->left_msec = now_msec();
 	if (check && pin_is_awaited(pin))
 		context_check(pin->context);
 	else

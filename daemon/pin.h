@@ -40,6 +40,7 @@ struct pin {
 	enum access access : 8;
 	enum pin_state state : 8;
 	bool over;
+	uint32_t left_msec; /* leaving: since when, CLOCK_MONOTONIC */
 	int64_t handle; /* INT_NULL: not bound */
 	struct handle_identity identity;
 	struct label *label; /* shared by the pins of one call; NULL: none */

@@ -67,7 +67,7 @@ static int setup(void **state)
 	struct world *w = calloc(1, sizeof(*w));
 
 	w->context = eventfd(0, EFD_CLOEXEC);
-	w->client = (struct process){ .uid = getuid() };
+	w->client = (struct process){.uid = getuid()};
 	w->client.pid = spawn(&w->client_socket);
 	w->client.pidfd = pidfd_open(w->client.pid, 0);
 	w->child = spawn(&w->child_socket);
@@ -164,8 +164,8 @@ static void test_not_allowed(void **state)
 	if (getuid() != 0)
 		skip();
 	w->client.uid = NOBODY;
-	assert_int_equal(holders_stop(w->context, &w->client, true, TIMEOUT_USEC, &holders),
-			 -EPERM);
+	assert_int_equal(
+		holders_stop(w->context, &w->client, true, TIMEOUT_USEC, &holders), -EPERM);
 	holders_continue(&holders);
 	assert_runs(w->client_socket);
 	assert_runs(w->child_socket);

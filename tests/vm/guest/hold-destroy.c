@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 
 /*
- * For LD_PRELOAD: stops who is about to destroy a memory region until the other end of a connection to
- * $PINBROKER_TEST_HOLD, if anybody listens there, is closed.
+ * For LD_PRELOAD: stops who is about to destroy a memory region until the other end of a connection
+ * to $PINBROKER_TEST_HOLD, if anybody listens there, is closed.
  */
 
 #include <dlfcn.h>
@@ -20,7 +20,7 @@
 static void wait_for_leave(void)
 {
 	const char *path = getenv("PINBROKER_TEST_HOLD");
-	struct sockaddr_un address = { .sun_family = AF_UNIX };
+	struct sockaddr_un address = {.sun_family = AF_UNIX};
 	int fd = path ? socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0) : -1;
 	char byte;
 
@@ -46,7 +46,7 @@ __attribute__((visibility("default"))) int ioctl(int fd, unsigned long request, 
 		*(void **)&real = dlsym(RTLD_NEXT, "ioctl");
 	header = arg;
 	if (request == RDMA_VERBS_IOCTL && header->object_id == UVERBS_OBJECT_MR &&
-	    header->method_id == UVERBS_METHOD_MR_DESTROY)
+		header->method_id == UVERBS_METHOD_MR_DESTROY)
 		wait_for_leave();
 	return real(fd, request, arg);
 }

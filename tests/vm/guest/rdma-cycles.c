@@ -1,9 +1,10 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 
 /*
- * DEVICE FILE CYCLES: two threads register and deregister one page each time, while a third has the broker
- * force off, again and again, one of those pages that have even numbers. Handles are reused all the time:
- * no region of an odd page may ever be gone, and of the even ones no more than were named (I8).
+ * DEVICE FILE CYCLES: two threads register and deregister one page each time, while a third has the
+ * broker force off, again and again, one of those pages that have even numbers. Handles are reused
+ * all the time: no region of an odd page may ever be gone, and of the even ones no more than were
+ * named (I8).
  */
 
 #include <errno.h>
@@ -22,6 +23,8 @@
 #define THREADS 2
 #define SLOTS   8 /* of a thread; each is a page, and has at most one region */
 #define PAGE    4096
+
+#define BETWEEN 25 /* cycles from one forced detach to the next, during which all stand still */
 
 static pinbroker *pb;
 static pinbroker_file *file;
@@ -69,8 +72,7 @@ static void *work(void *arg)
 		if (regions[slot])
 			let_go(regions[slot], page);
 		regions[slot] = pinbroker_reg_mr(pb, file, (uint64_t)page * PAGE, pd,
-						 map + (size_t)page * PAGE, PAGE,
-						 IBV_ACCESS_LOCAL_WRITE);
+			map + (size_t)page * PAGE, PAGE, IBV_ACCESS_LOCAL_WRITE);
 		if (!regions[slot]) {
 			check(errno == ESTALE || errno == EAGAIN, "pinbroker_reg_mr");
 			refused++;
@@ -92,7 +94,7 @@ static int choose(const struct pinbroker_pin_info *info, void *userdata)
 	struct choice *c = userdata;
 
 	if (info->state == PINBROKER_PIN_BOUND && info->offset / PAGE % 2 == 0 &&
-	    c->n < THREADS * SLOTS)
+		c->n < THREADS * SLOTS)
 		c->pins[c->n++] = info->pin;
 	return 0;
 }
@@ -100,8 +102,9 @@ static int choose(const struct pinbroker_pin_info *info, void *userdata)
 static void revoke_pin(sd_bus *bus, uint64_t pin)
 {
 	_cleanup_(sd_bus_error_free) sd_bus_error error = SD_BUS_ERROR_NULL;
-	int r = sd_bus_call_method(bus, "org.pinbroker1", "/org/pinbroker1", "org.pinbroker1.Manager",
-				   "RevokePins", &error, NULL, "atst", 1, pin, "cycles", UINT64_C(0));
+	int r = sd_bus_call_method(bus, "org.pinbroker1", "/org/pinbroker1",
+		"org.pinbroker1.Manager", "RevokePins", &error, NULL, "atst", 1, pin, "cycles",
+		UINT64_C(1));
 
 	if (r >= 0)
 		named++;
@@ -113,13 +116,18 @@ static void revoke_pin(sd_bus *bus, uint64_t pin)
 
 static void *force(void *arg)
 {
+	unsigned seed = 1, next = 0;
 	sd_bus *bus = NULL;
-	unsigned seed = 1;
 
 	check(sd_bus_open_system(&bus) >= 0, "Cannot connect to the bus");
 	while (!done) {
 		struct choice c = {0};
 
+		if (cycles < next) {
+			usleep(1000);
+			continue;
+		}
+		next = cycles + BETWEEN;
 		check(pinbroker_list_pins(pb, 0, 0, choose, &c) >= 0, "pinbroker_list_pins");
 		if (c.n > 0)
 			revoke_pin(bus, c.pins[(unsigned)rand_r(&seed) % c.n]);
@@ -149,7 +157,7 @@ int main(int argc, char *argv[])
 	check(pinbroker_new("cycles", NULL, &pb) == 0 && pinbroker_connect(pb) == 0, "connect");
 	check(pinbroker_open_file(pb, argv[2], PINBROKER_WRITE, &file) == 0, argv[2]);
 	map = mmap(NULL, THREADS * SLOTS * PAGE, PROT_READ | PROT_WRITE, MAP_SHARED,
-		   pinbroker_file_get_fd(file), 0);
+		pinbroker_file_get_fd(file), 0);
 	check(map != MAP_FAILED, "mmap");
 	context = device_open(argv[1]);
 	pd = ibv_alloc_pd(context);
@@ -162,9 +170,10 @@ int main(int argc, char *argv[])
 		pthread_join(threads[i], NULL);
 	done = true;
 	pthread_join(forcing, NULL);
-	printf("%u cycles in %.1f s: %u pins named, %u of their regions destroyed, %u let go of before; "
+	printf("%u cycles in %.1f s: %u pins named, %u of their regions destroyed, %u let go of "
+	       "before; "
 	       "%u registrations refused, %u signals\n",
-	       cycles_max, now() - begin, named, gone, too_late, refused, signals);
+		cycles_max, now() - begin, named, gone, too_late, refused, signals);
 	check(gone > 0 && gone <= named && signals == 0, "The figures");
 	ibv_dealloc_pd(pd);
 	check(pinbroker_close_device(pb, context) == 0, "pinbroker_close_device");

@@ -35,10 +35,10 @@ DROP_IN = '/etc/pinbroker/pinbroker.conf.d/test.conf'
 GRACE, SIGNAL_GRACE = 3, 3  # seconds
 
 
-def configure():
+def configure(signal_grace=SIGNAL_GRACE):
     os.makedirs(os.path.dirname(DROP_IN), exist_ok=True)
     with open(DROP_IN, 'w', encoding='utf-8') as f:
-        f.write(f'[Revocation]\nRevokeGraceSec={GRACE}s\nSignalGraceSec={SIGNAL_GRACE}s\n')
+        f.write(f'[Revocation]\nRevokeGraceSec={GRACE}s\nSignalGraceSec={signal_grace}s\n')
     output('systemctl', 'restart', SERVICE)
 
 
@@ -272,6 +272,9 @@ class Server:
     def do_close_device(self):
         os.close(self.end.device.cmd_fd)
 
+    def do_ignore_signal(self):
+        signal.signal(signal.SIGBUS, signal.SIG_IGN)
+
     def do_ping(self):
         return 'pong'
 
@@ -336,12 +339,16 @@ class Case(unittest.TestCase):
         self.assertGreaterEqual(seconds, least)
         self.assertEqual(os.stat(self.path).st_size, PAGE)
 
-    def revocation(self):
+    def revocations(self):
+        """Of this test's file."""
         connection = Connection(ADDRESS)
         try:
-            return connection.list(PB + 'ListRevocations')[-1]
+            return [r for r in connection.list(PB + 'ListRevocations') if r['path'] == self.path]
         finally:
             connection.close()
+
+    def revocation(self):
+        return self.revocations()[-1]
 
     def expect_released(self, proof):
         revocation = self.revocation()
