@@ -10,20 +10,22 @@ import json
 import mmap
 import os
 import shutil
+import signal
 import stat
 import subprocess
 import tempfile
 import unittest
 
-from pyverbs.device import Context as RdmaDevice
+from pyverbs.device import Context
 from pyverbs.enums import IBV_ACCESS_LOCAL_WRITE
 from pyverbs.mr import MR
 from pyverbs.pd import PD
+from pyverbs.pyverbs_error import PyverbsRDMAError
 
 import case
 from installed import (ADDRESS, NAME, ROOT, SERVICE, TIMEOUT, Holder, call, daemon_pid, output,
-                       properties, run)
-from client import PAGE, Connection, Refused, Ring, expect_pinned, pinned_pages
+                       properties)
+from client import PAGE, Connection, Refused, expect_pinned, pinned_pages
 from world import as_nobody
 
 PB = 'org.pinbroker.'
@@ -44,22 +46,20 @@ def tearDownModule():
     output('systemctl', 'restart', SERVICE)
 
 
-def nvdimm(mode):
-    """Of the namespace in that mode, as ndctl and daxctl tell it, what the broker is to tell; its size, too."""
-    for region in json.loads(output('ndctl', 'list', '--regions', '--namespaces', '--device-dax', '-v'))['regions']:
+def nvdimm(device):
+    """What the broker is to tell of a device, as ndctl tells it."""
+    listed = json.loads(output('ndctl', 'list', '--regions', '--namespaces', '--device-dax', '-v'))
+    for region in listed['regions']:
         for namespace in region['namespaces']:
-            if namespace['mode'] == mode:
-                break
-        else:
-            continue
-        told = {'namespace': namespace['dev'], 'region': region['dev']}
-        if 'numa_node' in namespace:
-            told['numaNode'] = namespace['numa_node']
-        if mode == 'fsdax':
-            return dict(told, kind='fsdax', deviceName=namespace['blockdev']), None
-        device, = json.loads(output('daxctl', 'list'))
-        return dict(told, kind='deviceDax', deviceName=device['chardev']), device['size']
-    raise AssertionError(f'no namespace in mode {mode}')
+            devices = [d['chardev'] for d in namespace.get('daxregion', {}).get('devices', [])]
+            if device not in [namespace.get('blockdev'), *devices]:
+                continue
+            told = {'kind': 'deviceDax' if devices else 'fsdax', 'deviceName': device,
+                    'namespace': namespace['dev'], 'region': region['dev']}
+            if 'numa_node' in namespace:
+                told['numaNode'] = namespace['numa_node']
+            return told
+    raise AssertionError(f'ndctl does not know {device}')
 
 
 def mapped(fd, length):
@@ -75,7 +75,7 @@ def open_by(pid):
 
 
 class Client:
-    """One that pins what it is told to by an io_uring."""
+    """One that pins what it is told to as a memory region."""
 
     def __init__(self):
         self.connection = Connection(ADDRESS)
@@ -84,9 +84,10 @@ class Client:
         self.watch = Connection(ADDRESS)
         self.watch.socket.settimeout(TIMEOUT)
         self.watch.send(PB + 'Watch', {'client': hello['client'], 'token': hello['token']}, more=True)
-        self.ring = Ring()
-        self.context = self.call('AddContext', {'remoteDescriptor': self.ring.fd})['context']
-        self.fd = self.memory = None
+        self.device = Context(name='rxe0')
+        self.domain = PD(self.device)
+        self.context = self.call('AddContext', {'fileDescriptor': 0}, [self.device.cmd_fd])['context']
+        self.fd = self.memory = self.region = None
         self.pins = []
 
     def call(self, method, parameters=None, fds=()):
@@ -115,15 +116,14 @@ class Client:
 
     def register(self, length=LENGTH):
         self.memory, address = mapped(self.fd, length)
-        self.ring.register(address, length)
-        self.call('Bind', {'pin': self.pins[0], 'handle': 0})
+        self.region = MR(self.domain, length, IBV_ACCESS_LOCAL_WRITE, address=address)
+        self.call('Bind', {'pin': self.pins[0], 'handle': self.region.handle})
 
     def release(self):
-        with contextlib.suppress(OSError):
-            self.ring.unregister()
-        self.memory = None
-        self.call('Unpin', {'pins': self.pins})
-        self.pins = []
+        ended = self.call('Unpin', {'pins': self.pins})['ended']
+        if self.region and not ended:
+            self.region.close()
+        self.pins, self.region, self.memory = [], None, None
 
     def notice(self):
         return self.watch.reply(PB + 'Watch')[0]['notice']
@@ -135,9 +135,8 @@ class Client:
         self.release()
         for socket in (self.connection, self.watch):
             socket.close()
-        for fd in (self.fd, self.ring.fd):
-            if fd is not None:
-                os.close(fd)
+        if self.fd is not None:
+            os.close(self.fd)
 
 
 class Case(unittest.TestCase):
@@ -190,9 +189,11 @@ class Case(unittest.TestCase):
 
 
 class Files(Case):
-    def test_fsdax(self):
-        backing, _ = nvdimm('fsdax')
-        path = self.make_file('/mnt/dax')
+    def expect_fsdax(self, directory):
+        with open('/proc/mounts', encoding='ascii') as f:
+            device, = [line.split()[0] for line in f if line.split()[1] == directory]
+        backing = nvdimm(os.path.basename(device))
+        path = self.make_file(directory)
         client = self.client()
         self.expect_flight(client, path, backing, ('no', 'no'))
         info = client.open(path)
@@ -200,11 +201,18 @@ class Files(Case):
         said = self.refused('NotSupported', 'fsdax', client.pin, info['file'], PAGE)
         self.assertIn('on-demand paging', said['message'])
         # the kernel says so, too
-        client.memory, address = mapped(client.fd, PAGE)
-        with self.assertRaises(OSError) as e:
-            client.ring.register(address, PAGE)
-        self.assertEqual(e.exception.errno, errno.EOPNOTSUPP)
+        memory, address = mapped(client.fd, PAGE)
+        with self.assertRaises(PyverbsRDMAError) as e:
+            MR(client.domain, PAGE, IBV_ACCESS_LOCAL_WRITE, address=address)
+        self.assertEqual(e.exception.error_code, errno.EOPNOTSUPP)
+        memory.close()
         self.assertEqual(client.info(info['file'])['pins'], 0)
+
+    def test_fsdax_on_xfs(self):
+        self.expect_fsdax('/mnt/dax')
+
+    def test_fsdax_on_ext4(self):
+        self.expect_fsdax('/mnt/dax-ext4')
 
     def test_page_cache_on_a_loop_device(self):
         path = self.make_file('/mnt/xfs')
@@ -244,7 +252,7 @@ class Files(Case):
 
     def test_revoked_by_device(self):
         """A file that nobody has pinned is closed; others are left alone."""
-        backing, _ = nvdimm('fsdax')
+        backing = nvdimm('pmem0')
         for name in (backing['deviceName'], backing['namespace'], backing['region']):
             client, other = self.client(), self.client()
             file = client.open(self.make_file('/mnt/dax'))['file']
@@ -257,8 +265,10 @@ class Files(Case):
 
 class Device(Case):
     def setUp(self):
-        self.backing, self.size = nvdimm('devdax')
-        self.path = '/dev/' + self.backing['deviceName']
+        device, = json.loads(output('daxctl', 'list'))
+        self.size = device['size']
+        self.path = '/dev/' + device['chardev']
+        self.backing = nvdimm(device['chardev'])
 
     def disable(self):
         """As an administrator would, and back."""
@@ -278,10 +288,12 @@ class Device(Case):
 
     def test_pinned(self):
         """It needs no lease, and is not exposed without one."""
+        base = pinned_pages()
         client = self.client()
         file = client.open(self.path)['file']
         client.pin(file)
         client.register()
+        expect_pinned(pinned_pages(), base, LENGTH // PAGE)
         info = client.info(file)
         self.assertEqual((info['pins'], info['lease'], info['exposed']), (1, 'none', False))
         self.assertEqual(json.loads(output('pinbrokerctl', '--json=short', 'status'))['exposed'], [])
@@ -290,23 +302,6 @@ class Device(Case):
         self.assertEqual(said['size'], self.size)
         client.release()
         client.call('CloseFile', {'file': file})
-
-    def test_pinned_by_rdma(self):
-        """... by a holder that does not let go: the regions are deregistered for it."""
-        base = pinned_pages()
-        client = self.client()
-        device = RdmaDevice(name='rxe0')
-        client.context = client.call('AddContext', {'fileDescriptor': 0}, [device.cmd_fd])['context']
-        client.pin(client.open(self.path)['file'])
-        client.memory, address = mapped(client.fd, LENGTH)
-        region = MR(PD(device), LENGTH, IBV_ACCESS_LOCAL_WRITE, address=address)
-        client.call('Bind', {'pin': client.pins[0], 'handle': region.handle})
-        expect_pinned(pinned_pages(), base, LENGTH // PAGE)
-        output('pinbrokerctl', 'revoke', '--device', self.backing['deviceName'], '--timeout', '1')
-        revocation = client.connection.list(PB + 'ListRevocations')[-1]
-        self.assertEqual((revocation['state'], revocation['proof']), ('released', 'provable'))
-        expect_pinned(pinned_pages(), base, 0)
-        self.disable()
 
     def test_several(self):
         """Readers and writers, in any order: there is no lease that they would share."""
@@ -386,12 +381,47 @@ class Device(Case):
         client.register()
 
     def test_disabled_by_force(self):
-        """A holder that does not let go has its buffers taken away; its mapping is the kernel's business."""
+        """A holder that does not let go has its region taken away, and keeps a mapping of nothing."""
+        base = pinned_pages()
+        client = self.client()
+        client.pin(client.open(self.path)['file'])
+        client.register()
+        output('pinbrokerctl', 'revoke', '--device', self.backing['deviceName'], '--timeout', '1')
+        revocation = client.connection.list(PB + 'ListRevocations')[-1]
+        self.assertEqual((revocation['state'], revocation['proof']), ('released', 'provable'))
+        expect_pinned(pinned_pages(), base, 0)
+        self.disable()
+
+    def test_disabled_after_a_death(self):
+        """... of a holder, a child of whom keeps the region."""
+        base = pinned_pages()
+        said, end = os.pipe()
+        holder = os.fork()
+        if holder == 0:
+            client = Client()
+            client.pin(client.open(self.path)['file'])
+            client.register()
+            child = os.fork()
+            if child == 0:
+                signal.pause()
+            os.write(end, b'%d\n' % child)
+            signal.pause()
+        os.close(end)
+        with os.fdopen(said, encoding='ascii') as said:
+            child = int(said.readline())
+        self.addCleanup(os.kill, child, signal.SIGKILL)
+        expect_pinned(pinned_pages(), base, LENGTH // PAGE)
+        os.kill(holder, signal.SIGKILL)
+        os.waitpid(holder, 0)
+        output('pinbrokerctl', 'revoke', '--device', self.backing['region'])
+        expect_pinned(pinned_pages(), base, 0)
+        self.disable()
+
+    def test_hold(self):
+        """As an administrator tries it out, by an io_uring."""
         holder = Holder(self.path, '--on-revoke', 'ignore', '--range', f'0:{LENGTH}')
         self.addCleanup(holder.close)
-        for name in (self.backing['region'], self.backing['deviceName']):
-            result = run('pinbrokerctl', 'revoke', '--device', name)
-            self.assertEqual(result.returncode, 0, result.stderr)
+        output('pinbrokerctl', 'revoke', '--device', self.backing['namespace'])
         self.disable()
 
     def test_revoked_by_path_or_file(self):
