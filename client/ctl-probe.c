@@ -1,15 +1,13 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 #include "ctl-probe.h"
+#include "ctl-region.h"
 #include "ctl-try.h"
 
 #include <fcntl.h>
 #include <libgen.h>
-#include <linux/magic.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <sys/sysmacros.h>
 #include <sys/utsname.h>
-#include <sys/vfs.h>
 
 const char *backing_name(enum backing backing)
 {
@@ -66,30 +64,15 @@ static void sample_close(struct sample *sample)
 		close(sample->fd);
 }
 
-/* Device-DAX maps in units of this. */
-static size_t alignment_of(const struct statx *device)
-{
-	_cleanup_(close_filep) FILE *f = NULL;
-	char path[64];
-	size_t size;
-
-	snprintf(path, sizeof(path), "/sys/dev/char/%u:%u/align", device->stx_rdev_major,
-		device->stx_rdev_minor);
-	f = fopen(path, "re");
-	return f && fscanf(f, "%zu", &size) == 1 ? size : 0;
-}
-
 /* One page of a new file; its descriptor is taken over. */
 static bool sample_set(struct sample *sample, int new_fd)
 {
 	_cleanup_(close_fdp) int fd = new_fd;
-	size_t size = (size_t)sysconf(_SC_PAGESIZE);
-	struct statfs sfs;
+	size_t size;
 
-	if (fd < 0 || fstatfs(fd, &sfs) < 0)
+	if (fd < 0)
 		return false;
-	if (sfs.f_type == HUGETLBFS_MAGIC)
-		size = (size_t)sfs.f_bsize;
+	size = map_unit(fd);
 	if (ftruncate(fd, (off_t)size) < 0)
 		return false;
 	*sample = (struct sample){TAKE_FD(fd), size};
@@ -109,13 +92,16 @@ static bool sample_make(struct sample *sample, const char *directory, enum backi
 	return sample_set(sample, TAKE_FD(fd));
 }
 
-static struct sample sample_find(const char *path, const struct statx *stx, enum backing backing)
+static struct sample sample_find(const char *path, enum backing backing)
 {
 	_cleanup_(freep) char *copy = must(strdup(path));
 	struct sample sample = {-1, 0};
 
-	if (backing == BACKING_DEVICE_DAX)
-		return (struct sample){open(path, O_RDWR | O_CLOEXEC), alignment_of(stx)};
+	if (backing == BACKING_DEVICE_DAX) {
+		sample.fd = open(path, O_RDWR | O_CLOEXEC);
+		sample.size = map_unit(sample.fd);
+		return sample;
+	}
 	if (backing == BACKING_OTHER || sample_make(&sample, dirname(copy), backing) ||
 		sample_make(&sample, "/var/tmp", backing))
 		return sample;
@@ -255,7 +241,7 @@ void probe_file(
 	struct probe memory = {.backing = BACKING_SHMEM};
 
 	*ret = (struct probe){.backing = backing_of(stx, mount)};
-	sample = sample_find(path, stx, ret->backing);
+	sample = sample_find(path, ret->backing);
 	probe_try(ret, &sample);
 	if (sample.fd < 0 && sample_set(&other, memfd_create("pinbrokerctl", MFD_CLOEXEC)))
 		probe_try(&memory, &other);

@@ -33,8 +33,7 @@ static size_t device_alignment(int fd)
 	return strtoul(text, NULL, 10);
 }
 
-/* What a mapping of it is cut by. */
-static size_t page_size(int fd)
+size_t map_unit(int fd)
 {
 	size_t alignment = device_alignment(fd);
 	struct statfs sfs;
@@ -50,7 +49,7 @@ static int region_map(
 	struct region *region, int fd, enum pinbroker_access access, struct iovec *ret)
 {
 	int protection = access == PINBROKER_WRITE ? PROT_READ | PROT_WRITE : PROT_READ;
-	size_t page = page_size(fd), skip = (size_t)(region->range.offset % page);
+	size_t page = map_unit(fd), skip = (size_t)(region->range.offset % page);
 	size_t size = (skip + (size_t)region->range.length + page - 1) / page * page;
 	void *p;
 

@@ -12,6 +12,9 @@ struct region {
 	size_t map_size;
 };
 
+/* What mappings of an open file are cut by: more than a page on hugetlbfs, and of a device-DAX. */
+size_t map_unit(int fd);
+
 void region_unmap(struct region *region);
 
 /* Maps all, and registers them with the io_uring; all or none. */
