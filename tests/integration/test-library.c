@@ -397,6 +397,46 @@ static void test_reason_comes_by_either_channel(void **state)
 	world_stop();
 }
 
+static void expect_on_loop_device(
+	enum pinbroker_backing backing, const char *device, const char *namespace, uint64_t node)
+{
+	assert_int_equal(backing, PINBROKER_BACKING_PAGE_CACHE);
+	assert_string_equal(pinbroker_backing_name(backing), "pageCache");
+	assert_non_null(device);
+	assert_memory_equal(device, "loop", 4);
+	assert_null(namespace);
+	assert_true(node == PINBROKER_UNKNOWN);
+}
+
+static void test_backing_is_told(void **state)
+{
+	const struct pinbroker_file_info *info;
+	struct pinbroker_preflight_info *flight;
+	struct holding h = {};
+
+	world_start("");
+	mount_fs("ext4");
+	make_file();
+	holding_connect(&h, 0, false);
+	info = pinbroker_file_get_info(h.file);
+	expect_on_loop_device(
+		info->backing, info->device_name, info->nvdimm_namespace, info->numa_node);
+	assert_null(info->nvdimm_region);
+	for (int access = PINBROKER_READ; access <= PINBROKER_WRITE; access++) {
+		must(h.pb, pinbroker_preflight(h.pb, pinbroker_file_get_fd(h.file),
+				   (enum pinbroker_access)access, &flight));
+		assert_true(flight->has_backing);
+		expect_on_loop_device(flight->backing, flight->device_name,
+			flight->nvdimm_namespace, flight->numa_node);
+		assert_string_equal(pinbroker_pinnable_name(flight->pinnable),
+			access == PINBROKER_READ ? "yes" : "unknown");
+		assert_int_equal(flight->pin_reason != NULL, access == PINBROKER_WRITE);
+		pinbroker_preflight_free(flight);
+	}
+	holding_end(&h);
+	world_stop();
+}
+
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
@@ -413,6 +453,7 @@ int main(void)
 		cmocka_unit_test(test_notice_says_everything),
 		cmocka_unit_test(test_reason_comes_by_either_channel),
 		cmocka_unit_test(test_descriptors_are_given_back),
+		cmocka_unit_test(test_backing_is_told),
 	};
 
 	return cmocka_run_group_tests(tests, NULL, NULL);
