@@ -47,7 +47,8 @@ extern "C" {
  * with
  *
  *     ESTALE      a revocation came before the region was ready: it is gone again. Try again when
- *                 the revocation has ended.
+ *                 the revocation has ended; but if that was PINBROKER_CAUSE_DEVICE close the
+ *                 device, and open it anew if it is still there.
  *     EOPNOTSUPP  IBV_ACCESS_ON_DEMAND: such a region pins nothing, and its pages are taken away
  *                 under it without harm. Register it with ibv_reg_mr().
  */

@@ -83,11 +83,22 @@ dev_t context_device_number(int fd)
 	return makedev(stx.stx_rdev_major, stx.stx_rdev_minor);
 }
 
+/* The kernel waits with the removal of a device for all who have it open: too late to become one of them. */
+static bool is_removed(dev_t number)
+{
+	static const char directory[] = "/sys/dev/char";
+	char path[64];
+
+	snprintf(path, sizeof(path), "%s/%u:%u", directory, major(number), minor(number));
+	return number != 0 && access(path, F_OK) < 0 && access(directory, F_OK) == 0;
+}
+
 int context_identify(int fd, const struct config *config, const struct context_ops **ret,
 		     struct context_description *ret_description, struct refusal *ret_refusal)
 {
 	char link[PATH_MAX];
 	struct statx stx;
+	dev_t number;
 	int r;
 
 	r = context_identify_at_once(fd, ret, ret_description, ret_refusal);
@@ -102,10 +113,14 @@ int context_identify(int fd, const struct config *config, const struct context_o
 	r = read_link(fd, link);
 	if (r < 0)
 		return r;
+	number = context_device_number(fd);
+	if (is_removed(number))
+		return refuse(ret_refusal, REFUSAL_NOT_SUPPORTED, "removed",
+			      "The kernel does not list the device of this descriptor (any more).");
 	*ret = find_kind(fd, link);
 	*ret_description = (struct context_description){ .proof = PROOF_CLAIMED };
 	r = (*ret)->describe ? (*ret)->describe(fd, config, ret_description) : 0;
-	ret_description->number = context_device_number(fd);
+	ret_description->number = number;
 	return r;
 }
 

@@ -6,13 +6,15 @@ is not what the administrator has to wait for.
 import errno
 import os
 import shutil
+import signal
+import socket
 import subprocess
 import tempfile
 import time
 import unittest
 
 import case
-from installed import ADDRESS, SERVICE, TIMEOUT, Program, daemon_pid, output, run
+from installed import ADDRESS, SERVICE, TESTER, TIMEOUT, Program, daemon_pid, output, run
 from client import Connection
 
 HOLDER, SERVER = '/build/tests/rdma-holder', '/build/client/example-rdma-server'
@@ -23,6 +25,7 @@ SOON = 2 * SLOWNESS  # seconds
 GRACE = 3
 DROP_IN = '/etc/pinbroker/pinbroker.conf.d/test.conf'
 TEMPFAIL = 75
+NETLINK_KOBJECT_UEVENT = 15
 
 
 def setUpModule():
@@ -175,6 +178,50 @@ class Devices(Case):
         holder.end()
         self.expect_removed(command, begin)
         self.assertEqual(self.list('Pins'), [])
+
+    def test_stopped(self):
+        """As with one that ignores it."""
+        holder = self.hold(self.path)
+        os.kill(holder.pid, signal.SIGSTOP)
+        command = self.remove()
+        self.expect_closed(self.node)
+        self.assertEqual(self.last(), ('released', 1, 'provable', 'device'))
+        os.kill(holder.pid, signal.SIGCONT)
+        holder.tell('deregister')
+        begin = time.monotonic()
+        holder.tell('close')
+        self.expect_removed(command, begin)
+
+    def test_too_late(self):
+        """Nobody can hand over a device that is being removed."""
+        holder, late = self.hold(self.path), self.hold(self.path, register=False)
+        command = self.remove()
+        holder.expect('notice device')
+        late.tell('register', errno.EOPNOTSUPP)
+        holder.tell('deregister')
+        self.expect_closed(self.node)
+        late.end()
+        begin = time.monotonic()
+        holder.tell('close')
+        self.expect_removed(command, begin)
+
+    def test_forged(self):
+        """Only root can send what udev sends."""
+        holder = self.hold(self.path)
+        pid = os.fork()
+        if pid == 0:
+            os.setresuid(TESTER, TESTER, TESTER)
+            s = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_KOBJECT_UEVENT)
+            denied = 0
+            for address in ((daemon_pid(), 0), (0, 1), (0, 2)):
+                try:
+                    s.sendto(b'libudev\0', address)
+                except PermissionError:
+                    denied += 1
+            os._exit(0 if denied == 3 else 1)
+        self.assertEqual(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), 0)
+        holder.tell('deregister')
+        holder.tell('close')
 
     def test_other_device(self):
         """What is on another one stays."""
