@@ -88,6 +88,7 @@ class Client:
         self.domain = PD(self.device)
         self.context = self.call('AddContext', {'fileDescriptor': 0}, [self.device.cmd_fd])['context']
         self.fd = self.memory = self.region = None
+        self.file = 0
         self.pins = []
 
     def call(self, method, parameters=None, fds=()):
@@ -99,7 +100,7 @@ class Client:
             opened = self.call('OpenFile', {'fileDescriptor': 0, 'access': access}, [fd])
         finally:
             os.close(fd)
-        self.fd = self.connection.fds[0]
+        self.fd, self.file = self.connection.fds[0], opened['file']
         return opened['info']
 
     def preflight(self, path, access='write'):
@@ -132,7 +133,10 @@ class Client:
         return next((f for f in self.connection.list(PB + 'ListFiles') if f['file'] == file), None)
 
     def close(self):
+        """With nothing left of it by the time that it returns."""
         self.release()
+        with contextlib.suppress(Refused):
+            self.call('CloseFile', {'file': self.file})
         for socket in (self.connection, self.watch):
             socket.close()
         if self.fd is not None:
@@ -294,8 +298,11 @@ class Device(Case):
         client.pin(file)
         client.register()
         expect_pinned(pinned_pages(), base, LENGTH // PAGE)
+        second = self.client()
+        second.open(self.path)
+        second.pin(file)  # looks at the file, which has a pin now
         info = client.info(file)
-        self.assertEqual((info['pins'], info['lease'], info['exposed']), (1, 'none', False))
+        self.assertEqual((info['pins'], info['lease'], info['exposed']), (2, 'none', False))
         self.assertEqual(json.loads(output('pinbrokerctl', '--json=short', 'status'))['exposed'], [])
         self.assertIn(f'file {file}, ', output('pinbrokerctl', 'map', self.path))
         said = self.refused('BeyondEndOfFile', None, client.pin, file, LENGTH, self.size)
