@@ -23,9 +23,10 @@
 
 #define ATTRIBUTES_MAX 5U
 
-/* Room for so many regions' handles, at first, and at most: their size in bytes has 16 bits. */
+/* Room for so many regions' handles, at first, and at most: their size in bytes has 16 bits, and the kernel
+ * does not list them in parts. */
 #define REGIONS_FIRST 1024U
-#define REGIONS_MAX   8192U
+#define REGIONS_MAX   (UINT16_MAX / sizeof(uint32_t))
 
 /* The header, and the attributes behind it: as an array, since a structure that ends in one of no size may
  * not be part of another (clang). */
@@ -196,10 +197,12 @@ static bool is_gone(int fd, uint32_t driver, const struct handle *h)
 /* As list_regions(), with room for all; the caller frees them. */
 static int list_all_regions(int fd, uint32_t driver, uint32_t **ret_handles, uint32_t *ret_n)
 {
-	for (uint32_t n_max = REGIONS_FIRST; n_max <= REGIONS_MAX; n_max *= 2) {
+	for (uint32_t n_max = REGIONS_FIRST;; n_max *= 2) {
 		_cleanup_(freep) uint32_t *handles = calloc(n_max, sizeof(*handles));
 		int r;
 
+		if (n_max > REGIONS_MAX)
+			n_max = REGIONS_MAX;
 		if (!handles)
 			return -ENOMEM;
 		r = list_regions(fd, driver, handles, n_max, ret_n);
@@ -210,8 +213,9 @@ static int list_all_regions(int fd, uint32_t driver, uint32_t **ret_handles, uin
 			*ret_handles = TAKE_PTR(handles);
 			return 0;
 		}
+		if (n_max == REGIONS_MAX)
+			return -E2BIG;
 	}
-	return -E2BIG;
 }
 
 static int compare_handle(const void *a, const void *b)
