@@ -40,6 +40,7 @@ static const struct column pin_columns[] = {
 	{"LENGTH", "length", COLUMN_RIGHT},
 	{"ACCESS", "access"},
 	{"STATE", "state"},
+	{"ON-DEMAND", "onDemand", COLUMN_OPTIONAL},
 	{"HANDLE", "handle", COLUMN_RIGHT | COLUMN_OPTIONAL},
 	{"REVOCATION", "revocation", COLUMN_RIGHT},
 	{"LABEL", "label", COLUMN_FLEXIBLE},
@@ -61,6 +62,7 @@ static int add_pin(const struct pinbroker_pin_info *info, void *userdata)
 	table_size(t, info->length);
 	table_string(t, pinbroker_access_name(info->access));
 	table_string(t, pinbroker_pin_state_name(info->state));
+	table_bool(t, info->on_demand);
 	table_number(t, info->handle);
 	table_number(t, info->revocation);
 	table_string(t, info->label);

@@ -27,6 +27,7 @@ static const struct {
 struct group {
 	uint64_t client, pinned_bytes;
 	enum pinbroker_access access;
+	bool on_demand;
 	char *label; /* owned; NULL: none */
 	char holder[64];
 	uint64_t ids[IDS_SHOWN];
@@ -94,12 +95,16 @@ static struct group *map_group(struct map *m, const struct pinbroker_pin_info *i
 	for (size_t i = 0; i < m->n_groups; i++) {
 		g = &m->groups[i];
 		if (g->client == info->client && g->access == info->access &&
-			same_text(g->label, info->label))
+			g->on_demand == info->on_demand && same_text(g->label, info->label))
 			return g;
 	}
 	m->groups = must(realloc(m->groups, (m->n_groups + 1) * sizeof(*m->groups)));
 	g = &m->groups[m->n_groups++];
-	*g = (struct group){.client = info->client, .access = info->access};
+	*g = (struct group){
+		.client = info->client,
+		.access = info->access,
+		.on_demand = info->on_demand,
+	};
 	g->label = info->label ? escape_text(info->label) : NULL;
 	g->bar = must(calloc(m->width, 1));
 	return g;
@@ -107,7 +112,7 @@ static struct group *map_group(struct map *m, const struct pinbroker_pin_info *i
 
 static enum cell cell_of(const struct pinbroker_pin_info *info)
 {
-	if (info->revocation != PINBROKER_UNKNOWN)
+	if (info->revocation != PINBROKER_UNKNOWN && !info->on_demand)
 		return CELL_REVOKED;
 	return info->state == PINBROKER_PIN_BOUND      ? CELL_BOUND
 	       : info->state == PINBROKER_PIN_RESERVED ? CELL_RESERVED
@@ -206,9 +211,10 @@ static void print_group(const struct map *m, const struct group *g)
 	char size[32];
 
 	format_size(g->pinned_bytes, size);
-	printf("client %" PRIu64 " (%s): %s of %s%s%s, pin%s", g->client,
+	printf("client %" PRIu64 " (%s): %s of %s%s%s%s, pin%s", g->client,
 		*g->holder ? g->holder : "left", pinbroker_access_name(g->access), size,
-		g->label ? " as " : "", g->label ?: "", g->n_pins == 1 ? "" : "s");
+		g->label ? " as " : "", g->label ?: "", g->on_demand ? ", on demand" : "",
+		g->n_pins == 1 ? "" : "s");
 	for (size_t i = 0; i < g->n_pins && i < IDS_SHOWN; i++)
 		printf(" %" PRIu64, g->ids[i]);
 	if (g->n_pins > IDS_SHOWN)

@@ -38,6 +38,7 @@ static void convert_pin_info(const struct msg_pin_info *m, struct pinbroker_pin_
 		.label = m->label,
 		.state = (enum pinbroker_pin_state)m->state,
 		.revocation = known(m->revocation),
+		.on_demand = m->onDemand,
 	};
 }
 

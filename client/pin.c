@@ -30,14 +30,14 @@ static int copy_ranges(
 	return 0;
 }
 
-EXPORT int pinbroker_pin(pinbroker *pb, const pinbroker_file *file,
-	const pinbroker_context *context, const struct pinbroker_range *ranges, size_t n_ranges,
-	enum pinbroker_access access, const char *label, uint64_t *ret_pins)
+static int reserve(pinbroker *pb, const pinbroker_file *file, const pinbroker_context *context,
+	const struct pinbroker_range *ranges, size_t n_ranges, enum pinbroker_access access,
+	bool on_demand, const char *label, uint64_t *ret_pins)
 {
 	struct msg_pin_out out;
 	_cleanup_(reply_done) struct reply reply = {};
 	_cleanup_(freep) struct msg_range *copy = NULL;
-	struct msg_pin_in in = {.access = (int)access, .label = label};
+	struct msg_pin_in in = {.access = (int)access, .onDemand = on_demand, .label = label};
 	int r;
 
 	if (n_ranges == 0)
@@ -62,6 +62,20 @@ EXPORT int pinbroker_pin(pinbroker *pb, const pinbroker_file *file,
 			out.pins.n_items, n_ranges);
 	memcpy(ret_pins, out.pins.items, n_ranges * sizeof(*ret_pins));
 	return 0;
+}
+
+EXPORT int pinbroker_pin(pinbroker *pb, const pinbroker_file *file,
+	const pinbroker_context *context, const struct pinbroker_range *ranges, size_t n_ranges,
+	enum pinbroker_access access, const char *label, uint64_t *ret_pins)
+{
+	return reserve(pb, file, context, ranges, n_ranges, access, false, label, ret_pins);
+}
+
+EXPORT int pinbroker_pin_on_demand(pinbroker *pb, const pinbroker_file *file,
+	const pinbroker_context *context, const struct pinbroker_range *ranges, size_t n_ranges,
+	enum pinbroker_access access, const char *label, uint64_t *ret_pins)
+{
+	return reserve(pb, file, context, ranges, n_ranges, access, true, label, ret_pins);
 }
 
 EXPORT int pinbroker_bind(pinbroker *pb, uint64_t pin, uint64_t handle)

@@ -49,8 +49,10 @@ extern "C" {
  *     ESTALE      a revocation came before the region was ready: it is gone again. Try again when
  *                 the revocation has ended; but if that was PINBROKER_CAUSE_DEVICE close the
  *                 device, and open it anew if it is still there.
- *     EOPNOTSUPP  IBV_ACCESS_ON_DEMAND: such a region pins nothing, and its pages are taken away
- *                 under it without harm. Register it with ibv_reg_mr().
+ *
+ * With IBV_ACCESS_ON_DEMAND the pin is one of pinbroker_pin_on_demand(): the callback is told, but
+ * nobody waits for the region, which may be kept, and gives remote access errors where the file has
+ * ended.
  */
 struct ibv_mr *pinbroker_reg_mr(pinbroker *pb, const pinbroker_file *file, uint64_t offset,
 	struct ibv_pd *pd, void *addr, size_t length, int access);

@@ -232,6 +232,7 @@ struct pinbroker_pin_info {
 	const char *label; /* or NULL */
 	enum pinbroker_pin_state state;
 	uint64_t revocation; /* PINBROKER_UNKNOWN: none is running */
+	bool on_demand;      /* it holds no pages: nobody waits for it */
 };
 
 struct pinbroker_client_info {
@@ -277,7 +278,7 @@ struct pinbroker_revocation_info {
 	uint64_t start_usec;
 	uint64_t deadline_usec;
 	uint64_t end_usec; /* PINBROKER_UNKNOWN: it is running */
-	uint64_t n_pins;
+	uint64_t n_pins;            /* that have to go: without those on demand */
 	uint64_t n_remaining;       /* of them, not yet gone */
 	bool has_proof;             /* it has ended, and … */
 	enum pinbroker_proof proof; /* … this is the weakest proof that a pin of it ended with */
@@ -491,6 +492,18 @@ pinbroker_context *pinbroker_context_free(pinbroker_context *context);
 int pinbroker_pin(pinbroker *pb, const pinbroker_file *file, const pinbroker_context *context,
 	const struct pinbroker_range *ranges, size_t n_ranges, enum pinbroker_access access,
 	const char *label, uint64_t *ret_pins);
+
+/*
+ * The same for what pins no pages: an RDMA memory region with on-demand paging, which looks up each
+ * page when it is used. The holder is told of conflicts in the same way, and should stop its peers from
+ * using what goes away; but nobody waits for such pins, they count for no bytes, and they are never
+ * detached by force. They go on, and so does what was registered, until they are let go of. A notice
+ * that was missed is told again until pinbroker_bind(). The caller is believed: pages that are pinned all
+ * the same are lost to what is written there.
+ */
+int pinbroker_pin_on_demand(pinbroker *pb, const pinbroker_file *file,
+	const pinbroker_context *context, const struct pinbroker_range *ranges, size_t n_ranges,
+	enum pinbroker_access access, const char *label, uint64_t *ret_pins);
 
 /*
  * Tells the kernel's identifier of what was registered over a pin's range: the index of the fixed

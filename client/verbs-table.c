@@ -5,6 +5,11 @@
 
 #include "daemon/macro.h"
 
+/* What lets the device, or somebody else through it, write. */
+#define ACCESS_WRITE                                                                   \
+	(IBV_ACCESS_LOCAL_WRITE | IBV_ACCESS_REMOTE_WRITE | IBV_ACCESS_REMOTE_ATOMIC | \
+		IBV_ACCESS_MW_BIND)
+
 static int compare(const void *a, const void *b)
 {
 	return ((uintptr_t)a > (uintptr_t)b) - ((uintptr_t)a < (uintptr_t)b);
@@ -130,7 +135,7 @@ void device_restore(struct device *d)
 /* ---- Regions ---- */
 
 int region_new(struct device *d, const pinbroker_file *file, const struct pinbroker_range *range,
-	enum pinbroker_access access, struct region **ret)
+	int access, struct region **ret)
 {
 	struct region *region = calloc(1, sizeof(*region));
 	int r;
@@ -140,7 +145,9 @@ int region_new(struct device *d, const pinbroker_file *file, const struct pinbro
 	region->device = d;
 	/* Who looks for the pin waits as long as his own next call to the broker would. */
 	pthread_mutex_lock(&lock);
-	r = pinbroker_pin(d->pb, file, d->context, range, 1, access, NULL, &region->pin);
+	r = (access & IBV_ACCESS_ON_DEMAND ? pinbroker_pin_on_demand : pinbroker_pin)(d->pb, file,
+		d->context, range, 1, access & ACCESS_WRITE ? PINBROKER_WRITE : PINBROKER_READ, NULL,
+		&region->pin);
 	if (r == 0) {
 		d->n_users++;
 		by_pin_RB_INSERT(&regions_by_pin, region);

@@ -6,11 +6,6 @@
 
 #define EXPORT __attribute__((visibility("default")))
 
-/* What lets the device, or somebody else through it, write. */
-#define ACCESS_WRITE                                                                   \
-	(IBV_ACCESS_LOCAL_WRITE | IBV_ACCESS_REMOTE_WRITE | IBV_ACCESS_REMOTE_ATOMIC | \
-		IBV_ACCESS_MW_BIND)
-
 /* Calls that may be repeated are, when the connection breaks under them. */
 #define TRIES 3
 
@@ -212,15 +207,12 @@ static int reg_mr(pinbroker *pb, const pinbroker_file *file, const struct pinbro
 	r = check_process(pb);
 	if (r < 0)
 		return r;
-	if (access & IBV_ACCESS_ON_DEMAND)
-		return -EOPNOTSUPP;
 	d = device_get(pb, pd->context);
 	if (!d)
 		return -ENOMEM;
 	r = device_add(d);
 	if (r == 0)
-		r = region_new(d, file, range,
-			access & ACCESS_WRITE ? PINBROKER_WRITE : PINBROKER_READ, &region);
+		r = region_new(d, file, range, access, &region);
 	if (r == 0)
 		r = register_region(region, pd, addr, range->length, access, ret);
 	device_put(d);

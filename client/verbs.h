@@ -43,7 +43,7 @@ void device_free(struct device *device); /* one that was taken */
 
 /* Makes a pin and its region, in one: whoever is told of the pin finds the region. */
 int region_new(struct device *device, const pinbroker_file *file,
-	const struct pinbroker_range *range, enum pinbroker_access access, struct region **ret);
+	const struct pinbroker_range *range, int access, struct region **ret);
 /* Whether the region may be used now; false: it has to go. */
 bool region_publish(struct region *region, struct ibv_mr *mr);
 /* The device of a published region, to be put. NULL: it is not one of this handle's. */

@@ -18,9 +18,7 @@ int call_pin(struct call *call, const union call_in *in)
 		return REFUSED;
 	if (!call_is_name(pin->label))
 		return refuse_parameter(&call->refusal, "label");
-	r = client_pin(client, (uint64_t)pin->file, (uint64_t)pin->context, pin->ranges.items,
-		       pin->ranges.n_items, (enum access)pin->access, pin->label, ids,
-		       &call->refusal);
+	r = client_pin(client, pin, ids, &call->refusal);
 	if (r == 0)
 		peer_reply(call->peer, &schema_msg_pin_out,
 			   &(struct msg_pin_out){ .pins = { ids, pin->ranges.n_items } }, NULL, 0);

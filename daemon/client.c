@@ -301,7 +301,7 @@ static int check_ranges(struct file *file, const struct msg_range *ranges, size_
 	return 0;
 }
 
-static int check_file(struct file *file, struct use *use, enum access access,
+static int check_file(struct file *file, struct use *use, enum access access, bool on_demand,
 		      struct refusal *ret_refusal)
 {
 	const char *reason;
@@ -309,7 +309,7 @@ static int check_file(struct file *file, struct use *use, enum access access,
 	if (access == ACCESS_WRITE && !use->writable)
 		return refuse(ret_refusal, REFUSAL_NOT_ALLOWED, "readOnly",
 			      "%s was opened for reading.", file->path);
-	if (backing_pinnable(&file->backing, access, &reason) == PINNABLE_NO)
+	if (!on_demand && backing_pinnable(&file->backing, access, &reason) == PINNABLE_NO)
 		return refuse(ret_refusal, REFUSAL_NOT_SUPPORTED, "fsdax", "%s", reason);
 	if (file->broker->stopping)
 		return refuse(ret_refusal, REFUSAL_BUSY, "shutdown", "The broker is shutting down.");
@@ -346,11 +346,11 @@ static int charge_pins(struct user *user, size_t n, uint64_t bytes, struct refus
 	return 0;
 }
 
-int client_pin(struct client *client, uint64_t file_id, uint64_t context_id,
-	       const struct msg_range *ranges, size_t n_ranges, enum access access,
-	       const char *text, int64_t *ret_ids, struct refusal *ret_refusal)
+int client_pin(struct client *client, const struct msg_pin_in *in, int64_t *ret_ids,
+	       struct refusal *ret_refusal)
 {
-	struct use *use = client_find_use_of(client, (int64_t)file_id, ret_refusal);
+	struct use *use = client_find_use_of(client, in->file, ret_refusal);
+	size_t n_ranges = in->ranges.n_items;
 	struct label *label = NULL;
 	struct context *context;
 	uint64_t bytes = 0;
@@ -358,7 +358,7 @@ int client_pin(struct client *client, uint64_t file_id, uint64_t context_id,
 
 	if (!use)
 		return REFUSED;
-	context = client_find_context(client, (int64_t)context_id, ret_refusal);
+	context = client_find_context(client, in->context, ret_refusal);
 	if (!context)
 		return REFUSED;
 	if (!use->file || use->file->withdrawn != 0)
@@ -371,26 +371,27 @@ int client_pin(struct client *client, uint64_t file_id, uint64_t context_id,
 			      "The context was closed when its pins were let go.");
 	if (n_ranges == 0 || n_ranges > PIN_RANGES_MAX)
 		return refuse_parameter(ret_refusal, "ranges");
-	r = check_file(use->file, use, access, ret_refusal);
+	r = check_file(use->file, use, (enum access)in->access, in->onDemand, ret_refusal);
 	if (r == 0)
-		r = check_ranges(use->file, ranges, n_ranges, &bytes, ret_refusal);
+		r = check_ranges(use->file, in->ranges.items, n_ranges, &bytes, ret_refusal);
 	if (r != 0)
 		return r;
 
-	if (text && !(label = label_new(text)))
+	if (in->label && !(label = label_new(in->label)))
 		return -ENOMEM;
-	r = charge_pins(client->user, n_ranges, bytes, ret_refusal);
+	r = charge_pins(client->user, n_ranges, in->onDemand ? 0 : bytes, ret_refusal);
 	for (size_t i = 0; r == 0 && i < n_ranges; i++) {
 		struct pin *pin;
 
-		r = pin_new(context, use, &ranges[i], access, label, &pin);
+		r = pin_new(context, use, &in->ranges.items[i], (enum access)in->access,
+			    in->onDemand, label, &pin);
 		if (r < 0) {
 			/* What these have been charged goes with them, … */
 			drop_reserved(context, i);
 			/* … and what the others would have been. */
-			for (size_t k = i; k < n_ranges; k++)
+			for (size_t k = i; k < n_ranges && !in->onDemand; k++)
 				user_discharge(client->user, LIMIT_PINNED_BYTES,
-					       (uint64_t)ranges[k].length);
+					       (uint64_t)in->ranges.items[k].length);
 			user_discharge(client->user, LIMIT_PINS, n_ranges - i);
 			break;
 		}

@@ -80,9 +80,8 @@ struct use *use_free(struct use *use);
 void use_withdraw(struct use *use, uint64_t revocation);
 
 /* Reserves pins, all or none. REFUSED with what stands in the way. */
-int client_pin(struct client *client, uint64_t file_id, uint64_t context_id,
-	       const struct msg_range *ranges, size_t n_ranges, enum access access,
-	       const char *label, int64_t *ret_ids, struct refusal *ret_refusal);
+int client_pin(struct client *client, const struct msg_pin_in *in, int64_t *ret_ids,
+	       struct refusal *ret_refusal);
 /* Lets pins go; ret_ended needs room for all, and gets those that were over. */
 int client_unpin(struct client *client, const int64_t *ids, size_t n_ids, int64_t *ret_ended,
 		 size_t *ret_n_ended, struct refusal *ret_refusal);

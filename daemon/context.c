@@ -560,7 +560,7 @@ static void start_reap(struct context *context)
 		return;
 	}
 	LIST_FOREACH(pin, &context->pins, of_context)
-		if (!pin->over)
+		if (!pin->over && !pin->on_demand)
 			j->n_pages += pin->length / (uint64_t)sysconf(_SC_PAGESIZE);
 	j->job.run = reap_run;
 	j->job.done = reap_done;
@@ -641,7 +641,7 @@ static bool is_wanted(const struct pin *pin, const struct revocation *revocation
 
 	LIST_FOREACH(target, &pin->targets, of_pin)
 		if (target->revocation == revocation)
-			return true;
+			return !target->on_demand;
 	return false;
 }
 

@@ -132,19 +132,23 @@ static void disarm(struct file *file)
 
 static void set_exposed(struct file *file)
 {
-	bool exposed = file->n_pins > 0 && file->lease.state == LEASE_NONE &&
-		       backing_needs_lease(&file->backing);
+	bool unguarded = file->n_pins > 0 && file->lease.state == LEASE_NONE &&
+			 backing_needs_lease(&file->backing);
+	bool exposed = unguarded && file_n_pinning(file) > 0;
 	struct log_fields fields = file_fields(file);
 
 	bus_changed(file->broker->bus, &file->view);
+	if (unguarded != file->unguarded) {
+		file->unguarded = unguarded;
+		file->emergency_size = UINT64_MAX;
+	}
 	if (exposed == file->exposed)
 		return;
 	file->exposed = exposed;
-	file->emergency_size = UINT64_MAX;
 	if (exposed)
 		log_event(LOG_WARNING, MESSAGE_LEASE_EXPOSED, &fields,
 			  "%s is exposed: it has %u pins, and its lease cannot be held at present.",
-			  file->path, file->n_pins);
+			  file->path, file_n_pinning(file));
 }
 
 /* Where leases never settle, readers would wait for ever. */
@@ -232,31 +236,40 @@ static void retry_later(struct file *file)
 	arm(file, now_usec() + file->retry_usec);
 }
 
+static void log_shrunk(const struct file *file, size_t n_pinning)
+{
+	struct log_fields fields = file_fields(file);
+
+	if (n_pinning > 0)
+		log_event(LOG_CRIT, MESSAGE_LEASE_LOST, &fields,
+			  "%s was truncated to %" PRIu64 " bytes while it was exposed, under %zu "
+			  "pins: they are revoked by force.",
+			  file->path, file->emergency_size, n_pinning);
+}
+
 static void check_shrunk(struct file *file)
 {
 	_cleanup_(freep) struct pin **pins = NULL;
 	struct conflict conflict = conflict_new(CAUSE_SHRINK);
 	int64_t size = file_size(file);
+	size_t n = 0, n_pinning = 0;
 	struct pin *pin = NULL;
-	size_t n = 0;
 	int r;
 
-	if (!file->exposed || size < 0 || (uint64_t)size >= pin_ranges_end(&file->pins) ||
+	if (!file->unguarded || size < 0 || (uint64_t)size >= pin_ranges_end(&file->pins) ||
 	    (uint64_t)size >= file->emergency_size)
 		return;
 	pins = calloc(file->n_pins, sizeof(*pins));
 	if (!pins)
 		return; /* the next retry of the lease comes by here again */
-	while ((pin = pin_ranges_find(&file->pins, (uint64_t)size, UINT64_MAX, pin)))
+	while ((pin = pin_ranges_find(&file->pins, (uint64_t)size, UINT64_MAX, pin))) {
 		pins[n++] = pin;
+		n_pinning += !pin->on_demand;
+	}
 	conflict.offset = (uint64_t)size;
 	conflict.size = size;
 	file->emergency_size = (uint64_t)size;
-	log_event(LOG_CRIT, MESSAGE_LEASE_LOST, &(struct log_fields){ .file = file->id,
-								      .path = file->path },
-		  "%s was truncated to %" PRIi64 " bytes while it was exposed, under %zu pins: they "
-		  "are revoked by force.",
-		  file->path, size, n);
+	log_shrunk(file, n_pinning);
 	r = revocation_start(file->broker, file, false, &conflict, pins, n, 0, true, NULL);
 	if (r < 0) {
 		file->emergency_size = UINT64_MAX;
@@ -291,10 +304,10 @@ static void release(struct file *file)
 {
 	struct log_fields fields = file_fields(file);
 
-	if (lease_give(&file->lease) < 0 && file->n_pins > 0)
+	if (lease_give(&file->lease) < 0 && file_n_pinning(file) > 0)
 		log_event(LOG_CRIT, MESSAGE_LEASE_LOST, &fields,
 			  "The lease of %s was lost, with %u pins alive.", file->path,
-			  file->n_pins);
+			  file_n_pinning(file));
 	else
 		log_event(LOG_INFO, MESSAGE_LEASE_RELEASED, &fields, "Lease of %s released.",
 			  file->path);
@@ -323,6 +336,7 @@ static void break_by_writer(struct file *file)
 	_cleanup_(freep) struct pin **pins = NULL;
 	struct conflict conflict = conflict_new(CAUSE_MODIFY);
 	struct log_fields fields = file_fields(file);
+	unsigned n_pinning = file_n_pinning(file);
 	struct pin *pin = NULL;
 	size_t n = 0;
 	int r;
@@ -341,9 +355,9 @@ static void break_by_writer(struct file *file)
 		 : -ENOMEM;
 	/* The holders have been told first: somebody is waiting for them. */
 	log_event(LOG_NOTICE, MESSAGE_LEASE_BROKEN, &fields,
-		  "Lease of %s broken: somebody opens it for writing or truncates it, %zu pins "
+		  "Lease of %s broken: somebody opens it for writing or truncates it, %u pins "
 		  "are in the way.",
-		  file->path, n);
+		  file->path, n_pinning);
 	if (r < 0) {
 		log_errno(LOG_ERR, r, "Cannot revoke the pins of %s, trying again", file->path);
 		arm(file, now_usec() + SETTLE_RETRY_USEC);
@@ -402,7 +416,7 @@ void file_touched(struct file *file)
 
 void file_revocation_ended(struct file *file, bool lost)
 {
-	if (lost || file->n_pins == 0)
+	if (lost || file_n_pinning(file) == 0)
 		release(file);
 	else
 		file_update(file);

@@ -43,13 +43,15 @@ struct file {
 
 	struct pin_ranges pins;
 	unsigned n_pins;
+	unsigned n_on_demand; /* of them */
 	LIST_HEAD(, use) uses; /* owned by the clients */
 	unsigned n_uses;
 
 	uint64_t withdrawn; /* the revocation with which an administrator wants it closed, or 0 */
 	struct revocation *revocation; /* the one that a break of the lease has started, or NULL */
-	bool exposed;                  /* pinned, without a lease */
-	uint64_t emergency_size;       /* exposed: a shrink to this has been dealt with already */
+	bool unguarded;                /* it has pins, but no lease */
+	bool exposed;                  /* … and some of them hold pages */
+	uint64_t emergency_size;       /* unguarded: a shrink to this has been dealt with already */
 	bool settle_running;           /* a job opens the file as a reader would */
 	int watch;                     /* inotify's watch descriptor while there is no lease, or -1 */
 	uint64_t retry_usec;           /* the present back-off */
@@ -59,6 +61,12 @@ struct file {
 	RB_ENTRY(file) by_id, by_inode, by_fd;
 	RB_ENTRY(file) by_watch; /* watch.c's, while watch >= 0 */
 };
+
+/* Those of its pins that hold pages. */
+static inline unsigned file_n_pinning(const struct file *file)
+{
+	return file->n_pins - file->n_on_demand;
+}
 
 /* A file that is being opened. */
 int file_new(struct broker *broker, const struct probe *probe, struct file **ret);

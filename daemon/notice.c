@@ -65,6 +65,77 @@ void notice_send(const struct revocation *rev)
 	}
 }
 
+/* What ended revocations have told of pins on demand, which live on: ordered by revocation and file. */
+static int compare_told(const void *a, const void *b)
+{
+	const struct pin *pa = *(struct pin *const *)a, *pb = *(struct pin *const *)b;
+	uint64_t ka[] = { pa->revocation, pa->use->file->id, pa->id },
+		 kb[] = { pb->revocation, pb->use->file->id, pb->id };
+
+	for (size_t i = 0; i < ELEMENTS(ka); i++)
+		if (ka[i] != kb[i])
+			return ka[i] < kb[i] ? -1 : 1;
+	return 0;
+}
+
+static int find_told(struct client *client, struct pin ***ret, size_t *ret_n)
+{
+	struct context *context;
+	struct pin **pins, *pin;
+	size_t n = 0;
+
+	pins = calloc(client->n_pins + 1, sizeof(*pins));
+	if (!pins)
+		return -ENOMEM;
+	LIST_FOREACH(context, &client->contexts, of_client)
+		LIST_FOREACH(pin, &context->pins, of_context)
+			if (pin->on_demand && !pin->over && pin->revocation != 0)
+				pins[n++] = pin;
+	qsort(pins, n, sizeof(*pins), compare_told);
+	*ret = pins;
+	*ret_n = n;
+	return 0;
+}
+
+static int tell_again(struct client *client,
+		      int (*f)(const struct msg_notice *notice, void *userdata), void *userdata)
+{
+	_cleanup_(freep) struct pin **pins = NULL;
+	_cleanup_(freep) int64_t *ids = NULL;
+	size_t n, end;
+	int r;
+
+	r = find_told(client, &pins, &n);
+	if (r < 0)
+		return r;
+	ids = calloc(n + 1, sizeof(*ids));
+	if (!ids)
+		return -ENOMEM;
+	for (size_t i = 0; i < n && r >= 0; i = end) {
+		const struct pin *first = pins[i];
+		/* It may be too long ago to be known still. */
+		const struct revocation *rev =
+			broker_find_revocation(client->broker, first->revocation);
+		struct conflict unknown = conflict_new(CAUSE_MODIFY);
+		struct msg_notice notice = {
+			.revocation = (int64_t)first->revocation,
+			.client = (int64_t)client->id,
+			.file = (int64_t)first->use->file->id,
+			.path = first->use->file->path,
+			.deadlineUSec = rev ? (int64_t)rev->start_usec : 0,
+		};
+
+		for (end = i; end < n && pins[end]->revocation == first->revocation &&
+			      pins[end]->use->file == first->use->file;
+		     end++)
+			ids[end] = (int64_t)pins[end]->id;
+		notice.pins = (struct ints){ ids + i, end - i };
+		conflict_message(rev ? &rev->conflict : &unknown, &notice.conflict);
+		r = f(&notice, userdata);
+	}
+	return r;
+}
+
 int notice_for_each(struct client *client,
 		    int (*f)(const struct msg_notice *notice, void *userdata), void *userdata)
 {
@@ -89,6 +160,8 @@ int notice_for_each(struct client *client,
 			if (of == client)
 				r = f(&notice, userdata);
 	}
+	if (r >= 0)
+		r = tell_again(client, f, userdata);
 	return r < 0 ? r : 0;
 }
 

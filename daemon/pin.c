@@ -12,7 +12,7 @@
 #include "macro.h"
 
 int pin_new(struct context *context, struct use *use, const struct msg_range *range,
-	    enum access access, struct label *label, struct pin **ret)
+	    enum access access, bool on_demand, struct label *label, struct pin **ret)
 {
 	struct client *client = context->client;
 	struct pin *pin;
@@ -26,6 +26,7 @@ int pin_new(struct context *context, struct use *use, const struct msg_range *ra
 	pin->offset = (uint64_t)range->offset;
 	pin->length = (uint64_t)range->length;
 	pin->access = access;
+	pin->on_demand = on_demand;
 	pin->state = PIN_RESERVED;
 	pin->handle = INT_NULL;
 	pin->label = label_ref(label);
@@ -35,9 +36,10 @@ int pin_new(struct context *context, struct use *use, const struct msg_range *ra
 	context->n_pins++;
 	pin_ranges_insert(&use->file->pins, pin);
 	use->file->n_pins++;
+	use->file->n_on_demand += on_demand;
 	use->n_pins++;
 	client->n_pins++;
-	client->pinned_bytes += pin->length;
+	client->pinned_bytes += pin_pinned_bytes(pin);
 	client->broker->n_pins++;
 	bus_changed(client->broker->bus, &use->file->view);
 	bus_changed(client->broker->bus, &client->view);
@@ -53,15 +55,16 @@ static void leave_file(struct pin *pin)
 
 	pin_ranges_remove(&use->file->pins, pin);
 	use->file->n_pins--;
+	use->file->n_on_demand -= pin->on_demand;
 	use->n_pins--;
 	use->client->n_pins--;
-	use->client->pinned_bytes -= pin->length;
+	use->client->pinned_bytes -= pin_pinned_bytes(pin);
 	use->client->broker->n_pins--;
 	bus_changed(use->file->broker->bus, &use->file->view);
 	bus_changed(use->file->broker->bus, &use->client->view);
 	pin->context->n_pins--;
 	context_close_withdrawn(pin->context);
-	user_discharge(pin->context->user, LIMIT_PINNED_BYTES, pin->length);
+	user_discharge(pin->context->user, LIMIT_PINNED_BYTES, pin_pinned_bytes(pin));
 	pin->use = NULL;
 }
 
@@ -94,6 +97,7 @@ int pin_bind(struct pin *pin, int64_t handle, const struct handle_identity *iden
 	pin->handle = handle;
 	pin->identity = *identity;
 	pin->state = PIN_BOUND;
+	pin->revocation = 0;
 	return 0;
 }
 
@@ -143,7 +147,7 @@ void pin_end(struct pin *pin, enum proof proof)
 		targets = next;
 	}
 	file = broker_find_file(broker, file_id);
-	if (file && file->n_pins == 0) {
+	if (file && file_n_pinning(file) == 0) {
 		file_update(file);
 		file_collect(file);
 	}
@@ -160,6 +164,7 @@ void pin_info(const struct pin *pin, struct msg_pin_info *ret)
 		.offset = (int64_t)pin->offset,
 		.length = (int64_t)pin->length,
 		.access = pin->access,
+		.onDemand = pin->on_demand,
 		.handle = pin->handle,
 		.label = label_text(pin->label),
 		.state = pin->state,

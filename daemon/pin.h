@@ -40,11 +40,12 @@ struct pin {
 	enum access access : 8;
 	enum pin_state state : 8;
 	bool over;
+	bool on_demand; /* it holds no pages: its holder is told of conflicts, and nobody waits for it */
 	uint32_t left_msec; /* leaving: since when, CLOCK_MONOTONIC */
 	int64_t handle; /* INT_NULL: not bound */
 	struct handle_identity identity;
 	struct label *label; /* shared by the pins of one call; NULL: none */
-	uint64_t revocation; /* over: the one that ended it */
+	uint64_t revocation; /* over: the one that ended it; on demand: the last one told of since Bind */
 	LIST_HEAD(, target) targets; /* revocation::targets, one for each that wants it gone */
 
 	uint64_t subtree_end; /* the interval tree's: the furthest end below this node */
@@ -55,17 +56,23 @@ struct pin {
 
 RB_HEAD(pin_ranges, pin);
 
+/* What it counts for in LIMIT_PINNED_BYTES. */
+static inline uint64_t pin_pinned_bytes(const struct pin *pin)
+{
+	return pin->on_demand ? 0 : pin->length;
+}
+
 static inline uint64_t pin_end_offset(const struct pin *pin)
 {
 	return pin->offset + pin->length;
 }
 
 /*
- * Reserves a range of the use's file. LIMIT_PINS and LIMIT_PINNED_BYTES have been charged by the
- * caller and go with the pin. -ENOMEM.
+ * Reserves a range of the use's file. LIMIT_PINS and LIMIT_PINNED_BYTES (pin_pinned_bytes()) have been
+ * charged by the caller and go with the pin. -ENOMEM.
  */
 int pin_new(struct context *context, struct use *use, const struct msg_range *range,
-	    enum access access, struct label *label, struct pin **ret);
+	    enum access access, bool on_demand, struct label *label, struct pin **ret);
 /* Takes it out of everything, whatever its state, without a word to anybody. */
 struct pin *pin_free(struct pin *pin);
 

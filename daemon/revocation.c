@@ -141,12 +141,24 @@ static void arm(struct revocation *rev, unsigned actions)
 	set_timer(rev, usec);
 }
 
+/* The pin, unless it is gone, or need not go. */
+static struct pin *awaited_pin(const struct target *target)
+{
+	return target->on_demand ? NULL : target->pin;
+}
+
 /* Forgets the targets: what is still pinned stays so. */
 static void drop_targets(struct revocation *rev)
 {
-	for (size_t i = 0; i < rev->n_targets; i++)
-		if (rev->targets[i].pin)
-			LIST_REMOVE(&rev->targets[i], of_pin);
+	for (size_t i = 0; i < rev->n_targets; i++) {
+		struct target *target = &rev->targets[i];
+
+		if (!target->pin)
+			continue;
+		LIST_REMOVE(target, of_pin);
+		if (target->on_demand)
+			target->pin->revocation = rev->id;
+	}
 	free(rev->targets);
 	rev->targets = NULL;
 }
@@ -156,7 +168,7 @@ static void log_remaining(struct revocation *rev)
 	const struct client *last = NULL;
 
 	for (size_t i = 0; i < rev->n_targets; i++) {
-		struct pin *pin = rev->targets[i].pin;
+		struct pin *pin = awaited_pin(&rev->targets[i]);
 		struct log_fields fields = revocation_fields(rev);
 		struct client *client;
 
@@ -186,8 +198,8 @@ static void report_end(struct revocation *rev)
 	log_event(rev->state == REVOCATION_LOST ? LOG_CRIT : LOG_NOTICE, MESSAGE_REVOKE_ENDED,
 		  &fields, "Revocation %" PRIu64 " of %s %s after %.3f s, %zu of %zu pins gone%s%s.",
 		  rev->id, revocation_path(rev), outcome,
-		  (double)(rev->end_usec - rev->start_usec) / 1e6, rev->n_targets - rev->n_remaining,
-		  rev->n_targets, fields.proof ? ", " : "", fields.proof ? fields.proof : "");
+		  (double)(rev->end_usec - rev->start_usec) / 1e6, rev->n_pinning - rev->n_remaining,
+		  rev->n_pinning, fields.proof ? ", " : "", fields.proof ? fields.proof : "");
 }
 
 static void end(struct revocation *rev)
@@ -233,7 +245,7 @@ static void start_jobs(struct revocation *rev)
 		struct context *context;
 		int r = 0;
 
-		if (!target->pin)
+		if (!awaited_pin(target))
 			continue;
 		context = target->pin->context;
 		if (sig == 0 && context->detached_by != rev->id) {
@@ -258,9 +270,12 @@ static void start_jobs(struct revocation *rev)
 
 static bool is_reaping(const struct revocation *rev)
 {
-	for (size_t i = 0; i < rev->n_targets; i++)
-		if (rev->targets[i].pin && rev->targets[i].pin->context->reaping)
+	for (size_t i = 0; i < rev->n_targets; i++) {
+		const struct pin *pin = awaited_pin(&rev->targets[i]);
+
+		if (pin && pin->context->reaping)
 			return true;
+	}
 	return false;
 }
 
@@ -288,7 +303,7 @@ static void announce(struct revocation *rev)
 	notice_send(rev);
 	log_event(LOG_NOTICE, MESSAGE_REVOKE_STARTED, &fields,
 		  "Revocation %" PRIu64 " of %zu pins of %s started (%s%s%s), %.3f s to let go.",
-		  rev->id, rev->n_targets, revocation_path(rev), fields.cause,
+		  rev->id, rev->n_pinning, revocation_path(rev), fields.cause,
 		  rev->conflict.reason[0] ? ": " : "", rev->conflict.reason,
 		  rev->state == REVOCATION_NOTIFIED
 			  ? (double)(rev->deadline_usec - rev->start_usec) / 1e6
@@ -349,15 +364,20 @@ static int set_targets(struct revocation *rev, struct pin **pins, size_t n_pins)
 	if (!rev->targets)
 		return -ENOMEM;
 	for (size_t i = 0; i < n_pins; i++)
-		rev->targets[i] = (struct target){ .revocation = rev, .pin = pins[i] };
+		rev->targets[i] = (struct target){
+			.revocation = rev,
+			.pin = pins[i],
+			.on_demand = pins[i]->on_demand,
+		};
 	qsort(rev->targets, n_pins, sizeof(struct target), compare_target);
 	for (size_t i = 0; i < n_pins; i++) {
 		/* named twice: once is enough */
 		if (rev->n_targets > 0 && rev->targets[rev->n_targets - 1].pin == rev->targets[i].pin)
 			continue;
 		rev->targets[rev->n_targets++] = rev->targets[i];
+		rev->n_pinning += !rev->targets[i].on_demand;
 	}
-	rev->n_remaining = rev->n_targets;
+	rev->n_remaining = rev->n_pinning;
 	return 0;
 }
 
@@ -418,7 +438,7 @@ int revocation_start(struct broker *broker, struct file *file, bool by_break,
 		struct pin *pin = rev->targets[i].pin;
 
 		LIST_INSERT_HEAD(&pin->targets, &rev->targets[i], of_pin);
-		alive |= !pin->context->client->dead;
+		alive |= !pin->on_demand && !pin->context->client->dead;
 		/* Let go of before, and not yet seen to be gone: now somebody waits for it. */
 		if (pin->state == PIN_LEAVING)
 			context_check(pin->context);
@@ -429,11 +449,14 @@ int revocation_start(struct broker *broker, struct file *file, bool by_break,
 	if (ret_id)
 		*ret_id = rev->id;
 
-	plan(rev, grace_usec);
+	plan(rev, rev->n_pinning > 0 ? grace_usec : 0);
 	/* The dead are given no time to think. */
-	step(rev, revocation_begin(forced || (n_pins > 0 && !alive)));
-	if (n_pins == 0 && revocation_is_running(rev))
+	if (rev->n_pinning > 0) {
+		step(rev, revocation_begin(forced || !alive));
+	} else {
+		step(rev, revocation_begin(false));
 		revocation_event(rev, REVOKE_GONE);
+	}
 	return 0;
 }
 
@@ -455,6 +478,8 @@ void revocation_target_gone(struct target *target, enum proof proof)
 	struct revocation *rev = target->revocation;
 
 	target->pin = NULL;
+	if (target->on_demand)
+		return;
 	rev->n_remaining--;
 	if (!rev->has_proof || proof > rev->weakest)
 		rev->weakest = proof;
@@ -466,10 +491,12 @@ void revocation_target_gone(struct target *target, enum proof proof)
 
 static bool is_holder(const struct revocation *rev, pid_t pid)
 {
-	for (size_t i = 0; i < rev->n_targets; i++)
-		if (rev->targets[i].pin &&
-		    rev->targets[i].pin->context->client->process.pid == pid)
+	for (size_t i = 0; i < rev->n_targets; i++) {
+		const struct pin *pin = awaited_pin(&rev->targets[i]);
+
+		if (pin && pin->context->client->process.pid == pid)
 			return true;
+	}
 	return false;
 }
 
@@ -501,9 +528,12 @@ void revocation_blame(struct revocation *rev, const struct conflict *who, const 
 
 static bool has_living(const struct revocation *rev)
 {
-	for (size_t i = 0; i < rev->n_targets; i++)
-		if (rev->targets[i].pin && !rev->targets[i].pin->context->client->dead)
+	for (size_t i = 0; i < rev->n_targets; i++) {
+		const struct pin *pin = awaited_pin(&rev->targets[i]);
+
+		if (pin && !pin->context->client->dead)
 			return true;
+	}
 	return false;
 }
 
@@ -529,8 +559,11 @@ int revocation_extend(struct revocation *rev, const struct client *client, uint6
 	uint64_t deadline;
 	bool takes_part = false;
 
-	for (size_t i = 0; i < rev->n_targets && !takes_part && rev->targets; i++)
-		takes_part = rev->targets[i].pin && rev->targets[i].pin->context->client == client;
+	for (size_t i = 0; i < rev->n_targets && !takes_part && rev->targets; i++) {
+		const struct pin *pin = awaited_pin(&rev->targets[i]);
+
+		takes_part = pin && pin->context->client == client;
+	}
 	if (!takes_part)
 		return refuse_no_such(ret_refusal, "revocation", rev->id);
 	if (rev->state != REVOCATION_NOTIFIED)
@@ -557,7 +590,7 @@ void revocation_info(const struct revocation *rev, struct msg_revocation_info *r
 		.startUSec = (int64_t)rev->start_usec,
 		.deadlineUSec = (int64_t)rev->deadline_usec,
 		.endUSec = revocation_is_running(rev) ? INT_NULL : (int64_t)rev->end_usec,
-		.pins = (int64_t)rev->n_targets,
+		.pins = (int64_t)rev->n_pinning,
 		.remaining = (int64_t)rev->n_remaining,
 		.proof = rev->has_proof ? (int)rev->weakest : ENUM_NULL,
 	};

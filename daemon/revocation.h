@@ -32,10 +32,11 @@ struct conflict {
 
 #define REVOCATION_UIDS_MAX 8
 
-/* A pin that a revocation wants gone. */
+/* A pin that a revocation wants gone, or, if it is on demand, whose holder is told. */
 struct target {
 	struct revocation *revocation; /* revocation::targets, which owns it */
 	struct pin *pin;               /* pin::targets; NULL once it is gone */
+	bool on_demand;                /* as the pin's: it is not waited for */
 	enum revocation_state asked;   /* the last rung that has signalled its holder, for the first of his */
 	LIST_ENTRY(target) of_pin;
 };
@@ -49,7 +50,8 @@ struct revocation {
 	struct conflict conflict;
 	enum revocation_state state; /* assigned by revocation.c's step() only */
 	struct target *targets;      /* owned; ordered by client and file; freed at the end */
-	size_t n_targets, n_remaining;
+	size_t n_targets;
+	size_t n_pinning, n_remaining; /* of them, those to wait for, at first and now */
 	enum proof weakest; /* of the pins that ended */
 	bool has_proof;     /* at least one did */
 	uid_t uids[REVOCATION_UIDS_MAX]; /* of the holders, the first few: who may see it */
@@ -76,7 +78,7 @@ struct conflict conflict_new(enum cause cause);
 /*
  * Starts a revocation of these pins, none of them over. file: the one whose lease is under break or
  * that has been shrunk, NULL for an administrator's or a shutdown. grace_usec: UINT64_MAX for the
- * configured one. The pins may be none: it then ends at once.
+ * configured one. If none of the pins holds pages, or there are none, it ends at once.
  */
 int revocation_start(struct broker *broker, struct file *file, bool by_break,
 		     const struct conflict *conflict, struct pin **pins, size_t n_pins,

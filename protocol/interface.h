@@ -113,6 +113,7 @@ enum revocation_state {
 	F(INT, REQUIRED, offset, _)         \
 	F(INT, REQUIRED, length, _)         \
 	F(ENUM, REQUIRED, access, access)   \
+	F(BOOL, REQUIRED, onDemand, _)      \
 	F(INT, NULLABLE, handle, _)         \
 	F(STRING, NULLABLE, label, _)       \
 	F(ENUM, REQUIRED, state, pin_state) \
@@ -204,6 +205,7 @@ enum revocation_state {
 	F(INT, REQUIRED, context, _)            \
 	F(OBJECTS, REQUIRED, ranges, msg_range) \
 	F(ENUM, REQUIRED, access, access)       \
+	F(BOOL, NULLABLE, onDemand, _)          \
 	F(STRING, NULLABLE, label, _)
 #define PIN_OUT(F) F(INTS, REQUIRED, pins, _)
 #define BIND_IN(F)               \

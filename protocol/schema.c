@@ -302,6 +302,8 @@ static int write_field(const struct field *field, const char *p, json_object **r
 
 	switch (field->kind) {
 	case FIELD_BOOL:
+		if (field->nullable && !*(const bool *)p)
+			return 0;
 		*ret = json_object_new_boolean(*(const bool *)p);
 		break;
 	case FIELD_INT:

@@ -18,7 +18,7 @@
 #define ENUM_NULL (-1)
 
 enum field_kind {
-	FIELD_BOOL,    /* bool */
+	FIELD_BOOL,    /* bool; nullable: null is false */
 	FIELD_INT,     /* int64_t */
 	FIELD_STRING,  /* const char *, owned by the JSON object it was read from; NULL: null */
 	FIELD_ENUM,    /* int, an index into the enumeration's members */
@@ -119,7 +119,7 @@ int enumeration_value(const struct enumeration *enumeration, const char *name);
  * tag of the struct or enumeration that an OBJECT, OBJECTS or ENUM field refers to.
  */
 #define SCHEMA_NO_NULL_REQUIRED(name)            name /* kinds without a null in C */
-#define SCHEMA_MEMBER_BOOL(null, name, ref)      bool SCHEMA_NO_NULL_##null(name);
+#define SCHEMA_MEMBER_BOOL(null, name, ref)      bool name;
 #define SCHEMA_MEMBER_INT(null, name, ref)       int64_t name;
 #define SCHEMA_MEMBER_STRING(null, name, ref)    const char *name;
 #define SCHEMA_MEMBER_ENUM(null, name, ref)      int name;
