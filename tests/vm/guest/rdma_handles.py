@@ -14,7 +14,7 @@ import subprocess
 
 import case
 from installed import SERVICE, TESTER, TIMEOUT, journal, output
-from rdma_server import DEVICE, OTHER, Case, configure, regions, unconfigure
+from rdma_server import DEVICE, OTHER, PAGES, Case, configure, regions, unconfigure
 from client import is_readable
 
 UNIT_DROP_IN = f'/run/systemd/system/{SERVICE}.d/hold.conf'
@@ -164,7 +164,7 @@ class Handles(Case):
         server = super().serve(uid=TESTER)
         with self.take_context(server):
             result = self.truncate()
-            self.truncated(result)
+            self.truncated(result, pages=PAGES)
             self.assertEqual(len(regions()), 1)
             self.assertFalse(is_readable(self.holds.fileno(), 0), 'it was about to be destroyed')
             self.assertIn('lost', [r['state'] for r in self.revocations()])

@@ -25,11 +25,14 @@ from pyverbs.qp import QP, QPAttr, QPCap, QPInitAttr
 from pyverbs.wr import SGE, SendWR
 
 from installed import ADDRESS, SERVICE, TIMEOUT, output
-from client import PAGE, Connection, is_readable, truncate_in_child
+from client import (PAGE, Connection, Refused, expect_pinned, is_readable, pinned_pages,
+                    truncate_in_child)
 
 DEVICE, PORT = 'rxe0', 1
 SIZE, OTHER = 256 * PAGE, 5 * PAGE
+PAGES = SIZE // PAGE
 ACCESS = e.IBV_ACCESS_LOCAL_WRITE | e.IBV_ACCESS_REMOTE_WRITE
+WRITTEN = b'before'
 PB = 'org.pinbroker.'
 DROP_IN = '/etc/pinbroker/pinbroker.conf.d/test.conf'
 GRACE, SIGNAL_GRACE = 3, 3  # seconds
@@ -38,7 +41,8 @@ GRACE, SIGNAL_GRACE = 3, 3  # seconds
 def configure(signal_grace=SIGNAL_GRACE):
     os.makedirs(os.path.dirname(DROP_IN), exist_ok=True)
     with open(DROP_IN, 'w', encoding='utf-8') as f:
-        f.write(f'[Revocation]\nRevokeGraceSec={GRACE}s\nSignalGraceSec={signal_grace}s\n')
+        f.write(f'[Revocation]\nRevokeGraceSec={GRACE}s\nSignalGraceSec={signal_grace}s\n'
+                '[Files]\nReaders=admit\n')
     output('systemctl', 'restart', SERVICE)
 
 
@@ -51,6 +55,22 @@ def regions(length=SIZE):
     """Of the whole machine, those that are so long: the pids of their owners, and how long they are."""
     listed = json.loads(output('rdma', '-j', 'resource', 'show', 'mr'))
     return [(r.get('pid'), r['mrlen']) for r in listed if r['mrlen'] == length]
+
+
+def can_page(end):
+    """On demand."""
+    try:
+        MR(end.pd, PAGE, e.IBV_ACCESS_ON_DEMAND).close()
+        return True
+    except PyverbsRDMAError:
+        return False
+
+
+def pinned_for(pid):
+    """Pages, as RDMA counts them."""
+    with open(f'/proc/{pid}/status', encoding='ascii') as f:
+        kib = next(int(line.split()[1]) for line in f if line.startswith('VmPin:'))
+    return kib * 1024 // PAGE
 
 
 class End:
@@ -94,7 +114,7 @@ class Server:
     """A process that exports a file to its peer, with a pin at the broker or without; it does what it is
     told, line by line."""
 
-    def __init__(self, path, broker=True, bind=True, uid=0):
+    def __init__(self, path, broker=True, bind=True, uid=0, on_demand=False):
         self.socket, end = socket.socketpair()
         self.pid = os.fork()
         if self.pid == 0:
@@ -103,6 +123,7 @@ class Server:
                 self.socket.close()
                 os.setresgid(uid, uid, uid)
                 os.setresuid(uid, uid, uid)
+                self.on_demand = on_demand
                 self.serve(end, path, broker, bind)
                 status = 0
             except BaseException:  # pylint: disable=broad-except
@@ -182,9 +203,11 @@ class Server:
     def reserve(self):
         self.pins = self.call('Pin', {
             'file': self.opened['file'], 'context': self.context['context'], 'access': 'write',
-            'ranges': [{'offset': 0, 'length': SIZE}]})['pins']
+            'ranges': [{'offset': 0, 'length': SIZE}], 'onDemand': self.on_demand})['pins']
 
     def do_register(self, access=ACCESS):
+        if self.on_demand:
+            access |= e.IBV_ACCESS_ON_DEMAND
         self.region = MR(self.end.pd, SIZE, access, address=self.start)
         self.kept.append(self.region)
         if self.broker and self.bind:
@@ -216,6 +239,29 @@ class Server:
         self.region.close()
         self.region = MR(self.end.pd, SIZE, ACCESS, address=self.start)
         self.kept.append(self.region)
+
+    def do_register_anew(self):
+        """In the place of what there was, and says so."""
+        self.region.close()
+        return self.do_register()
+
+    def do_pin_pages(self):
+        """Beside what it has on demand: what it is refused with, if it is."""
+        try:
+            self.call('Pin', {'file': self.opened['file'], 'context': self.context['context'],
+                              'access': 'write', 'ranges': [{'offset': 0, 'length': PAGE}]})
+        except Refused as refused:
+            return [refused.error, refused.parameters.get('cause')]
+        return None
+
+    def do_read(self, n):
+        return self.memory[:n].decode()
+
+    def do_register_others(self, n):
+        """Of memory that is nobody else's business."""
+        self.memories = mmap.mmap(-1, PAGE)
+        start = ctypes.addressof(ctypes.c_char.from_buffer(self.memories))
+        self.kept += [MR(self.end.pd, PAGE, e.IBV_ACCESS_LOCAL_WRITE, address=start) for _ in range(n)]
 
     def do_window(self):
         """Binds a memory window to the region."""
@@ -290,6 +336,7 @@ class Case(unittest.TestCase):
         self.peer = End()
         self.buffer = MR(self.peer.pd, PAGE, e.IBV_ACCESS_LOCAL_WRITE)
         self.addCleanup(self.wait_until_gone)
+        self.base, self.others = pinned_pages(), 0
 
     def tearDown(self):
         self.buffer.close()
@@ -311,20 +358,31 @@ class Case(unittest.TestCase):
         self.addCleanup(server.close)
         self.peer.connect(server.exported['address'])
         server.tell('connect', self.peer.address)
+        self.assertEqual(self.write(server.exported, WRITTEN), e.IBV_WC_SUCCESS)
+        self.assertEqual(server.tell('read', len(WRITTEN)), WRITTEN.decode())
+        self.expect_regions(server, 1)
         return server
 
-    def write(self, exported, data):
-        """The peer's RDMA write at the beginning of what is exported; its completion's status."""
+    def pages(self, n):
+        """That so many regions pin."""
+        return n * PAGES
+
+    def expect_regions(self, server, n, pages=None):
+        """So many over the file, and what the kernel says is pinned for them, and for the others."""
+        pages = (self.pages(n) if pages is None else pages) + self.others
+        self.assertEqual([length for _, length in regions()], n * [SIZE])
+        expect_pinned(pinned_pages(), self.base, pages)
+        if server:
+            self.assertEqual(pinned_for(server.pid), pages)
+
+    def write(self, exported, data, offset=0):
+        """The peer's RDMA write to what is exported; its completion's status."""
         self.buffer.write(data, len(data))
         wr = SendWR(opcode=e.IBV_WR_RDMA_WRITE, num_sge=1,
                     sg=[SGE(self.buffer.buf, len(data), self.buffer.lkey)])
-        wr.set_wr_rdma(exported['rkey'], exported['start'])
+        wr.set_wr_rdma(exported['rkey'], exported['start'] + offset)
         self.peer.qp.post_send(wr)
         return self.peer.completion()
-
-    def read_file(self, n=16):
-        with open(self.path, 'rb') as f:
-            return f.read(n)
 
     def truncate(self):
         pid, result = truncate_in_child(self.path, PAGE)
@@ -332,12 +390,15 @@ class Case(unittest.TestCase):
         self.addCleanup(os.waitpid, pid, 0)
         return result
 
-    def truncated(self, result, least=0):
+    def truncated(self, result, least=0, pages=0):
+        """So many were pinned still when it returned. What is left of the file is what was written there."""
         self.assertTrue(is_readable(result, TIMEOUT), 'the truncate does not return')
-        error, seconds, _ = struct.unpack('idq', os.read(result, 64))
+        error, seconds, pinned = struct.unpack('idq', os.read(result, 64))
         self.assertEqual(error, 0, os.strerror(error))
         self.assertGreaterEqual(seconds, least)
-        self.assertEqual(os.stat(self.path).st_size, PAGE)
+        expect_pinned(pinned, self.base, pages + self.others)
+        with open(self.path, 'rb') as f:
+            self.assertEqual(f.read(), WRITTEN.ljust(PAGE, b'\0'))
 
     def revocations(self):
         """Of this test's file."""
@@ -352,7 +413,7 @@ class Case(unittest.TestCase):
 
     def expect_released(self, proof):
         revocation = self.revocation()
-        self.assertEqual((revocation['state'], revocation['remaining'], revocation['proof']),
+        self.assertEqual((revocation['state'], revocation['remaining'], revocation.get('proof')),
                          ('released', 0, proof))
 
     def expect_forced(self, server):
@@ -360,7 +421,7 @@ class Case(unittest.TestCase):
         result = self.truncate()
         self.truncated(result, GRACE * 0.9)
         self.expect_released('provable')
-        self.assertEqual(regions(), [])
+        self.expect_regions(server, 0)
 
     def expect_signalled(self, server):
         """Nothing but its end helps."""
@@ -370,4 +431,4 @@ class Case(unittest.TestCase):
         self.assertTrue(os.WIFSIGNALED(status))
         self.assertEqual(os.WTERMSIG(status), signal.SIGBUS)
         self.expect_released('presumed')
-        self.assertEqual(regions(), [])
+        self.expect_regions(None, 0)
