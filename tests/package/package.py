@@ -20,7 +20,7 @@ from world import READY, Case
 
 SOURCE = os.path.join(os.path.dirname(os.path.abspath(__file__)), '..', '..')
 TOOLS = ('apt-get', 'dh', 'dpkg-buildpackage', 'lintian', 'mmdebstrap', 'mount')
-PACKAGES = ('libpinbroker-dev', 'libpinbroker1', 'pinbroker')
+PACKAGES = ('libpinbroker-dev', 'libpinbroker-verbs-dev', 'libpinbroker-verbs1', 'libpinbroker1', 'pinbroker')
 CONFIG = '/etc/pinbroker/pinbroker.conf'
 RUN = '/run/pinbroker'
 MOUNTS = ('/proc', '/dev')
@@ -48,7 +48,7 @@ class Root:
         for package in PACKAGES:
             deb, = glob.glob(f'{debs}/{package}_*.deb')
             self.debs.append(shutil.copy(deb, self.path + '/debs')[len(self.path):])
-        self.apt('satisfy', *(d for d in self.depends() if not d.startswith('libpinbroker1')))
+        self.apt('satisfy', *(d for d in self.depends() if not d.startswith('libpinbroker')))
         self.bare = self.listing()
 
     def bootstrap(self):
@@ -163,6 +163,14 @@ class Package(Case):
         self.assertEqual(development - examples, {
             library + '/libpinbroker.so', library + '/pkgconfig/libpinbroker.pc',
             '/usr/include/pinbroker.h'})
+        self.assertEqual(self.contents('libpinbroker-verbs1'), {
+            library + '/libpinbroker-verbs.so.1', library + '/libpinbroker-verbs.so.1.0.0'})
+        development = self.contents('libpinbroker-verbs-dev')
+        examples = {path for path in development if '/examples/' in path}
+        self.assertIn('/usr/share/doc/libpinbroker-verbs-dev/examples/rdma-server.c', examples)
+        self.assertEqual(development - examples, {
+            library + '/libpinbroker-verbs.so', library + '/pkgconfig/libpinbroker-verbs.pc',
+            '/usr/include/pinbroker-verbs.h'})
         self.assertLessEqual({
             CONFIG, '/lib/systemd/system/pinbrokerd.service', '/lib/systemd/system/pinbrokerd.socket',
             '/usr/bin/pinbrokerctl', '/usr/lib/sysusers.d/pinbroker.conf', '/usr/sbin/pinbrokerd',
@@ -195,6 +203,13 @@ class Package(Case):
         self.assertEqual(os.path.getsize(self.file), PAGE)
         self.expect_end(holder)
         self.expect_end(daemon)
+
+    def test_rdma_holder(self):
+        """libpinbroker-verbs' example is built with nothing but the packages; there is no device to run it on."""
+        flags = self.root.run('pkg-config', '--cflags', '--libs', 'libpinbroker-verbs').split()
+        self.root.run('gcc', '-Wall', '-Werror', '-o', '/tmp/rdma-server',
+                      '/usr/share/doc/libpinbroker-verbs-dev/examples/rdma-server.c', *flags)
+        self.assertIn('libpinbroker-verbs.so.1', self.root.run('ldd', '/tmp/rdma-server'))
 
     def test_conffile(self):
         """What the administrator changed is his."""
