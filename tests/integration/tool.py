@@ -172,6 +172,19 @@ def test_show(world, tool, o):
     expect(f'path: {world.file}\n' in text, text)
 
 
+def test_on_demand(world, tool, o):
+    pins = o.holder.call('Pin', {'file': o.file, 'context': o.context, 'access': 'read', 'onDemand': True,
+                                 'label': 'mine', 'ranges': ranges((0, SIZE // 8))})['pins']
+    equal({p['pin']: p['onDemand'] for p in tool.json('list', 'pins')},
+          {o.pins[0]: False, o.pins[1]: False, pins[0]: True})
+    equal([p['ON-DEMAND'] for p in rows(tool.run('list', 'pins', COLUMNS='200'))[:3]], ['no', 'no', 'yes'])
+    expect(re.search(r'(?m)^ +onDemand: yes$', tool.run('show', pins[0])))
+    text = tool.run('map', world.file)
+    expect(f' as mine, on demand, pin {pins[0]}\n' in text, text)
+    expect(f' as mine, pins {o.pins[0]} {o.pins[1]}\n' in text, text)
+    o.holder.call('Unpin', {'pins': pins})
+
+
 def test_status(world, tool, o):
     s = tool.json('status')
     equal((s['socket'], s['pid'], s['counts']['pins'], s['counts']['pinnedBytes'],
@@ -599,7 +612,7 @@ def main():
     signal.alarm(240)
     with running() as world:
         tool, o = Tool(world), Objects(world)
-        for test in (test_list, test_show, test_status, test_map, test_completion):
+        for test in (test_list, test_show, test_on_demand, test_status, test_map, test_completion):
             test(world, tool, o)
             print(f'ok {test.__name__}', flush=True)
         test_pager(tool, o)
