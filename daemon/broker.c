@@ -11,6 +11,7 @@
 #include "device-monitor.h"
 #include "log.h"
 #include "macro.h"
+#include "state.h"
 #include "watch.h"
 
 /* What the signals should have told is looked up now and then all the same: a client that shares the
@@ -23,11 +24,14 @@
 static int on_lease_signal(sd_event_source *source, const struct signalfd_siginfo *si,
 			   void *userdata)
 {
+	struct broker *broker = userdata;
 	/* si_fd can be stale: it is a hint where to look, nothing more. */
-	struct file *file = broker_find_lease_fd(userdata, si->ssi_fd);
+	struct file *file = broker_find_lease_fd(broker, si->ssi_fd);
 
 	if (file)
 		file_update(file);
+	if (broker->stale_signals)
+		broker_sweep(broker);
 	return 0;
 }
 
@@ -52,6 +56,8 @@ static int on_sweep(sd_event_source *source, void *userdata)
 		if (!file)
 			return sd_event_source_set_enabled(source, SD_EVENT_OFF);
 		broker->sweep_after = file->id;
+		if (file->n_pins > 0)
+			file_keep(file);
 		file_update(file);
 	}
 	return 0;
@@ -81,6 +87,22 @@ static void reap_orphans(struct broker *broker)
 	}
 }
 
+/* Clients of the run before that have not come back, and hold nothing. */
+static void forget_absent(struct broker *broker)
+{
+	struct client *client;
+	uint64_t after = 0;
+
+	if (broker->resume_usec == 0 || now_usec() < broker->resume_usec)
+		return;
+	broker->resume_usec = 0;
+	while ((client = broker_next_client(broker, after))) {
+		after = client->id;
+		if (LIST_EMPTY(&client->peers))
+			client_collect(client);
+	}
+}
+
 static int on_audit(sd_event_source *source, uint64_t usec, void *userdata)
 {
 	struct broker *broker = userdata;
@@ -88,6 +110,8 @@ static int on_audit(sd_event_source *source, uint64_t usec, void *userdata)
 
 	broker_sweep(broker);
 	reap_orphans(broker);
+	forget_absent(broker);
+	state_touch(broker);
 	r = sd_event_source_set_time(source, now_usec() + AUDIT_USEC);
 	return r < 0 ? r : sd_event_source_set_enabled(source, SD_EVENT_ONESHOT);
 }

@@ -15,6 +15,7 @@
 #include "offload.h"
 #include "pin.h"
 #include "revocation.h"
+#include "store.h"
 #include "user.h"
 
 /*
@@ -27,6 +28,7 @@
 struct blame;
 struct bus;
 struct rpc;
+struct state;
 struct watch;
 
 RB_HEAD(client_ids, client);
@@ -61,9 +63,13 @@ struct broker {
 	struct file_fds files_by_fd; /* by the lease's descriptor: what si_fd names */
 
 	struct ids ids;
+	struct store store;
+	struct state *state;  /* NULL: nothing outlives this process */
+	uint64_t resume_usec; /* holders of the run before are waited for until then; 0: no more */
 	uint64_t n_overflows; /* of the signal queue */
 	uint64_t sweep_after; /* a sweep is under way, and has come to this file */
 	sd_event_source *sweep, *audit, *lease_signal, *overflow_signal;
+	bool stale_signals; /* of leases that the run before took: si_fd is as it was there */
 	bool stopping;
 	void (*stopped)(void *userdata); /* called once everything has been let go */
 	void *stopped_userdata;

@@ -6,6 +6,7 @@
 #include "macro.h"
 #include "notice.h"
 #include "peer.h"
+#include "state.h"
 
 /* Hello, Resume and Watch: who a connection speaks for. */
 
@@ -89,6 +90,7 @@ static void hello_done(struct job *job)
 	client->bus_name = TAKE_PTR(j->bus_name);
 	client->bus_name_verified = false;
 	bus_changed(client->broker->bus, &client->view);
+	state_client(client);
 	if (client->bus_name && peer->broker->bus &&
 	    bus_verify_client(peer->broker->bus, client, hello_verified, j) >= 0)
 		return;

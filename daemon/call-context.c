@@ -90,7 +90,10 @@ static void context_new_done(struct job *job)
 		r = context_new(peer->client, j->ops, &j->description, j->fd, j->label, &context,
 				&j->refusal);
 	if (r == 0) {
+		if (j->remote >= 0)
+			context_set_remote(context, j->remote);
 		j->fd = -1;
+		context_keep(context);
 		reply_context(peer, context);
 	} else {
 		peer_refuse(peer, r, &j->refusal);
@@ -126,10 +129,12 @@ int call_add_context(struct call *call, const union call_in *in)
 		if (r == 0)
 			r = context_new(client, ops, &description, fd, add->label, &context,
 					&call->refusal);
-		if (r == 0)
+		if (r == 0) {
+			context_keep(context);
 			reply_context(call->peer, context);
-		else if (r != -EAGAIN)
+		} else if (r != -EAGAIN) {
 			call_give_fd_back(call, add->fileDescriptor, fd);
+		}
 		if (r != -EAGAIN)
 			return r;
 	}
@@ -145,7 +150,7 @@ int call_add_context(struct call *call, const union call_in *in)
 	}
 	j->peer = peer_ref(call->peer);
 	j->fd = fd;
-	j->remote = (int)add->remoteDescriptor;
+	j->remote = add->remoteDescriptor != INT_NULL ? (int)add->remoteDescriptor : -1;
 	j->job.run = context_new_run;
 	j->job.done = context_new_done;
 	if (offload_submit(client->broker->offload, client->user, &j->job) < 0) {

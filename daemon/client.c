@@ -12,6 +12,7 @@
 #include "log.h"
 #include "macro.h"
 #include "peer.h"
+#include "state.h"
 
 static int make_token(char token[static CLIENT_TOKEN_SIZE])
 {
@@ -113,8 +114,10 @@ struct client *client_free(struct client *client)
 	while (!LIST_EMPTY(&client->uses))
 		use_free(LIST_FIRST(&client->uses));
 	assert(client->n_pins == 0);
-	if (client->id != 0)
+	if (client->id != 0) {
+		state_gone(client->broker, client->id);
 		broker_remove_client(client->broker, client);
+	}
 	sd_event_source_disable_unref(client->death);
 	user_discharge(client->user, LIMIT_CLIENTS, 1);
 	user_unref(client->user);
@@ -196,6 +199,7 @@ int client_add_use(struct client *client, struct file *file, enum access access,
 	file->n_uses++;
 	bus_changed(client->broker->bus, &client->view);
 	bus_changed(file->broker->bus, &file->view);
+	state_use(use);
 	*ret = use;
 	return 0;
 }
@@ -206,6 +210,7 @@ static void leave_file(struct use *use)
 	struct file *file = use->file;
 
 	assert(use->n_pins == 0);
+	state_unuse(use);
 	use->client->n_files--;
 	LIST_REMOVE(use, of_file);
 	file->n_uses--;
@@ -368,7 +373,8 @@ int client_pin(struct client *client, const struct msg_pin_in *in, int64_t *ret_
 		return refuse_revoked(ret_refusal, context->withdrawn, 0);
 	if (context->fd < 0)
 		return refuse(ret_refusal, REFUSAL_NOT_ALLOWED, "closed",
-			      "The context was closed when its pins were let go.");
+			      "The context was closed when its pins were let go, or lost with the "
+			      "broker's last run: add it anew.");
 	if (n_ranges == 0 || n_ranges > PIN_RANGES_MAX)
 		return refuse_parameter(ret_refusal, "ranges");
 	r = check_file(use->file, use, (enum access)in->access, in->onDemand, ret_refusal);

@@ -6,6 +6,7 @@
 #include <inttypes.h>
 #include <limits.h>
 #include <linux/stat.h>
+#include <poll.h>
 #include <signal.h>
 #include <stdio.h>
 #include <string.h>
@@ -21,9 +22,13 @@
 #include "log.h"
 #include "macro.h"
 #include "pin-counter.h"
+#include "state.h"
 
 /* How long stopping a holder may take before a forced detach is given up. */
 #define STOP_TIMEOUT_USEC (200 * USEC_PER_MSEC)
+
+/* How long the service manager may take to close its copy. */
+#define BARRIER_MSEC 5000
 
 #define CHECK_FIRST_USEC (1 * USEC_PER_MSEC)
 #define CHECK_LAST_USEC  (64 * USEC_PER_MSEC)
@@ -43,6 +48,14 @@ static const struct context_ops *const kinds[] = {
 const char *context_kind(size_t i)
 {
 	return i < ELEMENTS(kinds) ? kinds[i]->kind : NULL;
+}
+
+const struct context_ops *context_find_kind(const char *kind)
+{
+	for (size_t i = 0; i < ELEMENTS(kinds); i++)
+		if (strcmp(kinds[i]->kind, kind) == 0)
+			return kinds[i];
+	return NULL;
 }
 
 static int read_link(int fd, char ret[static PATH_MAX])
@@ -173,6 +186,7 @@ int context_new(struct client *client, const struct context_ops *ops,
 			goto no_memory;
 	}
 	context->ops = ops;
+	context->remote = -1;
 	context->fd = fd;
 	context->description = *description;
 	context->user = user_ref(client->user);
@@ -184,6 +198,7 @@ int context_new(struct client *client, const struct context_ops *ops,
 	bus_changed(client->broker->bus, &client->view);
 	context->id = broker_next_id(client->broker);
 	broker_add_context(client->broker, context);
+	state_context(context);
 	*ret = context;
 	return 0;
 
@@ -191,6 +206,35 @@ no_memory:
 	free(context);
 	user_discharge(client->user, LIMIT_CONTEXTS, 1);
 	return -ENOMEM;
+}
+
+/* The manager must not hang in the close of a lingering socket, or of whatever else is not known. What could
+ * not be sent to us cannot be sent to it. */
+static bool may_be_kept(const struct context *context)
+{
+	static const char anonymous[] = "anon_inode:";
+	char link[PATH_MAX];
+
+	if (context->remote >= 0)
+		return false;
+	return context->ops != &context_opaque ||
+	       (read_link(context->fd, link) >= 0 &&
+		strncmp(link, anonymous, strlen(anonymous)) == 0);
+}
+
+void context_keep(struct context *context)
+{
+	struct store *store = &context->client->broker->store;
+
+	if (store->notifier && !context->stored && context->fd >= 0 && may_be_kept(context))
+		context->stored = store_keep(store, STORE_CONTEXT, context->id, context->fd);
+}
+
+static void drop_copy(struct context *context)
+{
+	if (context->stored)
+		store_drop(&context->client->broker->store, STORE_CONTEXT, context->id);
+	context->stored = false;
 }
 
 /* Its last reference: neither a client nor a job has it any more. */
@@ -225,6 +269,8 @@ struct context *context_free(struct context *context)
 		pin_free(pin);
 	sd_event_source_disable_unref(context->recheck);
 	context->recheck = NULL;
+	drop_copy(context);
+	state_gone(broker, context->id);
 	broker_remove_context(broker, context);
 	LIST_REMOVE(context, of_client);
 	context->client->n_contexts--;
@@ -244,10 +290,12 @@ void context_withdraw(struct context *context, uint64_t revocation)
 
 void context_close_withdrawn(struct context *context)
 {
-	if (context->withdrawn != 0 && context->n_pins == 0 && context->n_jobs == 0 &&
-	    !context->reaping)
-		context->fd = offload_close(context->client->broker->offload, context->user,
-					    context->fd);
+	if (context->withdrawn == 0 || context->n_pins > 0 || context->n_jobs > 0 ||
+	    context->reaping || context->fd < 0)
+		return;
+	drop_copy(context);
+	context->fd = offload_close(context->client->broker->offload, context->user, context->fd);
+	state_context(context);
 }
 
 /*
@@ -264,7 +312,10 @@ struct context_job {
 	bool holder_dead;
 	uint64_t revocation; /* 0: none */
 	uint64_t n_pages;    /* reap: that should be freed */
+	pid_t manager;       /* reap: the service manager's, if it has a copy; else 0 */
 	pid_t found;         /* reap: somebody else who holds it */
+	int barrier;         /* reap: owned; hangs up when the manager's copy has gone; -1: it has none */
+	bool closed;         /* reap: ours is closed, too */
 	int result;
 	size_t n_wanted;     /* detach: of the handles */
 	size_t n_handles;
@@ -282,6 +333,7 @@ static struct context_job *context_job_new(struct context *context, size_t n_han
 		return NULL;
 	}
 	j->broker = context->client->broker;
+	j->barrier = -1;
 	j->context = context_hold(context);
 	j->ops = context->ops;
 	j->fd = context->fd;
@@ -295,6 +347,26 @@ struct context *context_hold(struct context *context)
 {
 	context->n_jobs++;
 	return context;
+}
+
+void context_set_remote(struct context *context, int number)
+{
+	context->remote = number;
+	state_context(context);
+}
+
+bool context_fetch(const struct client *client, int number, const struct context_ops *ops, int *ret_fd)
+{
+	_cleanup_(close_fdp) int fd = -1;
+	char link[PATH_MAX];
+
+	if (!process_is_same(&client->process))
+		return false;
+	fd = pidfd_getfd(client->process.pidfd, number, 0);
+	if (fd < 0 || read_link(fd, link) < 0 || !ops->identify(fd, link))
+		return false;
+	*ret_fd = TAKE_FD(fd);
+	return true;
 }
 
 bool context_release(struct context *context, struct broker *broker)
@@ -313,6 +385,7 @@ bool context_release(struct context *context, struct broker *broker)
 
 static void context_job_free(struct context_job *j)
 {
+	safe_close(j->barrier);
 	process_clear(&j->holder);
 	free(j);
 }
@@ -482,7 +555,7 @@ static bool detach_now(struct context *context, uint64_t revocation);
 /* Returns who keeps pins through it, 0 for nobody, or negative errno. */
 static int find_keeper(const struct context_job *j)
 {
-	pid_t found = process_find_holder(j->fd);
+	pid_t found = process_find_holder(j->fd, j->manager);
 
 	/* A living holder may just be about to register. */
 	if (!j->ops->is_empty || (found > 0 && !j->holder_dead))
@@ -492,18 +565,40 @@ static int find_keeper(const struct context_job *j)
 	return found != 0 ? found : -EBUSY;
 }
 
-static void reap_run(struct job *job)
+static void find_run(struct job *job)
 {
 	struct context_job *j = container_of(job, struct context_job, job);
-	struct pin_counter counter;
 
 	j->found = find_keeper(j);
-	if (j->found != 0)
+}
+
+/* Nobody else holds it: the manager's copy has gone, or is going, and ours follows. */
+static void close_run(struct job *job)
+{
+	struct context_job *j = container_of(job, struct context_job, job);
+	struct pollfd barrier = { .fd = j->barrier };
+	struct pin_counter counter;
+
+	if (j->barrier >= 0 && poll(&barrier, 1, BARRIER_MSEC) <= 0) {
+		j->found = -ETIMEDOUT;
 		return;
+	}
 	pin_counter_start(&counter);
 	close(j->fd);
+	j->closed = true;
 	if (j->ops->frees_usec > 0)
 		pin_counter_wait(&counter, j->n_pages, j->ops->frees_usec);
+}
+
+static void end_pins(struct context *context, enum proof proof)
+{
+	struct pin *pin, *next;
+
+	for (pin = LIST_FIRST(&context->pins); pin; pin = next) {
+		next = LIST_NEXT(pin, of_context);
+		if (!pin->over)
+			pin_end(pin, proof);
+	}
 }
 
 static void reap_done(struct job *job)
@@ -511,33 +606,31 @@ static void reap_done(struct job *job)
 	struct context_job *j = container_of(job, struct context_job, job);
 	struct context *context = j->context;
 	uint64_t revocation = context->reap_revocation;
-	struct pin *pin, *next;
 
 	context->reap_revocation = 0;
 	context->reaping = false;
-	if (j->found == 0)
+	if (j->closed)
 		context->fd = -1;
 	else if (j->found < 0)
 		log_errno(LOG_WARNING, j->found, "Cannot find out who else holds context %" PRIu64,
 			  context->id);
-	else if (j->holder_dead)
+	else if (j->found > 0 && j->holder_dead)
 		log_info("Context %" PRIu64 " of a holder is still held by process %d.",
 			 context->id, j->found);
 	if (context_release(context, j->broker)) {
 		struct client *client = context->client;
 		uint64_t client_id = client->id;
 
-		for (pin = LIST_FIRST(&context->pins); pin && j->found == 0; pin = next) {
-			next = LIST_NEXT(pin, of_context);
-			if (!pin->over)
-				pin_end(pin, client->dead ? PROOF_PRESUMED : PROOF_CLAIMED);
+		if (j->closed) {
+			state_context(context);
+			end_pins(context, client->dead ? PROOF_PRESUMED : PROOF_CLAIMED);
 		}
 		client = broker_find_client(j->broker, client_id);
-		if (j->found != 0)
+		if (!j->closed)
 			revocation_check_reachable(j->broker);
-		if (j->found != 0 && client && !client->dead && revocation == 0)
+		if (!j->closed && client && !client->dead && revocation == 0)
 			check_later(context);
-		if (revocation != 0 && !(client && j->found != 0 && detach_now(context, revocation)))
+		if (revocation != 0 && !(client && !j->closed && detach_now(context, revocation)))
 			revocation_job_done(j->broker, revocation, REVOCATION_DETACHING, false);
 		if (client)
 			client_collect(client);
@@ -545,6 +638,24 @@ static void reap_done(struct job *job)
 		revocation_job_done(j->broker, revocation, REVOCATION_DETACHING, false);
 	}
 	context_job_free(j);
+}
+
+static void find_done(struct job *job)
+{
+	struct context_job *j = container_of(job, struct context_job, job);
+	struct context *context = j->context;
+
+	if (j->found != 0 || !context->client) {
+		reap_done(job);
+		return;
+	}
+	if (context->stored) {
+		drop_copy(context);
+		j->barrier = store_barrier(&j->broker->store);
+	}
+	j->job.run = close_run;
+	j->job.done = reap_done;
+	offload_submit_step(j->broker->offload, context->user, &j->job);
 }
 
 static void start_reap(struct context *context)
@@ -562,13 +673,17 @@ static void start_reap(struct context *context)
 	LIST_FOREACH(pin, &context->pins, of_context)
 		if (!pin->over && !pin->on_demand)
 			j->n_pages += pin->length / (uint64_t)sysconf(_SC_PAGESIZE);
-	j->job.run = reap_run;
-	j->job.done = reap_done;
+	j->manager = context->stored ? getppid() : 0;
+	j->job.run = find_run;
+	j->job.done = find_done;
 	offload_submit_step(context->client->broker->offload, context->user, &j->job);
 }
 
 void context_reap(struct context *context)
 {
+	/* Lost with the last run: there is nothing to look for. */
+	if (context->fd < 0 && context->client->dead)
+		end_pins(context, PROOF_PRESUMED);
 	if (context->reaping || context->fd < 0)
 		return;
 	/* Our copy may be closed: no other job may be using it. */

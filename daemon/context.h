@@ -101,6 +101,8 @@ struct context {
 	LIST_HEAD(, pin) pins; /* owned; of the client's */
 	unsigned n_pins;       /* those that are not over */
 	unsigned n_jobs;       /* jobs on the pool that use fd: it stays open meanwhile */
+	int remote;            /* its number in the client, for kinds that cannot be sent; -1: it was sent */
+	bool stored;           /* the service manager has a copy of fd */
 	bool checking;         /* a job looks whether leaving pins are gone */
 	bool check_again;
 	bool ask; /* the next look may get in the way of the holder, who says that he is done */
@@ -117,6 +119,7 @@ struct context {
 
 /* The names of the kinds that there are, NULL after the last. */
 const char *context_kind(size_t i);
+const struct context_ops *context_find_kind(const char *kind); /* NULL: none of that name */
 
 /* The kind of a descriptor, and what can be done through it. REFUSED if it cannot be a context.
  * context_identify() can wait (offload); context_identify_at_once() is -EAGAIN where it would. */
@@ -133,6 +136,12 @@ dev_t context_device_number(int fd);
 int context_new(struct client *client, const struct context_ops *ops,
 		const struct context_description *description, int fd, const char *label,
 		struct context **ret, struct refusal *ret_refusal);
+/* It was taken from the client, by its number there. */
+void context_set_remote(struct context *context, int number);
+/* Takes a descriptor of this kind from the client, by its number there. (scan) */
+bool context_fetch(const struct client *client, int number, const struct context_ops *ops, int *ret_fd);
+/* Has the service manager keep a copy of its descriptor, if closing that can keep nobody waiting. */
+void context_keep(struct context *context);
 /* Frees its pins, too, without a word: see that it has none that live. */
 struct context *context_free(struct context *context);
 

@@ -16,6 +16,7 @@
 #include "log.h"
 #include "macro.h"
 #include "open.h"
+#include "state.h"
 #include "watch.h"
 
 /* The back-off of taking the lease again, the event that should bring it on coming too early. */
@@ -36,10 +37,31 @@ static void set_fd(struct file *file, int fd)
 {
 	if (file->lease.fd >= 0)
 		broker_remove_lease_fd(file->broker, file);
+	if (file->stored)
+		store_drop(&file->broker->store, STORE_FILE, file->id);
+	file->stored = false;
 	file->lease.fd = fd;
 	bus_changed(file->broker->bus, &file->view);
 	if (fd >= 0)
 		broker_add_lease_fd(file->broker, file);
+}
+
+void file_keep(struct file *file)
+{
+	if (!file->stored && file->lease.fd >= 0)
+		file->stored = store_keep(&file->broker->store, STORE_FILE, file->id,
+					  file->lease.fd);
+}
+
+/* The state has the lease as it is. */
+static void record(struct file *file)
+{
+	const struct lease *now = &file->lease, *then = &file->recorded;
+
+	if (now->state == then->state && now->access == then->access)
+		return;
+	file->recorded = *now;
+	state_file(file);
 }
 
 static int on_timer(sd_event_source *source, uint64_t usec, void *userdata);
@@ -75,6 +97,7 @@ int file_new(struct broker *broker, const struct probe *probe, struct file **ret
 	(void)sd_event_source_set_enabled(file->timer, SD_EVENT_OFF);
 	file->id = broker_next_id(broker);
 	broker_add_file(broker, file);
+	state_file(file);
 	*ret = file;
 	return 0;
 }
@@ -85,6 +108,7 @@ struct file *file_free(struct file *file)
 		return NULL;
 	assert(file->n_uses == 0 && file->n_pins == 0 && STAILQ_EMPTY(&file->waiting));
 	offload_close(file->broker->offload, NULL, file_take_description(file));
+	state_gone(file->broker, file->id);
 	broker_remove_file(file->broker, file);
 	sd_event_source_disable_unref(file->timer);
 	free(file->path);
@@ -138,6 +162,7 @@ static void set_exposed(struct file *file)
 	struct log_fields fields = file_fields(file);
 
 	bus_changed(file->broker->bus, &file->view);
+	record(file);
 	if (unguarded != file->unguarded) {
 		file->unguarded = unguarded;
 		file->emergency_size = UINT64_MAX;
@@ -437,6 +462,31 @@ int file_set_description(struct file *file, int fd, enum access access)
 	set_fd(file, fd);
 	file->lease.access = access;
 	return take(file);
+}
+
+void file_resume(struct file *file, const struct lease *lease)
+{
+	set_fd(file, lease->fd);
+	file->lease = *lease;
+	file->stored = true;
+	file->opening = false;
+}
+
+void file_go_on(struct file *file)
+{
+	uint64_t since_usec = file->lease.broken_usec;
+
+	if (lease_resume(&file->lease, since_usec) > 0)
+		file->broker->stale_signals = true;
+	/* what happened to a file that was exposed cannot be seen but by its size */
+	set_exposed(file);
+	if (!backing_needs_lease(&file->backing))
+		return;
+	if (file->lease.state == LEASE_NONE)
+		watch_add(file->broker->watch, file);
+	if (file->lease.state == LEASE_NONE || !file_admits_readers(file->broker))
+		arm(file, now_usec());
+	file_update(file);
 }
 
 void file_give_lease(struct file *file)

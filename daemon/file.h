@@ -51,6 +51,8 @@ struct file {
 	struct revocation *revocation; /* the one that a break of the lease has started, or NULL */
 	bool unguarded;                /* it has pins, but no lease */
 	bool exposed;                  /* … and some of them hold pages */
+	bool stored;                   /* the service manager has a copy of the description */
+	struct lease recorded;         /* what was last written into the state */
 	uint64_t emergency_size;       /* unguarded: a shrink to this has been dealt with already */
 	bool settle_running;           /* a job opens the file as a reader would */
 	int watch;                     /* inotify's watch descriptor while there is no lease, or -1 */
@@ -89,6 +91,14 @@ void file_give_lease(struct file *file);
 int file_try_lease(struct file *file);
 /* Takes the description away, lease and all, and returns it. */
 int file_take_description(struct file *file);
+
+/* One of the run before: its description, with the lease as it was then. When its pins are there again, it goes
+ * on. */
+void file_resume(struct file *file, const struct lease *lease);
+void file_go_on(struct file *file);
+
+/* Has the service manager keep a copy of the description, if it has none. */
+void file_keep(struct file *file);
 
 /* Readers= of the configuration, as far as the kernel lets it be. */
 bool file_admits_readers(const struct broker *broker);

@@ -46,8 +46,19 @@ void ids_close(struct ids *ids)
 	ids->fd = safe_close(ids->fd);
 }
 
+void ids_give(struct ids *ids, uint64_t id)
+{
+	ids->given = id;
+}
+
 uint64_t ids_next(struct ids *ids)
 {
+	if (ids->given != 0) {
+		uint64_t id = ids->given;
+
+		ids->given = 0;
+		return id;
+	}
 	if (++ids->last > ids->reserved)
 		reserve(ids);
 	return ids->last;

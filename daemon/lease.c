@@ -20,6 +20,31 @@ int lease_take(struct lease *lease)
 	return 0;
 }
 
+int lease_resume(struct lease *lease, uint64_t since_usec)
+{
+	int type;
+
+	/* a process that has ended can be signalled no more */
+	(void)fcntl(lease->fd, F_SETOWN, getpid());
+	(void)fcntl(lease->fd, F_SETSIG, LEASE_SIGNAL);
+	if (lease->state == LEASE_NONE) /* it may have been killed on the way here */
+		(void)fcntl(lease->fd, F_SETLEASE, F_UNLCK);
+	if (!lease_is_held(lease))
+		return 0;
+	type = fcntl(lease->fd, F_GETLEASE);
+	if (type != F_RDLCK && type != F_WRLCK) {
+		/* under break, or taken away already */
+		lease->state = LEASE_BREAKING;
+		lease->broken_usec = since_usec;
+		return 0;
+	}
+	/* The same once more changes nothing but the descriptor in the signal. What readers have
+	 * broken or are breaking cannot be asked for again. */
+	return type == F_WRLCK || lease->access == ACCESS_READ
+		       ? fcntl(lease->fd, F_SETLEASE, type) < 0
+		       : 1;
+}
+
 enum lease_event lease_look(struct lease *lease)
 {
 	int type;

@@ -32,6 +32,11 @@ enum lease_event {
  * -EACCES: it takes CAP_LEASE; -EINVAL: the file system has no leases. On the loop's process only. */
 int lease_take(struct lease *lease);
 
+/* Takes up, with fd, access, and what its state was, a lease that the run before had on the description.
+ * since_usec: it may have been broken since then, with nobody looking. Returns 0, or 1 if the descriptor
+ * that breaks are signalled with is still the one of that run. */
+int lease_resume(struct lease *lease, uint64_t since_usec);
+
 /* Looks (F_GETLEASE) and moves to LEASE_BREAKING if a writer broke it. */
 enum lease_event lease_look(struct lease *lease);
 

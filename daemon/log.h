@@ -49,6 +49,7 @@ struct log_fields {
 #define MESSAGE_REVOKE_BLAMED  "356eb555324246cfb034c775de530a15"
 #define MESSAGE_REVOKE_ESCALATED "439f41f0657240a984f827bdd968ad39"
 #define MESSAGE_REVOKE_ENDED   "ddd658d4b707420189d2c9eccada93a6"
+#define MESSAGE_STATE_RESTORED "2a3b39ba769741c59113ba71fbfdf26e"
 #define MESSAGE_BAD_INPUT      "debce7fd5fb643ef83001ef8aa8b93d6"
 
 /* max_priority: LOG_DEBUG … LOG_ERR, what is less urgent is dropped. Starts the thread. */

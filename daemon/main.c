@@ -22,7 +22,12 @@
 #include "log.h"
 #include "macro.h"
 #include "notifier.h"
+#include "restore.h"
 #include "rpc.h"
+#include "state.h"
+
+/* RestartKillSignal= of the unit */
+#define RESTART_SIGNAL SIGUSR1
 
 #define SOCKET_PATH "/run/pinbroker/org.pinbroker"
 
@@ -37,6 +42,7 @@ struct service {
 	struct notifier notifier;
 	const char *socket; /* made here, and to be removed; NULL: not ours */
 	struct stat socket_stat;
+	bool leaving; /* everything is left to the next run */
 };
 
 static void help(FILE *f)
@@ -161,13 +167,72 @@ static void remove_socket(struct service *service)
 		(void)unlink(service->socket);
 }
 
-/* Beside the socket, which lies on a file system that a reboot clears. */
-static int open_ids(struct broker *broker, const char *socket)
+/* What the service manager has passed. */
+struct passed {
+	int socket; /* -1: none */
+	char **names; /* owned */
+	struct kept_descriptor *kept; /* owned */
+	size_t n_kept;
+};
+
+static void passed_clear(struct passed *passed)
 {
+	for (char **name = passed->names; name && *name; name++)
+		free(*name);
+	free(passed->names);
+	free(passed->kept);
+}
+
+static int take_passed(struct passed *ret)
+{
+	uint64_t id;
+	int n;
+	char kind;
+
+	*ret = (struct passed){ .socket = -1 };
+	n = sd_listen_fds_with_names(true, &ret->names);
+	if (n <= 0)
+		return n;
+	ret->kept = calloc((size_t)n, sizeof(*ret->kept));
+	if (!ret->kept)
+		return -ENOMEM;
+	for (int i = 0; i < n; i++) {
+		int fd = SD_LISTEN_FDS_START + i;
+
+		if (store_parse_name(ret->names[i], &kind, &id)) {
+			ret->kept[ret->n_kept++] =
+				(struct kept_descriptor){ .fd = fd, .name = ret->names[i] };
+		} else if (ret->socket < 0) {
+			ret->socket = fd;
+		} else {
+			log_error("Several descriptors were passed, where one listening socket was "
+				  "expected.");
+			return -EINVAL;
+		}
+	}
+	return 0;
+}
+
+/* Beside the socket, which lies on a file system that a reboot clears: the identifiers, and what the next run
+ * begins with. Only one of two that start at once has the identifiers. */
+static int open_files(struct service *service, const char *socket, struct passed *passed)
+{
+	struct broker *broker = service->broker;
 	char path[PATH_MAX];
+	int r;
 
 	snprintf(path, sizeof(path), "%s.ids", socket);
-	return ids_open(&broker->ids, path);
+	r = ids_open(&broker->ids, path);
+	if (r < 0 || !notifier_is_open(&service->notifier))
+		return r;
+	broker->store.notifier = &service->notifier;
+	snprintf(path, sizeof(path), "%s.state", socket);
+	restore(broker, path, passed->kept, passed->n_kept);
+	r = state_new(broker, path, &broker->state);
+	if (r < 0)
+		log_errno(LOG_ERR, r, "Cannot write %s: what is pinned would not outlive a crash",
+			  path);
+	return 0;
 }
 
 static int listen_passed(struct rpc *rpc, int fd, struct sockaddr_un *ret_address)
@@ -190,26 +255,23 @@ static int listen_passed(struct rpc *rpc, int fd, struct sockaddr_un *ret_addres
 
 static int listen_all(struct service *service, const struct options *options)
 {
+	_cleanup_(passed_clear) struct passed passed;
 	const char *path = options->socket ? options->socket : SOCKET_PATH;
 	struct sockaddr_un address;
-	int n, r;
+	int r;
 
-	n = sd_listen_fds(true);
-	if (n < 0)
-		return log_errno(LOG_ERR, n, "Cannot take the socket that was passed");
-	if (n > 1) {
-		log_error("%d descriptors were passed, where one listening socket was expected.", n);
-		return -EINVAL;
-	}
-	if (n == 1) {
-		r = listen_passed(service->broker->rpc, SD_LISTEN_FDS_START, &address);
+	r = take_passed(&passed);
+	if (r < 0)
+		return log_errno(LOG_ERR, r, "Cannot take the descriptors that were passed");
+	if (passed.socket >= 0) {
+		r = listen_passed(service->broker->rpc, passed.socket, &address);
 		if (r < 0)
 			return r;
 	}
-	if (n == 1 && !options->socket)
-		return open_ids(service->broker, address.sun_path[0] ? address.sun_path : path);
-	/* In this order: of two that start at once only one has the identifiers, and looks at the socket. */
-	r = open_ids(service->broker, path);
+	if (passed.socket >= 0 && !options->socket)
+		return open_files(service, address.sun_path[0] ? address.sun_path : path, &passed);
+	/* In this order: who has the identifiers looks at the socket. */
+	r = open_files(service, path, &passed);
 	if (r >= 0)
 		r = listen_at(service, path);
 	return r < 0 ? log_errno(LOG_ERR, r, "Cannot listen on %s", path) : 0;
@@ -237,6 +299,19 @@ static int on_terminate(sd_event_source *source, const struct signalfd_siginfo *
 	return 0;
 }
 
+/* The next run is to go on with what there is: it stays where it is, in the manager's store. */
+static int on_restart(sd_event_source *source, const struct signalfd_siginfo *si, void *userdata)
+{
+	struct service *service = userdata;
+	struct broker *broker = service->broker;
+
+	if (!broker->state)
+		return on_terminate(source, si, userdata);
+	log_notice("Ending: %u pins are left to the next run.", broker->n_pins);
+	service->leaving = true;
+	return sd_event_exit(broker->event, 0);
+}
+
 static int add_signals(struct service *service)
 {
 	sd_event *event = service->broker->event;
@@ -246,11 +321,14 @@ static int add_signals(struct service *service)
 	sigemptyset(&set);
 	sigaddset(&set, SIGTERM);
 	sigaddset(&set, SIGINT);
+	sigaddset(&set, RESTART_SIGNAL);
 	if (sigprocmask(SIG_BLOCK, &set, NULL) < 0)
 		return -errno;
 	signal(SIGPIPE, SIG_IGN);
 	r = sd_event_add_signal(event, NULL, SIGTERM, on_terminate, service);
-	return r < 0 ? r : sd_event_add_signal(event, NULL, SIGINT, on_terminate, service);
+	if (r >= 0)
+		r = sd_event_add_signal(event, NULL, SIGINT, on_terminate, service);
+	return r < 0 ? r : sd_event_add_signal(event, NULL, RESTART_SIGNAL, on_restart, service);
 }
 
 /* Every lease is a descriptor or two, and a queued signal. */
@@ -279,6 +357,8 @@ static int start(struct service *service, const struct options *options)
 	if (r >= 0)
 		r = rpc_new(broker, &broker->rpc);
 	if (r >= 0)
+		r = notifier_open(&service->notifier, broker);
+	if (r >= 0)
 		r = listen_all(service, options);
 	if (r >= 0)
 		r = bus_new(broker, options->bus, &broker->bus);
@@ -286,7 +366,7 @@ static int start(struct service *service, const struct options *options)
 		log_notice("Running as uid %u: serving this user's own files only, and signalling "
 			   "and looking into its own processes only.",
 			   geteuid());
-	return r < 0 ? r : notifier_start(&service->notifier, broker);
+	return r < 0 ? r : notifier_start(&service->notifier);
 }
 
 int main(int argc, char *argv[])
@@ -327,12 +407,19 @@ int main(int argc, char *argv[])
 		log_errno(LOG_ERR, r, "Cannot start");
 
 	remove_socket(&service);
-	notifier_stop(&service.notifier);
+	if (service.leaving) {
+		/* to be freed would be to be let go */
+		state_free(service.broker->state, false);
+		log_close(1000);
+		_exit(EXIT_SUCCESS);
+	}
 	if (service.broker) {
 		service.broker->rpc = rpc_free(service.broker->rpc);
 		service.broker->bus = bus_free(service.broker->bus);
+		service.broker->state = state_free(service.broker->state, r >= 0);
 		broker_free(service.broker);
 	}
+	notifier_stop(&service.notifier);
 	config_clear(&config);
 	log_detach();
 	sd_event_unref(event);

@@ -2,6 +2,7 @@
 #include "notifier.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -14,32 +15,115 @@
 
 #define STATUS_USEC (10 * USEC_PER_SEC)
 
-static void notifier_send(struct notifier *n)
+/* -EAGAIN: once it can be written to, it is tried again. */
+static int notifier_write(struct notifier *n, const char *text, int fd)
 {
-	const struct broker *broker = n->broker;
-	char state[256];
-	int length;
+	union {
+		struct cmsghdr header;
+		char buffer[CMSG_SPACE(sizeof(int))];
+	} control = {};
+	struct iovec iov = { .iov_base = (char *)text, .iov_len = strlen(text) };
+	struct msghdr message = { .msg_iov = &iov, .msg_iovlen = 1 };
 
-	length = snprintf(state, sizeof(state),
-			  "%s%s%sSTATUS=%s%u pins of %u files by %u clients, %u revocations running",
-			  n->ready ? "READY=1\n" : "", n->stopping ? "STOPPING=1\n" : "",
-			  n->alive ? "WATCHDOG=1\n" : "", broker->stopping ? "Ending: " : "",
-			  broker->n_pins, broker->n_files, broker->n_clients, broker->n_running);
+	if (fd >= 0) {
+		message.msg_control = &control;
+		message.msg_controllen = sizeof(control.buffer);
+		control.header.cmsg_level = SOL_SOCKET;
+		control.header.cmsg_type = SCM_RIGHTS;
+		control.header.cmsg_len = CMSG_LEN(sizeof(int));
+		memcpy(CMSG_DATA(&control.header), &fd, sizeof(fd));
+	}
 	/* connected each time: the manager may have made its socket anew */
 	if (connect(n->fd, (struct sockaddr *)&n->address, n->address_size) >= 0 &&
-	    send(n->fd, state, (size_t)length, MSG_DONTWAIT | MSG_NOSIGNAL) >= 0) {
-		n->ready = n->stopping = n->alive = n->failed = false;
-	} else if (errno == EAGAIN) {
+	    sendmsg(n->fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL) >= 0) {
+		n->failed = false;
+		return 0;
+	}
+	if (errno == EAGAIN) {
 		(void)sd_event_source_set_enabled(n->writable, SD_EVENT_ONESHOT);
-	} else if (!n->failed) {
+		return -EAGAIN;
+	}
+	if (!n->failed) {
 		n->failed = true;
 		log_errno(LOG_WARNING, errno, "Cannot reach the service manager for the moment");
 	}
+	return -EIO;
+}
+
+static void message_free(struct notifier_message *m)
+{
+	safe_close(m->fd);
+	free(m);
+}
+
+static int send_status(struct notifier *n)
+{
+	const struct broker *broker = n->broker;
+	char state[256];
+	int r;
+
+	snprintf(state, sizeof(state),
+		 "%s%s%sSTATUS=%s%u pins of %u files by %u clients, %u revocations running",
+		 n->ready ? "READY=1\n" : "", n->stopping ? "STOPPING=1\n" : "",
+		 n->alive ? "WATCHDOG=1\n" : "", broker->stopping ? "Ending: " : "", broker->n_pins,
+		 broker->n_files, broker->n_clients, broker->n_running);
+	r = notifier_write(n, state, -1);
+	if (r >= 0)
+		n->ready = n->stopping = n->alive = false;
+	return r;
+}
+
+static void send_messages(struct notifier *n)
+{
+	struct notifier_message *m;
+
+	while ((m = STAILQ_FIRST(&n->messages)) && notifier_write(n, m->text, m->fd) >= 0) {
+		STAILQ_REMOVE_HEAD(&n->messages, of_notifier);
+		message_free(m);
+	}
+}
+
+int notifier_post(struct notifier *n, const char *text, int fd)
+{
+	size_t size = strlen(text) + 1;
+	struct notifier_message *m;
+
+	if (STAILQ_EMPTY(&n->messages)) {
+		int r = notifier_write(n, text, fd);
+
+		if (r != -EAGAIN)
+			return r;
+	}
+	m = malloc(sizeof(*m) + size);
+	if (!m)
+		return -ENOMEM;
+	memcpy(m->text, text, size);
+	m->fd = fd >= 0 ? fcntl(fd, F_DUPFD_CLOEXEC, 3) : -1;
+	if (fd >= 0 && m->fd < 0) {
+		free(m);
+		return -errno;
+	}
+	STAILQ_INSERT_TAIL(&n->messages, m, of_notifier);
+	return 0;
+}
+
+bool notifier_cancel(struct notifier *n, const char *text)
+{
+	struct notifier_message *m;
+
+	STAILQ_FOREACH(m, &n->messages, of_notifier)
+		if (strcmp(m->text, text) == 0) {
+			STAILQ_REMOVE(&n->messages, m, notifier_message, of_notifier);
+			message_free(m);
+			return true;
+		}
+	return false;
 }
 
 static int on_notifier_writable(sd_event_source *source, int fd, uint32_t revents, void *userdata)
 {
-	notifier_send(userdata);
+	if (send_status(userdata) >= 0)
+		send_messages(userdata);
 	return 0;
 }
 
@@ -49,7 +133,8 @@ static int on_notifier_timer(sd_event_source *source, uint64_t usec, void *userd
 	int r;
 
 	n->alive = n->watchdog_usec > 0;
-	notifier_send(n);
+	if (send_status(n) >= 0)
+		send_messages(n);
 	r = sd_event_source_set_time(
 		source, now_usec() + (n->watchdog_usec > 0 ? n->watchdog_usec / 2 : STATUS_USEC));
 	return r < 0 ? r : sd_event_source_set_enabled(source, SD_EVENT_ONESHOT);
@@ -71,7 +156,7 @@ static bool notifier_parse_address(struct notifier *n, const char *name)
 	return true;
 }
 
-int notifier_start(struct notifier *n, struct broker *broker)
+int notifier_open(struct notifier *n, struct broker *broker)
 {
 	const char *name = getenv("NOTIFY_SOCKET");
 	int r;
@@ -84,17 +169,24 @@ int notifier_start(struct notifier *n, struct broker *broker)
 		return 0;
 	}
 	n->broker = broker;
+	STAILQ_INIT(&n->messages);
 	n->fd = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
 	if (n->fd < 0)
 		return -errno;
+	r = sd_event_add_io(broker->event, &n->writable, n->fd, EPOLLOUT, on_notifier_writable, n);
+	return r < 0 ? r : sd_event_source_set_enabled(n->writable, SD_EVENT_OFF);
+}
+
+int notifier_start(struct notifier *n)
+{
+	int r;
+
+	if (!notifier_is_open(n))
+		return 0;
 	if (sd_watchdog_enabled(false, &n->watchdog_usec) <= 0)
 		n->watchdog_usec = 0;
-	r = sd_event_add_io(broker->event, &n->writable, n->fd, EPOLLOUT, on_notifier_writable, n);
-	if (r >= 0)
-		r = sd_event_source_set_enabled(n->writable, SD_EVENT_OFF);
-	if (r >= 0)
-		r = sd_event_add_time(broker->event, &n->timer, CLOCK_MONOTONIC, now_usec(),
-				      n->watchdog_usec / 4, on_notifier_timer, n);
+	r = sd_event_add_time(n->broker->event, &n->timer, CLOCK_MONOTONIC, now_usec(),
+			      n->watchdog_usec / 4, on_notifier_timer, n);
 	if (r < 0)
 		return r;
 	n->ready = true;
@@ -104,12 +196,20 @@ int notifier_start(struct notifier *n, struct broker *broker)
 void notifier_tell_stopping(struct notifier *n)
 {
 	n->stopping = true;
-	if (n->fd >= 0)
-		notifier_send(n);
+	if (notifier_is_open(n))
+		(void)send_status(n);
 }
 
 void notifier_stop(struct notifier *n)
 {
+	struct notifier_message *m;
+
+	if (!notifier_is_open(n))
+		return;
+	while ((m = STAILQ_FIRST(&n->messages))) {
+		STAILQ_REMOVE_HEAD(&n->messages, of_notifier);
+		message_free(m);
+	}
 	sd_event_source_disable_unref(n->writable);
 	sd_event_source_disable_unref(n->timer);
 	n->fd = safe_close(n->fd);

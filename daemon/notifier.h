@@ -3,15 +3,23 @@
 
 #include <stdbool.h>
 #include <stdint.h>
+#include <sys/queue.h>
 #include <sys/socket.h>
 #include <sys/un.h>
 #include <systemd/sd-event.h>
 
 struct broker;
 
+/* What is to be told besides the status, with a descriptor or without. */
+struct notifier_message {
+	STAILQ_ENTRY(notifier_message) of_notifier;
+	int fd; /* owned; -1: none */
+	char text[];
+};
+
 /*
  * The service manager's socket. Nothing waits for its reader, as sd_notify() would: what does not go
- * through is told once it does, or with the next status.
+ * through is told once it does, in order; of the status only the last one.
  */
 struct notifier {
 	struct broker *broker;
@@ -19,6 +27,7 @@ struct notifier {
 	struct sockaddr_un address;
 	socklen_t address_size;
 	sd_event_source *writable, *timer;
+	STAILQ_HEAD(, notifier_message) messages; /* owned */
 	uint64_t watchdog_usec; /* 0: none wanted */
 	bool ready, stopping, alive; /* to be told */
 	bool failed;
@@ -26,8 +35,18 @@ struct notifier {
 
 #define NOTIFIER_NULL { .fd = -1 }
 
-/* Does nothing where no manager is. Tells at once that the service is ready; a status now and then, and
- * that it is alive. */
-int notifier_start(struct notifier *notifier, struct broker *broker);
+/* Finds the manager, if there is one. */
+int notifier_open(struct notifier *notifier, struct broker *broker);
+static inline bool notifier_is_open(const struct notifier *notifier)
+{
+	return notifier->fd >= 0;
+}
+
+/* Tells at once that the service is ready; a status now and then, and that it is alive. */
+int notifier_start(struct notifier *notifier);
+/* Tells something else, with a copy of the descriptor (-1: none). */
+int notifier_post(struct notifier *notifier, const char *text, int fd);
+/* Does not tell it after all. False: it is too late for that. */
+bool notifier_cancel(struct notifier *notifier, const char *text);
 void notifier_tell_stopping(struct notifier *notifier);
 void notifier_stop(struct notifier *notifier);

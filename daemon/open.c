@@ -9,9 +9,11 @@
 #include "broker.h"
 #include "log.h"
 #include "macro.h"
+#include "state.h"
 
 /* A file that was just closed by somebody takes a moment until the kernel knows. */
 #define LEASE_TRIES      6
+#define LEASE_TRIES_MORE 9 /* the service manager may have to close its copy first */
 #define LEASE_RETRY_USEC (2 * USEC_PER_MSEC)
 
 enum step {
@@ -68,6 +70,8 @@ static void finish(struct open_request *q, int r)
 		if (r != 0)
 			file_touched(file); /* a conversion that failed: go on trying for the lease */
 		file_update(file);
+		if (file->n_uses > 0)
+			file_keep(file);
 		open_wake(file);
 		file_collect(file);
 	}
@@ -145,6 +149,7 @@ static int add_use(struct open_request *q, struct file *file, bool writable)
 	use->writable |= writable;
 	if (q->access == ACCESS_WRITE)
 		use->access = ACCESS_WRITE;
+	state_use(use);
 	q->file = file->id;
 	return 0;
 }
@@ -189,7 +194,7 @@ static int wait_for_lease(struct open_request *q)
 {
 	uint64_t usec;
 
-	if (q->n_tries++ == LEASE_TRIES)
+	if (q->n_tries++ >= (store_is_busy(&q->broker->store) ? LEASE_TRIES_MORE : LEASE_TRIES))
 		return -EAGAIN;
 	usec = now_usec() + (LEASE_RETRY_USEC << q->n_tries) / 2;
 	q->retry = sd_event_source_disable_unref(q->retry);

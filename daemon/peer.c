@@ -12,6 +12,7 @@
 #include "macro.h"
 #include "protocol/service.h"
 #include "rpc.h"
+#include "state.h"
 
 /* One turn of the loop: calls answered for one connection, and what a stream queues ahead. */
 #define CALLS_PER_TURN   16
@@ -316,6 +317,7 @@ static void send_message(struct peer *peer, const char *error, bool more,
 			offload_close(peer->broker->offload, peer->user, fds[i]);
 		return;
 	}
+	state_flush(peer->broker);
 	message = json_object_new_object();
 	r = message ? schema_write(schema, out, &parameters) : -ENOMEM;
 	if (r >= 0 && json_object_object_add(message, "parameters", parameters) < 0) {

@@ -10,41 +10,83 @@
 #include "bus.h"
 #include "label.h"
 #include "macro.h"
+#include "state.h"
 
-int pin_new(struct context *context, struct use *use, const struct msg_range *range,
-	    enum access access, bool on_demand, struct label *label, struct pin **ret)
+static void join_file(struct pin *pin, struct use *use)
 {
-	struct client *client = context->client;
-	struct pin *pin;
+	struct client *client = use->client;
 
-	pin = calloc(1, sizeof(*pin));
-	if (!pin)
-		return -ENOMEM;
-	pin->id = broker_next_id(client->broker);
 	pin->use = use;
-	pin->context = context;
-	pin->offset = (uint64_t)range->offset;
-	pin->length = (uint64_t)range->length;
-	pin->access = access;
-	pin->on_demand = on_demand;
-	pin->state = PIN_RESERVED;
-	pin->handle = INT_NULL;
-	pin->label = label_ref(label);
-	LIST_INIT(&pin->targets);
-
-	LIST_INSERT_HEAD(&context->pins, pin, of_context);
-	context->n_pins++;
+	pin->context->n_pins++;
 	pin_ranges_insert(&use->file->pins, pin);
 	use->file->n_pins++;
-	use->file->n_on_demand += on_demand;
+	use->file->n_on_demand += pin->on_demand;
 	use->n_pins++;
 	client->n_pins++;
 	client->pinned_bytes += pin_pinned_bytes(pin);
 	client->broker->n_pins++;
 	bus_changed(client->broker->bus, &use->file->view);
 	bus_changed(client->broker->bus, &client->view);
-	broker_add_pin(client->broker, pin);
+}
+
+static int pin_make(struct context *context, struct use *use, const struct pin_past *past,
+		    struct label *label, struct pin **ret)
+{
+	struct broker *broker = context->client->broker;
+	struct pin *pin;
+
+	pin = calloc(1, sizeof(*pin));
+	if (!pin)
+		return -ENOMEM;
+	pin->id = broker_next_id(broker);
+	pin->context = context;
+	pin->offset = past->offset;
+	pin->length = past->length;
+	pin->access = past->access;
+	pin->on_demand = past->on_demand;
+	pin->state = past->state;
+	pin->over = past->over;
+	pin->revocation = past->revocation;
+	pin->handle = past->handle;
+	pin->identity = past->identity;
+	pin->label = label_ref(label);
+	LIST_INIT(&pin->targets);
+	LIST_INSERT_HEAD(&context->pins, pin, of_context);
+	if (use)
+		join_file(pin, use);
+	broker_add_pin(broker, pin);
+	state_pin(pin);
 	*ret = pin;
+	return 0;
+}
+
+int pin_new(struct context *context, struct use *use, const struct msg_range *range,
+	    enum access access, bool on_demand, struct label *label, struct pin **ret)
+{
+	const struct pin_past fresh = {
+		.offset = (uint64_t)range->offset,
+		.length = (uint64_t)range->length,
+		.access = access,
+		.on_demand = on_demand,
+		.state = PIN_RESERVED,
+		.handle = INT_NULL,
+	};
+
+	return pin_make(context, use, &fresh, label, ret);
+}
+
+int pin_resume(struct context *context, struct use *use, const struct pin_past *past,
+	       struct label *label)
+{
+	struct pin *pin;
+	int r;
+
+	r = pin_make(context, use, past, label, &pin);
+	if (r < 0)
+		return r;
+	user_charge_force(context->user, LIMIT_PINS, 1);
+	if (use)
+		user_charge_force(context->user, LIMIT_PINNED_BYTES, pin_pinned_bytes(pin));
 	return 0;
 }
 
@@ -77,6 +119,7 @@ struct pin *pin_free(struct pin *pin)
 		leave_file(pin);
 	LIST_REMOVE(pin, of_context);
 	user_discharge(pin->context->user, LIMIT_PINS, 1);
+	state_gone(pin->context->client->broker, pin->id);
 	broker_remove_pin(pin->context->client->broker, pin);
 	label_unref(pin->label);
 	free(pin);
@@ -98,6 +141,7 @@ int pin_bind(struct pin *pin, int64_t handle, const struct handle_identity *iden
 	pin->identity = *identity;
 	pin->state = PIN_BOUND;
 	pin->revocation = 0;
+	state_pin(pin);
 	return 0;
 }
 
@@ -110,10 +154,12 @@ void pin_leave(struct pin *pin)
 		return;
 	pin->state = PIN_LEAVING;
 	pin->left_msec = now_msec();
-	if (check && pin_is_awaited(pin))
+	if (check && pin_is_awaited(pin)) {
+		state_pin(pin);
 		context_check(pin->context);
-	else
+	} else {
 		pin_end(pin, PROOF_CLAIMED);
+	}
 }
 
 bool pin_is_awaited(const struct pin *pin)
@@ -134,10 +180,12 @@ void pin_end(struct pin *pin, enum proof proof)
 	if (targets)
 		pin->revocation = targets->revocation->id;
 	LIST_INIT(&pin->targets);
-	if (known)
+	if (known) {
 		pin_free(pin);
-	else
+	} else {
 		pin->over = true;
+		state_pin(pin);
+	}
 
 	/* With the pin out of the way, whoever waited for it may go on. */
 	while (targets) {

@@ -73,6 +73,22 @@ static inline uint64_t pin_end_offset(const struct pin *pin)
  */
 int pin_new(struct context *context, struct use *use, const struct msg_range *range,
 	    enum access access, bool on_demand, struct label *label, struct pin **ret);
+
+/* What is known of a pin of the run before. */
+struct pin_past {
+	uint64_t offset, length;
+	enum access access;
+	enum pin_state state;
+	bool on_demand, over;
+	uint64_t revocation;
+	int64_t handle;
+	struct handle_identity identity;
+};
+
+/* Makes it as it was; use: NULL if it is over. Charges what it needs. */
+int pin_resume(struct context *context, struct use *use, const struct pin_past *past,
+	       struct label *label);
+
 /* Takes it out of everything, whatever its state, without a word to anybody. */
 struct pin *pin_free(struct pin *pin);
 

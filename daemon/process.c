@@ -10,6 +10,7 @@
 #include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/eventfd.h>
 #include <sys/pidfd.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
@@ -196,6 +197,19 @@ static int process_stat(const struct process *p, uint64_t *ret_start_time)
 	return process_is_alive(p) ? 0 : -ESRCH;
 }
 
+int process_reopen(struct process *p)
+{
+	uint64_t start_time;
+
+	p->pidfd = pidfd_open(p->pid, 0);
+	if (p->pidfd >= 0 && process_stat(p, &start_time) >= 0 && start_time == p->start_time)
+		return 0;
+	safe_close(p->pidfd);
+	/* readable, as the pidfd of one that has ended is */
+	p->pidfd = eventfd(1, EFD_CLOEXEC);
+	return p->pidfd < 0 ? -errno : 0;
+}
+
 int process_describe(struct process *p)
 {
 	_cleanup_(freep) char *comm = NULL;
@@ -379,14 +393,19 @@ int process_for_each_holder(int fd, int (*f)(pid_t pid, void *userdata), void *u
 	return r < 0 ? r : process_for_each_fd((uid_t)-1, link, tell_holder, &s);
 }
 
-static int find_any(pid_t pid, void *userdata)
+static int find_stranger(pid_t pid, void *userdata)
 {
-	return pid;
+	pid_t *keeper = userdata;
+
+	if (pid != *keeper)
+		return pid;
+	*keeper = 0; /* any other it has is its own */
+	return 0;
 }
 
-pid_t process_find_holder(int fd)
+pid_t process_find_holder(int fd, pid_t keeper)
 {
-	return process_for_each_holder(fd, find_any, NULL);
+	return process_for_each_holder(fd, find_stranger, &keeper);
 }
 
 int process_is_stopped(pid_t pid)

@@ -30,6 +30,10 @@ void process_clear(struct process *p);
 /* Fills in start time, comm and unit, reading /proc/PID; -ESRCH if it ended meanwhile. (scan) */
 int process_describe(struct process *p);
 
+/* Finds a process again by its number and start time; if there is none any more, p becomes one that has ended.
+ * (scan) */
+int process_reopen(struct process *p);
+
 bool process_is_alive(const struct process *p);
 
 /* -ESRCH: it has ended. (scan) */
@@ -51,8 +55,9 @@ bool process_holds(pid_t pid, int fd);
 int process_for_each_holder(int fd, int (*f)(pid_t pid, void *userdata), void *userdata);
 
 /* Returns the pid of a process other than this one that holds fd's description, 0 if none was found,
- * negative errno if /proc could not be searched. (scan) */
-pid_t process_find_holder(int fd);
+ * negative errno if /proc could not be searched. One descriptor of the process `keeper` does not count; 0: there
+ * is none. (scan) */
+pid_t process_find_holder(int fd, pid_t keeper);
 
 /* Calls f for each descriptor, of any process of that uid, whose /proc/PID/fd link reads `link`, until
  * it returns non-zero, which is then returned. (scan) */

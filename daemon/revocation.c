@@ -64,7 +64,7 @@ static const char *revocation_path(const struct revocation *rev)
 }
 
 /* The whole ladder has to fit before the kernel takes the lease. */
-static void plan(struct revocation *rev, uint64_t grace_usec)
+static void plan(struct revocation *rev, uint64_t grace_usec, uint64_t broken_usec)
 {
 	const struct config *config = &rev->broker->config;
 	uint64_t later, total, budget = lease_break_usec();
@@ -75,6 +75,9 @@ static void plan(struct revocation *rev, uint64_t grace_usec)
 	rev->signal_usec = config->signal_on_timeout > 0 ? config->signal_grace_usec : 0;
 	rev->kill_usec = KILL_USEC;
 	later = rev->detach_usec + rev->signal_usec + rev->kill_usec;
+	/* found late, after a restart */
+	if (budget != USEC_INFINITY && rev->start_usec > broken_usec)
+		budget -= rev->start_usec - broken_usec < budget ? rev->start_usec - broken_usec : budget;
 	budget -= budget / MARGIN_PART < MARGIN_USEC ? budget / MARGIN_PART : MARGIN_USEC;
 	if (__builtin_add_overflow(grace_usec, later, &total))
 		total = UINT64_MAX;
@@ -89,9 +92,9 @@ static void plan(struct revocation *rev, uint64_t grace_usec)
 		rev->kill_usec = (uint64_t)((double)rev->kill_usec * scale);
 		later = rev->detach_usec + rev->signal_usec + rev->kill_usec;
 		log_event(LOG_WARNING, NULL, &fields,
-			  "The kernel's lease-break-time of %.1f s is too short for the configured "
-			  "%.1f s: all steps shortened to %.0f%%.",
-			  (double)lease_break_usec() / 1e6, (double)total / 1e6, scale * 100);
+			  "What is left of the kernel's lease-break-time, %.1f s, is too short for the "
+			  "configured %.1f s: all steps shortened to %.0f%%.",
+			  (double)budget / 1e6, (double)total / 1e6, scale * 100);
 	}
 	/* Nobody waits without bound, also where the kernel would let him. */
 	if (lease_break_usec() == USEC_INFINITY)
@@ -449,7 +452,8 @@ int revocation_start(struct broker *broker, struct file *file, bool by_break,
 	if (ret_id)
 		*ret_id = rev->id;
 
-	plan(rev, rev->n_pinning > 0 ? grace_usec : 0);
+	plan(rev, rev->n_pinning > 0 ? grace_usec : 0,
+	     by_break ? file->lease.broken_usec : rev->start_usec);
 	/* The dead are given no time to think. */
 	if (rev->n_pinning > 0) {
 		step(rev, revocation_begin(forced || !alive));

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 #pragma once
 
+#include <stdbool.h>
 #include <stdint.h>
 #include <sys/types.h>
 #include <uthash.h>
@@ -45,6 +46,9 @@ int user_get(struct users *users, uid_t uid, struct user **ret);
 struct user *user_ref(struct user *user);
 struct user *user_unref(struct user *user); /* accepts NULL, returns NULL; frees with the last one,
 					       asserting that nothing is charged any more */
+
+/* While they are not enforced, every charge goes through. */
+void users_enforce(struct users *users, bool on);
 
 /* Returns 0, or -EDQUOT and charges nothing. */
 int user_charge(struct user *user, enum limit limit, uint64_t amount);

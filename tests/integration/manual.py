@@ -420,11 +420,21 @@ class Catalog(Case):
         self.expect_end(daemon)
         return daemon.text()
 
+    def restarted(self):
+        """One that was killed, and the next."""
+        daemon = self.start()
+        self.connect().call('org.pinbroker.Hello')
+        self.expect_end(daemon, -signal.SIGKILL, signal.SIGKILL)
+        daemon = self.start()
+        daemon.wait_for_log(self.logged('STATE_RESTORED'))
+        self.expect_end(daemon)
+        return daemon.text()
+
     @unittest.skipUnless(os.getuid() == 0, 'needs root for lease-break-time')
     def test_fields(self):
         """What an entry speaks of is set, whenever the daemon says it."""
-        text = self.exposed() + self.settled() + self.orphaned()
-        found = re.findall(r'\[MESSAGE_ID=([0-9a-f]{32}) ([^\]\n]*)\]$', text, re.M)
+        text = self.exposed() + self.settled() + self.orphaned() + self.restarted()
+        found = re.findall(r'\[MESSAGE_ID=([0-9a-f]{32}) ?([^\]\n]*)\]$', text, re.M)
         self.assertEqual({number for number, _ in found}, set(message_ids().values()), text)
         entries = self.entries()
         for number, fields in found:

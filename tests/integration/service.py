@@ -26,7 +26,7 @@ class Notification(Case):
     """What the service manager is told."""
 
     def test_ready(self):
-        manager = self.make_manager()
+        manager = self.make_manager(deaf=True)
         daemon = self.spawn([DAEMON] + self.arguments(self.path),
                             env={'NOTIFY_SOCKET': manager.address, 'WATCHDOG_USEC': None})
         message = manager.wait_for(READY)
@@ -50,7 +50,7 @@ class Notification(Case):
         self.assertEqual(daemon.wait(), 0, daemon.text())
 
     def test_watchdog(self):
-        manager = self.make_manager()
+        manager = self.make_manager(deaf=True)
         daemon = self.spawn([DAEMON] + self.arguments(self.path),
                             env={'NOTIFY_SOCKET': manager.address, 'WATCHDOG_USEC': '400000'})
         begin = time.monotonic()
@@ -70,7 +70,7 @@ class Notification(Case):
         self.expect_end(daemon)
 
         # somebody else's watchdog
-        manager = self.make_manager()
+        manager = self.make_manager(deaf=True)
         daemon = self.spawn([DAEMON] + self.arguments(self.path),
                             env={'NOTIFY_SOCKET': manager.address, 'WATCHDOG_USEC': '20000',
                                  'WATCHDOG_PID': '1'})
@@ -80,7 +80,7 @@ class Notification(Case):
 
     def test_reader_that_never_reads(self):
         """I6: nobody waits for the manager, neither the loop nor a thread that others need."""
-        manager = self.make_manager()
+        manager = self.make_manager(deaf=True)
         n = manager.fill()
         passed = self.listen()
         connection = self.connect()
@@ -109,7 +109,7 @@ class Notification(Case):
         self.assertLess(time.monotonic() - begin, 5)
 
     def test_addresses(self):
-        manager = self.make_manager('\0pinbroker-test-%d' % os.getpid())
+        manager = self.make_manager(deaf=True, address='\0pinbroker-test-%d' % os.getpid())
         daemon = self.spawn([DAEMON] + self.arguments(self.path),
                             env={'NOTIFY_SOCKET': '@' + manager.address[1:]})
         manager.wait_for(READY)
@@ -127,14 +127,14 @@ class Notification(Case):
 
     def test_new_manager(self):
         """A manager that makes its socket anew is found again."""
-        manager = self.make_manager()
+        manager = self.make_manager(deaf=True)
         daemon = self.spawn([DAEMON] + self.arguments(self.path),
                             env={'NOTIFY_SOCKET': manager.address, 'WATCHDOG_USEC': '20000'})
         manager.wait_for(READY)
         manager.close()
         os.unlink(manager.address)
         daemon.wait_for_log('Cannot reach the service manager')
-        manager = self.make_manager(manager.address)
+        manager = self.make_manager(manager.address, deaf=True)
         self.assertNotRegex(manager.wait_for(WATCHDOG), READY)
         self.expect_end(daemon)
         manager.wait_for(STOPPING)
@@ -216,7 +216,7 @@ class Activation(Case):
                 ('datagrams', [datagram.fileno()], 'Descriptor 3, .* no listening AF_UNIX'),
                 ('TCP', [tcp.fileno()], 'Descriptor 3, .* no listening AF_UNIX'),
                 ('not listening', [deaf.fileno()], 'Descriptor 3, .* no listening AF_UNIX'),
-                ('two', [one.fileno(), two.fileno()], '2 descriptors were passed')):
+                ('two', [one.fileno(), two.fileno()], 'Several descriptors were passed')):
             with self.subTest(what):
                 self.expect_refusal(self.spawn_with(fds, self.arguments()), UNAVAILABLE, message)
 

@@ -3,6 +3,7 @@
 pins, and processes of nobody.
 """
 
+import array
 import contextlib
 import ctypes
 import json
@@ -96,8 +97,8 @@ class Daemon:
         self.process.stderr.close()
 
 
-class Manager:
-    """The service manager's end of NOTIFY_SOCKET."""
+class DeafManager:
+    """The service manager's end of NOTIFY_SOCKET, read only when a test does."""
 
     def __init__(self, address):
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -134,6 +135,69 @@ class Manager:
 
     def close(self):
         self.socket.close()
+
+
+class Manager(DeafManager):
+    """A service manager with a file descriptor store, like systemd's: descriptors by name; it is told to keep
+    and to remove, and lets go of barriers.
+    """
+
+    def __init__(self, address):
+        super().__init__(address)
+        self.kept, self.messages = {}, []
+        self.changed = threading.Condition()
+        self.socket.settimeout(None)
+        self.thread = threading.Thread(target=self.run, daemon=True)
+        self.thread.start()
+
+    def run(self):
+        while True:
+            data, control, _, _ = self.socket.recvmsg(4096, 256, socket.MSG_CMSG_CLOEXEC)
+            fds = array.array('i')
+            for level, kind, value in control:
+                if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                    fds.frombytes(value)
+            fields = dict(line.split('=', 1) for line in data.decode().splitlines())
+            with self.changed:
+                if 'END' in fields:
+                    return
+                self.apply(fields, fds)
+                self.messages.append(data)
+                self.changed.notify_all()
+
+    def apply(self, fields, fds):
+        name = fields.get('FDNAME')
+        if 'FDSTORE' in fields:
+            assert fields['FDPOLL'] == '0' and name not in self.kept and len(fds) == 1, fields
+            self.kept[name] = fds.pop()
+        elif 'FDSTOREREMOVE' in fields and name in self.kept:
+            os.close(self.kept.pop(name))
+        for fd in fds:
+            os.close(fd)
+
+    def catch_up(self):
+        """What was said by now has been heard, as systemd sees to before it looks who has ended."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as s:
+            mark = b'MARK=%d' % time.monotonic_ns()
+            s.sendto(mark, self.address)
+        self.wait_until(lambda: mark in self.messages)
+
+    def wait_until(self, condition):
+        with self.changed:
+            if not self.changed.wait_for(condition, WAIT):
+                raise AssertionError(f'{self.kept}')
+
+    def receive(self):
+        self.wait_until(lambda: self.messages)
+        return self.messages.pop(0)
+
+    def close(self):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as s:
+            s.sendto(b'END=1', self.address)
+        self.thread.join()
+        for fd in self.kept.values():
+            os.close(fd)
+        super().close()
 
 
 def open_file(connection, file):
@@ -245,8 +309,9 @@ class Case(unittest.TestCase):
         return ['--bus', self.address, '--config', config or self.config,
                 *(['--socket', path] if path else [])]
 
-    def make_manager(self, address=None):
-        manager = Manager(address or os.path.join(self.dir, f'notify-{time.monotonic_ns()}'))
+    def make_manager(self, address=None, deaf=False):
+        kind = DeafManager if deaf else Manager
+        manager = kind(address or os.path.join(self.dir, f'notify-{time.monotonic_ns()}'))
         self.addCleanup(manager.close)
         return manager
 

@@ -11,6 +11,7 @@ import signal
 import struct
 import subprocess
 import tempfile
+import time
 import unittest
 
 import case
@@ -307,16 +308,74 @@ class Ladder(Case):
         self.assertEqual(holder.expect('revoked')['reason'], 'umount soon')
 
 
-class Crash(unittest.TestCase):
-    def test_restart(self):
-        """It is started again, and the socket meanwhile keeps who comes."""
-        output('systemctl', 'start', SERVICE)
+class Restart(Case):
+    """The daemon's end is nobody else's."""
+
+    def setUp(self):
+        super().setUp()
+        self.path = self.make_file()
+        self.holder = self.hold(self.path)
+        self.before = daemon_pid()
+        self.pins = output('pinbrokerctl', '--json=short', 'list', 'pins')
+
+    def tearDown(self):
+        self.assertEqual(show(SERVICE, 'ActiveState'), 'active')
+
+    def expect_going_on(self, result=None):
+        """What was pinned is, and whoever wants it waits for the holder, who is told."""
+        restored = journal(MESSAGES['STATE_RESTORED'], _PID=daemon_pid())
+        self.assertRegex(restored['MESSAGE'], '^Took up 1 pins of 1 files .* 0 objects were lost')
+        self.assertNotEqual(daemon_pid(), self.before)
+        if not result:
+            self.assertEqual(output('pinbrokerctl', '--json=short', 'list', 'pins'), self.pins)
+            self.assertEqual(len(leases(self.path)), 1)
+            _, result = self.truncate(self.path)
+        self.assertEqual(self.holder.expect('revoked')['path'], self.path)
+        self.holder.expect_release()
+        self.expect_truncated(self.path, result)
+
+    def wait_for_restart(self):
+        """Until it is another process, that serves."""
+        end = time.monotonic() + TIMEOUT
+        while (daemon_pid() in (0, self.before) or
+               show(SERVICE, 'SubState') != 'running'):  # systemctl cannot wait for that
+            self.assertLess(time.monotonic(), end)
+
+    def test_systemctl_restart(self):
+        output('systemctl', 'restart', SERVICE)
+        self.expect_going_on()
+
+    def test_killed(self):
+        output('systemctl', 'kill', '--signal=KILL', '--kill-whom=main', SERVICE)
+        self.wait_for_restart()
+        self.expect_going_on()
+
+    def test_killed_under_a_break(self):
+        """Somebody began to wait while nobody was there."""
+        output('systemctl', 'kill', '--signal=STOP', '--kill-whom=main', SERVICE)
+        _, result = self.truncate(self.path)
+        self.assertFalse(is_readable(result, 1))
+        output('systemctl', 'kill', '--signal=KILL', '--kill-whom=main', SERVICE)
+        self.wait_for_restart()
+        self.expect_going_on(result)
+
+    def test_watchdog(self):
+        """One that hangs is ended by the manager, long before the kernel's patience is."""
+        output('systemctl', 'kill', '--signal=STOP', '--kill-whom=main', SERVICE)
+        _, result = self.truncate(self.path)
+        self.wait_for_restart()
+        output('journalctl', '--boot', '--grep', 'Watchdog timeout', '-u', SERVICE)
+        self.expect_going_on(result)
+
+    def test_socket_meanwhile(self):
+        """It keeps who comes while nobody is there."""
         output('systemctl', 'kill', '--signal=KILL', '--kill-whom=main', SERVICE)
         connection = Connection(ADDRESS)
         self.addCleanup(connection.close)
         connection.socket.settimeout(TIMEOUT)
         self.assertEqual(connection.call('org.varlink.service.GetInfo')['product'], 'pinbrokerd')
-        self.assertEqual((show(SERVICE, 'ActiveState'), show(SERVICE, 'NRestarts')), ('active', '1'))
+        self.wait_for_restart()
+        self.expect_going_on()
 
 
 if __name__ == '__main__':

@@ -1,0 +1,585 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#define HASH_NONFATAL_OOM 1
+#define HASH_FUNCTION     HASH_OAT /* HASH_JEN falls through cases, which clang warns of */
+#include "restore.h"
+
+#include <fcntl.h>
+#include <inttypes.h>
+#include <limits.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <sys/sysmacros.h>
+#include <uthash.h>
+
+#include "access.h"
+#include "admin.h"
+#include "broker.h"
+#include "label.h"
+#include "log.h"
+#include "macro.h"
+#include "state-record.h"
+#include "state.h"
+
+/* How long holders without pins are waited for. */
+#define RESUME_USEC (60 * USEC_PER_SEC)
+
+/* The last line about an object: its identifier and 0, or, of a use, those of client and file. */
+struct entry {
+	uint64_t key[2];
+	char *line;
+	UT_hash_handle hh;
+};
+
+struct restorer {
+	struct broker *broker;
+	struct entry *entries; /* owned, in the order in which they were made */
+	uint64_t since_usec;   /* nobody has looked at the leases since */
+	struct kept_descriptor *kept;
+	size_t n_kept;
+	unsigned n_lost; /* objects that could not be taken up */
+	struct label *label; /* the last one */
+};
+
+/* ---- Reading ---- */
+
+static struct entry *find_entry(struct restorer *r, const uint64_t key[static 2])
+{
+	struct entry *e;
+
+	HASH_FIND(hh, r->entries, key, sizeof(e->key), e);
+	return e;
+}
+
+static int add_entry(struct restorer *r, const uint64_t key[static 2], char *line)
+{
+	struct entry *e = find_entry(r, key);
+
+	if (e) {
+		e->line = line;
+		return 0;
+	}
+	e = calloc(1, sizeof(*e));
+	if (!e)
+		return -ENOMEM;
+	memcpy(e->key, key, sizeof(e->key));
+	e->line = line;
+	HASH_ADD(hh, r->entries, key, sizeof(e->key), e);
+	if (!e->hh.tbl) { /* how uthash tells of missing memory */
+		free(e);
+		return -ENOMEM;
+	}
+	return 0;
+}
+
+static void remove_entry(struct restorer *r, const uint64_t key[static 2])
+{
+	struct entry *e = find_entry(r, key);
+
+	if (e) {
+		HASH_DEL(r->entries, e);
+		free(e);
+	}
+}
+
+static int read_line(struct restorer *r, char *line)
+{
+	uint64_t key[2] = {};
+
+	if (sscanf(line, "gone id=%" SCNu64, &key[0]) == 1 ||
+	    sscanf(line, "unuse client=%" SCNu64 " file=%" SCNu64, &key[0], &key[1]) == 2) {
+		remove_entry(r, key);
+		return 0;
+	}
+	if (sscanf(line, "%*[a-z] id=%" SCNu64, &key[0]) == 1 ||
+	    sscanf(line, "use client=%" SCNu64 " file=%" SCNu64, &key[0], &key[1]) == 2)
+		return add_entry(r, key, line);
+	return 0;
+}
+
+/* What follows the last newline was cut off by the end of its writer. */
+static int read_lines(struct restorer *r, char *text)
+{
+	char *line = text, *end = strchr(text, '\n');
+	int error = 0;
+
+	if (!end || (size_t)(end - line) != strlen(STATE_HEADER) ||
+	    strncmp(line, STATE_HEADER, strlen(STATE_HEADER)) != 0)
+		return -EPROTONOSUPPORT;
+	for (line = end + 1; error >= 0 && (end = strchr(line, '\n')); line = end + 1) {
+		*end = 0;
+		error = read_line(r, line);
+	}
+	return error;
+}
+
+/* The file's time is of when its writer was last seen awake. */
+static uint64_t written_usec(const struct stat *st)
+{
+	struct timespec now;
+	int64_t age;
+
+	clock_gettime(CLOCK_REALTIME, &now);
+	age = (now.tv_sec - st->st_mtim.tv_sec) * (int64_t)USEC_PER_SEC +
+	      (now.tv_nsec - st->st_mtim.tv_nsec) / 1000;
+	return age > 0 && (uint64_t)age < now_usec() ? now_usec() - (uint64_t)age : now_usec();
+}
+
+static int read_file(struct restorer *r, const char *path, char **ret)
+{
+	_cleanup_(close_fdp) int fd = open(path, O_RDONLY | O_CLOEXEC | O_NOFOLLOW);
+	_cleanup_(freep) char *text = NULL;
+	struct stat st;
+	size_t n = 0;
+
+	if (fd < 0 || fstat(fd, &st) < 0)
+		return -errno;
+	r->since_usec = written_usec(&st);
+	text = malloc((size_t)st.st_size + 1);
+	if (!text)
+		return -ENOMEM;
+	while (n < (size_t)st.st_size) {
+		ssize_t k = read(fd, text + n, (size_t)st.st_size - n);
+
+		if (k < 0)
+			return -errno;
+		if (k == 0)
+			break;
+		n += (size_t)k;
+	}
+	text[n] = 0;
+	*ret = TAKE_PTR(text);
+	return 0;
+}
+
+/* ---- Building ---- */
+
+static int compare_kept(const void *a, const void *b)
+{
+	const struct kept_descriptor *ka = a, *kb = b;
+
+	if (ka->kind != kb->kind)
+		return ka->kind < kb->kind ? -1 : 1;
+	return ka->id < kb->id ? -1 : ka->id > kb->id;
+}
+
+static void sort_kept(struct restorer *r)
+{
+	for (size_t i = 0; i < r->n_kept; i++)
+		if (!store_parse_name(r->kept[i].name, &r->kept[i].kind, &r->kept[i].id))
+			r->kept[i].kind = 0;
+	if (r->n_kept > 0)
+		qsort(r->kept, r->n_kept, sizeof(*r->kept), compare_kept);
+}
+
+static int take_kept(struct restorer *r, char kind, uint64_t id)
+{
+	const struct kept_descriptor key = { .kind = kind, .id = id };
+	struct kept_descriptor *kept =
+		r->n_kept > 0 ? bsearch(&key, r->kept, r->n_kept, sizeof(key), compare_kept) : NULL;
+
+	return kept ? TAKE_FD(kept->fd) : -1;
+}
+
+static int read_enumeration(const struct record *record, const char *key,
+			    const struct enumeration *enumeration, bool *bad)
+{
+	const char *name = record_string(record, key);
+	int value = name ? enumeration_value(enumeration, name) : -1;
+
+	if (value < 0)
+		*bad = true;
+	return value < 0 ? 0 : value;
+}
+
+static int copy_string(const struct record *record, const char *key, char **ret)
+{
+	const char *value = record_string(record, key);
+
+	*ret = value ? strdup(value) : NULL;
+	return value && !*ret ? -ENOMEM : 0;
+}
+
+/* Into an array of char: empty if it is not there. */
+#define COPY(array, record, key) copy_array(array, sizeof(array), record, key)
+
+static void copy_array(char *array, size_t size, const struct record *record, const char *key)
+{
+	const char *value = record_string(record, key);
+
+	snprintf(array, size, "%s", value ? value : "");
+}
+
+static int read_groups(const struct record *record, struct process *process)
+{
+	const char *p = record_string(record, "groups");
+	size_t n = 1;
+
+	if (!p || !*p)
+		return 0;
+	for (const char *q = p; *q; q++)
+		n += *q == ',';
+	process->groups = calloc(n, sizeof(gid_t));
+	if (!process->groups)
+		return -ENOMEM;
+	while (process->n_groups < n) {
+		char *end;
+
+		process->groups[process->n_groups++] = (gid_t)strtoul(p, &end, 10);
+		if (end == p || (*end && *end != ','))
+			return -EBADMSG;
+		p = end + 1;
+	}
+	return 0;
+}
+
+static int read_process(const struct record *record, struct process *process)
+{
+	bool bad = false;
+	int error;
+
+	*process = (struct process){
+		.pidfd = -1,
+		.pid = (pid_t)record_unsigned(record, "pid", 0, &bad),
+		.uid = (uid_t)record_unsigned(record, "uid", 0, &bad),
+		.gid = (gid_t)record_unsigned(record, "gid", 0, &bad),
+		.start_time = record_unsigned(record, "start", 0, &bad),
+	};
+	COPY(process->comm, record, "comm");
+	error = bad || process->pid <= 0 ? -EBADMSG : read_groups(record, process);
+	if (error >= 0)
+		error = copy_string(record, "unit", &process->unit);
+	return error < 0 ? error : process_reopen(process);
+}
+
+static int restore_client(struct restorer *r, uint64_t id, const struct record *record)
+{
+	const char *token = record_string(record, "token");
+	struct client *client;
+	struct process process;
+	struct refusal refusal;
+	struct user *user;
+	int error;
+
+	if (!token || strlen(token) != CLIENT_TOKEN_SIZE - 1)
+		return -EBADMSG;
+	error = read_process(record, &process);
+	if (error >= 0)
+		error = user_get(r->broker->users, process.uid, &user);
+	if (error < 0) {
+		process_clear(&process);
+		return error;
+	}
+	ids_give(&r->broker->ids, id);
+	error = client_new(r->broker, user, &process, &client, &refusal);
+	user_unref(user);
+	if (error != 0) {
+		process_clear(&process);
+		return error;
+	}
+	memcpy(client->token, token, CLIENT_TOKEN_SIZE);
+	error = copy_string(record, "name", &client->name);
+	return error < 0 ? error : copy_string(record, "bus-name", &client->bus_name);
+}
+
+static int restore_file(struct restorer *r, uint64_t id, const struct record *record)
+{
+	_cleanup_(close_fdp) int fd = take_kept(r, STORE_FILE, id);
+	const char *path = record_string(record, "path");
+	bool bad = !path;
+	struct lease lease = { .fd = -1 };
+	struct probe probe = {
+		.device = record_unsigned(record, "device", 0, &bad),
+		.inode = record_unsigned(record, "inode", 0, &bad),
+		.size = record_unsigned(record, "size", 0, &bad),
+		.path = (char *)path,
+		.backing.numa_node = (int)record_signed(record, "node", -1, &bad),
+	};
+	struct file *file;
+	struct stat st;
+	int error;
+
+	probe.backing.kind = (enum backing_kind)read_enumeration(record, "backing",
+								 &enumeration_backing_kind, &bad);
+	COPY(probe.backing.device, record, "block-device");
+	COPY(probe.backing.nvdimm_namespace, record, "namespace");
+	COPY(probe.backing.region, record, "region");
+	COPY(probe.file_system, record, "file-system");
+	lease.access = (enum access)read_enumeration(record, "access", &enumeration_access, &bad);
+	lease.state = (enum lease_state)read_enumeration(record, "lease", &enumeration_lease_state,
+							 &bad);
+	lease.settled_usec = record_unsigned(record, "settled", r->since_usec, &bad);
+	lease.broken_usec = record_unsigned(record, "broken", r->since_usec, &bad);
+	if (bad)
+		return -EBADMSG;
+	if (fd < 0)
+		return -EBADF; /* one that was being opened, or that found no room in the store */
+	if (fstat(fd, &st) < 0)
+		return -errno;
+	if (st.st_dev != probe.device || st.st_ino != probe.inode)
+		return -ESTALE;
+	ids_give(&r->broker->ids, id);
+	error = file_new(r->broker, &probe, &file);
+	if (error < 0)
+		return error;
+	lease.fd = TAKE_FD(fd);
+	store_kept(&r->broker->store, STORE_FILE, id);
+	file_resume(file, &lease);
+	return 0;
+}
+
+static int restore_use(struct restorer *r, const struct entry *e, const struct record *record)
+{
+	struct client *client = broker_find_client(r->broker, e->key[0]);
+	struct file *file = broker_find_file(r->broker, e->key[1]);
+	struct refusal refusal;
+	bool bad = false, writable = record_unsigned(record, "writable", 0, &bad);
+	int access = read_enumeration(record, "access", &enumeration_access, &bad);
+	struct use *use;
+
+	if (bad)
+		return -EBADMSG;
+	if (!client || !file)
+		return -ENOENT;
+	return client_add_use(client, file, (enum access)access, writable, &use, &refusal);
+}
+
+/* From the store, or else from the client; -1: it is lost. */
+static int find_context(struct restorer *r, uint64_t id, const struct client *client,
+			const struct context_ops *ops, int64_t remote)
+{
+	int fd = take_kept(r, STORE_CONTEXT, id);
+
+	if (fd < 0 && ops && remote >= 0 && remote <= INT_MAX)
+		(void)context_fetch(client, (int)remote, ops, &fd);
+	return fd;
+}
+
+/* The configuration may be another by now; what cannot be asked any more is as it was. */
+static void describe(struct restorer *r, const struct context_ops *ops, int fd,
+		     struct context_description *description)
+{
+	struct context_description fresh = { .proof = PROOF_CLAIMED };
+
+	if (ops->describe && ops->describe(fd, &r->broker->config, &fresh) >= 0)
+		*description = fresh;
+	description->number = context_device_number(fd);
+}
+
+/* One whose descriptor is lost is still what pins are on, but nothing can be done through it. */
+static int restore_context(struct restorer *r, uint64_t id, const struct record *record)
+{
+	const char *kind = record_string(record, "kind");
+	const struct context_ops *ops = kind ? context_find_kind(kind) : NULL;
+	struct context_description description = {};
+	struct context *context;
+	struct refusal refusal;
+	bool bad = false;
+	struct client *client =
+		broker_find_client(r->broker, record_unsigned(record, "client", 0, &bad));
+	bool closed = record_unsigned(record, "closed", 0, &bad);
+	int64_t remote = record_signed(record, "remote", -1, &bad);
+	int error, fd;
+
+	description.forcible = record_unsigned(record, "forcible", 0, &bad);
+	description.proof = (enum proof)read_enumeration(record, "proof", &enumeration_proof, &bad);
+	COPY(description.device, record, "device");
+	if (bad)
+		return -EBADMSG;
+	if (!client)
+		return -ENOENT;
+	fd = closed ? -1 : find_context(r, id, client, ops, remote);
+	if (fd < 0 && !closed)
+		log_warning("Context %" PRIu64 " was not kept: nothing can be done through it.", id);
+	if (fd < 0 || !ops) {
+		ops = &context_opaque;
+		description.forcible = false;
+		description.proof = PROOF_CLAIMED;
+	}
+	if (fd >= 0)
+		describe(r, ops, fd, &description);
+	ids_give(&r->broker->ids, id);
+	error = context_new(client, ops, &description, fd, record_string(record, "label"), &context,
+			    &refusal);
+	if (error != 0) {
+		safe_close(fd);
+		return error;
+	}
+	context->remote = (int)remote;
+	context->stored = fd >= 0 && remote < 0;
+	if (context->stored)
+		store_kept(&r->broker->store, STORE_CONTEXT, id);
+	return 0;
+}
+
+/* The pins of a call share their label, and stand one after the other. */
+static int set_label(struct restorer *r, const char *text)
+{
+	const char *last = label_text(r->label);
+
+	if (text && last && strcmp(text, last) == 0)
+		return 0;
+	label_unref(r->label);
+	r->label = text ? label_new(text) : NULL;
+	return text && !r->label ? -ENOMEM : 0;
+}
+
+static int restore_pin(struct restorer *r, uint64_t id, const struct record *record)
+{
+	bool bad = false, over = record_string(record, "over");
+	struct context *context =
+		broker_find_context(r->broker, record_unsigned(record, "context", 0, &bad));
+	struct file *file = broker_find_file(r->broker, record_unsigned(record, "file", 0, &bad));
+	struct use *use = context && file ? client_find_use(context->client, file) : NULL;
+	int access = read_enumeration(record, "access", &enumeration_access, &bad);
+	struct pin_past past = {
+		.offset = record_unsigned(record, "offset", 0, &bad),
+		.length = record_unsigned(record, "length", 0, &bad),
+		.on_demand = record_unsigned(record, "on-demand", 0, &bad),
+		.over = over,
+		.revocation = record_unsigned(record, "over", 0, &bad),
+		.handle = record_signed(record, "handle", INT_NULL, &bad),
+		.identity = {
+			.address = record_unsigned(record, "address", 0, &bad),
+			.length = record_unsigned(record, "registered", 0, &bad),
+			.key = record_unsigned(record, "key", 0, &bad),
+		},
+	};
+	int error;
+
+	past.access = (enum access)access;
+	if (!over)
+		past.state = (enum pin_state)read_enumeration(record, "state", &enumeration_pin_state,
+							      &bad);
+	if (bad || past.length == 0 || past.offset > INT64_MAX ||
+	    past.length > INT64_MAX - past.offset)
+		return -EBADMSG;
+	if (!context || (!over && !use))
+		return -ENOENT;
+	error = set_label(r, record_string(record, "label"));
+	if (error < 0)
+		return error;
+	ids_give(&r->broker->ids, id);
+	return pin_resume(context, over ? NULL : use, &past, r->label);
+}
+
+static const struct {
+	const char *kind;
+	int (*restore)(struct restorer *r, uint64_t id, const struct record *record);
+} builders[] = {
+	{ "client", restore_client }, { "file", restore_file }, { "use", NULL },
+	{ "context", restore_context }, { "pin", restore_pin },
+};
+
+static void build_one(struct restorer *r, size_t builder, struct entry *e)
+{
+	const char *kind = builders[builder].kind;
+	size_t n = strlen(kind);
+	struct record record;
+	int error;
+
+	if (strncmp(e->line, kind, n) != 0 || e->line[n] != ' ')
+		return;
+	error = record_parse(e->line, &record);
+	if (error >= 0)
+		error = builders[builder].restore
+				? builders[builder].restore(r, e->key[0], &record)
+				: restore_use(r, e, &record);
+	ids_give(&r->broker->ids, 0);
+	if (error == 0)
+		return;
+	r->n_lost++;
+	log_errno(LOG_ERR, error < 0 ? error : -EDQUOT, "Cannot take up %s %" PRIu64 " again", kind,
+		  e->key[0]);
+}
+
+static void build(struct restorer *r)
+{
+	struct entry *e, *next;
+
+	users_enforce(r->broker->users, false);
+	for (size_t i = 0; i < ELEMENTS(builders); i++)
+		for (e = r->entries; e; e = next) {
+			next = e->hh.next;
+			build_one(r, i, e);
+		}
+	users_enforce(r->broker->users, true);
+	label_unref(r->label);
+}
+
+/* ---- */
+
+static void drop_rest(struct restorer *r)
+{
+	for (size_t i = 0; i < r->n_kept; i++) {
+		if (r->kept[i].fd < 0)
+			continue;
+		store_drop_name(&r->broker->store, r->kept[i].name);
+		offload_close(r->broker->offload, NULL, TAKE_FD(r->kept[i].fd));
+	}
+}
+
+/* Nobody will be told again that it went. */
+static bool device_exists(dev_t number)
+{
+	char path[64];
+
+	snprintf(path, sizeof(path), "/sys/dev/char/%u:%u", major(number), minor(number));
+	return access(path, F_OK) >= 0 || errno != ENOENT;
+}
+
+static void go_on(struct restorer *r)
+{
+	struct broker *broker = r->broker;
+	struct context *context;
+	struct file *file;
+	uint64_t after = 0;
+
+	broker->resume_usec = now_usec() + RESUME_USEC;
+	while ((context = broker_next_context(broker, after))) {
+		dev_t number = context->description.number;
+
+		after = context->id;
+		if (number != 0 && !device_exists(number))
+			admin_remove_device(broker, number);
+		context_check(context);
+	}
+	for (after = 0; (file = broker_next_file(broker, after));) {
+		after = file->id;
+		if (file->n_uses == 0)
+			file_collect(file);
+		else
+			file_go_on(file);
+	}
+	log_event(r->n_lost > 0 ? LOG_ERR : LOG_NOTICE, MESSAGE_STATE_RESTORED, NULL,
+		  "Took up %u pins of %u files by %u clients from the run before, %.3f s after it was "
+		  "last awake; %u objects were lost.",
+		  broker->n_pins, broker->n_files, broker->n_clients,
+		  (double)(now_usec() - r->since_usec) / 1e6, r->n_lost);
+}
+
+void restore(struct broker *broker, const char *path, struct kept_descriptor *kept, size_t n_kept)
+{
+	struct restorer r = { .broker = broker, .kept = kept, .n_kept = n_kept };
+	_cleanup_(freep) char *text = NULL;
+	struct entry *e, *next;
+	int error;
+
+	sort_kept(&r);
+	error = read_file(&r, path, &text);
+	if (error >= 0)
+		error = read_lines(&r, text);
+	if (error >= 0 && r.entries) {
+		build(&r);
+		go_on(&r);
+	} else if (error < 0 && (error != -ENOENT || n_kept > 0)) {
+		log_errno(LOG_ERR, error, "Cannot read %s, beginning anew with %zu descriptors lost",
+			  path, n_kept);
+	}
+	drop_rest(&r);
+	for (e = r.entries; e; e = next) {
+		next = e->hh.next;
+		HASH_DEL(r.entries, e);
+		free(e);
+	}
+}

@@ -1,0 +1,454 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#include "state.h"
+
+#include <fcntl.h>
+#include <limits.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/stat.h>
+
+#include "broker.h"
+#include "label.h"
+#include "log.h"
+#include "macro.h"
+#include "state-record.h"
+
+#define OBJECTS_PER_TURN 512
+/* It is written anew when it has grown to this, and to so many times what it was then. */
+#define REWRITE_MIN   (1024U * 1024U)
+#define REWRITE_TIMES 4U
+
+struct log_file {
+	int fd; /* owned; -1: none */
+	uint64_t n;
+};
+
+struct state {
+	struct broker *broker;
+	char *path, *new_path;      /* owned */
+	struct record_buffer buffer; /* not yet written */
+	struct log_file log;         /* what counts; may be behind: `failed` */
+	struct log_file next;        /* being written anew, in its place soon */
+	uint64_t n_first;            /* what the log was when it had just been written */
+	uint64_t after;              /* rewriting: has come to this object */
+	sd_event_source *rewrite, *post;
+	bool failed; /* to be written anew */
+};
+
+static const char *access_name(enum access access)
+{
+	return enumeration_name(&enumeration_access, (int)access);
+}
+
+static void write_groups(struct record_buffer *b, const struct process *process)
+{
+	size_t size = process->n_groups * 12 + 1;
+	char *text = malloc(size), *p = text;
+
+	if (!text) {
+		b->failed = true;
+		return;
+	}
+	*p = 0;
+	for (size_t i = 0; i < process->n_groups; i++)
+		p += snprintf(p, size - (size_t)(p - text), "%s%u", i > 0 ? "," : "",
+			      process->groups[i]);
+	record_put_string(b, "groups", text);
+	free(text);
+}
+
+static void write_client(struct record_buffer *b, const struct client *client)
+{
+	const struct process *process = &client->process;
+
+	record_begin(b, "client");
+	record_put(b, "id", client->id);
+	record_put(b, "pid", (uint64_t)process->pid);
+	record_put(b, "start", process->start_time);
+	record_put(b, "uid", process->uid);
+	record_put(b, "gid", process->gid);
+	write_groups(b, process);
+	record_put_string(b, "token", client->token);
+	record_put_string(b, "comm", process->comm);
+	record_put_string(b, "unit", process->unit);
+	record_put_string(b, "name", client->name);
+	record_put_string(b, "bus-name", client->bus_name);
+	record_end(b);
+}
+
+static void put_if_any(struct record_buffer *b, const char *key, const char *value)
+{
+	if (value[0])
+		record_put_string(b, key, value);
+}
+
+static void write_backing(struct record_buffer *b, const struct backing *backing)
+{
+	record_put_string(b, "backing", enumeration_name(&enumeration_backing_kind, (int)backing->kind));
+	put_if_any(b, "block-device", backing->device);
+	put_if_any(b, "namespace", backing->nvdimm_namespace);
+	put_if_any(b, "region", backing->region);
+	if (backing->numa_node >= 0)
+		record_put(b, "node", (uint64_t)backing->numa_node);
+}
+
+static void write_file(struct record_buffer *b, const struct file *file)
+{
+	const struct lease *lease = &file->lease;
+
+	record_begin(b, "file");
+	record_put(b, "id", file->id);
+	record_put(b, "device", file->key.device);
+	record_put(b, "inode", file->key.inode);
+	record_put_string(b, "access", access_name(lease->access));
+	record_put_string(b, "lease", enumeration_name(&enumeration_lease_state, (int)lease->state));
+	if (lease->state == LEASE_SETTLING)
+		record_put(b, "settled", lease->settled_usec);
+	if (lease->state == LEASE_BREAKING)
+		record_put(b, "broken", lease->broken_usec);
+	record_put_string(b, "file-system", file->file_system);
+	write_backing(b, &file->backing);
+	if (file->backing.kind == BACKING_DEVICE_DAX)
+		record_put(b, "size", file->device_size);
+	record_put_string(b, "path", file->path);
+	record_end(b);
+}
+
+static void write_use(struct record_buffer *b, const struct use *use)
+{
+	record_begin(b, "use");
+	record_put(b, "client", use->client->id);
+	record_put(b, "file", use->file_id);
+	record_put_string(b, "access", access_name(use->access));
+	record_put(b, "writable", use->writable);
+	record_end(b);
+}
+
+static void write_context(struct record_buffer *b, const struct context *context)
+{
+	record_begin(b, "context");
+	record_put(b, "id", context->id);
+	record_put(b, "client", context->client->id);
+	record_put_string(b, "kind", context->ops->kind);
+	put_if_any(b, "device", context->description.device);
+	record_put(b, "forcible", context->description.forcible);
+	record_put_string(b, "proof",
+			  enumeration_name(&enumeration_proof, (int)context->description.proof));
+	record_put(b, "closed", context->fd < 0);
+	if (context->remote >= 0)
+		record_put(b, "remote", (uint64_t)context->remote);
+	record_put_string(b, "label", context->label);
+	record_end(b);
+}
+
+static void write_pin(struct record_buffer *b, const struct pin *pin)
+{
+	record_begin(b, "pin");
+	record_put(b, "id", pin->id);
+	record_put(b, "context", pin->context->id);
+	record_put(b, "offset", pin->offset);
+	record_put(b, "length", pin->length);
+	record_put_string(b, "access", access_name(pin->access));
+	if (pin->on_demand)
+		record_put(b, "on-demand", true);
+	if (pin->over) {
+		record_put(b, "over", pin->revocation);
+	} else {
+		record_put(b, "file", pin->use->file->id);
+		record_put_string(b, "state",
+				  enumeration_name(&enumeration_pin_state, (int)pin->state));
+	}
+	if (pin->handle != INT_NULL) {
+		record_put_signed(b, "handle", pin->handle);
+		record_put(b, "address", pin->identity.address);
+		record_put(b, "registered", pin->identity.length);
+		record_put(b, "key", pin->identity.key);
+	}
+	record_put_string(b, "label", label_text(pin->label));
+	record_end(b);
+}
+
+/* ---- The file ---- */
+
+static int write_all(struct log_file *file, const char *data, size_t n)
+{
+	while (n > 0) {
+		ssize_t k = write(file->fd, data, n);
+
+		if (k < 0)
+			return -errno;
+		data += k;
+		n -= (size_t)k;
+		file->n += (uint64_t)k;
+	}
+	return 0;
+}
+
+static void give_up(struct state *state, int error)
+{
+	if (!state->failed)
+		log_errno(LOG_ERR, error,
+			  "Cannot write %s: what is pinned would not outlive a crash of this process",
+			  state->path);
+	state->failed = true;
+	state->next.fd = safe_close(state->next.fd);
+	(void)sd_event_source_set_enabled(state->rewrite, SD_EVENT_OFF);
+}
+
+static void flush(struct state *state)
+{
+	struct record_buffer *b = &state->buffer;
+	int r = b->failed ? -ENOMEM : 0;
+
+	if (b->n == 0 && r == 0)
+		return;
+	if (r == 0 && !state->failed)
+		r = write_all(&state->log, b->data, b->n);
+	if (r == 0 && state->next.fd >= 0)
+		r = write_all(&state->next, b->data, b->n);
+	b->n = 0;
+	b->failed = false;
+	if (r < 0)
+		give_up(state, r);
+}
+
+static int begin_rewrite(struct state *state)
+{
+	static const char header[] = STATE_HEADER "\n";
+
+	state->after = 0;
+	state->next = (struct log_file){
+		.fd = open(state->new_path, O_WRONLY | O_CREAT | O_TRUNC | O_APPEND | O_CLOEXEC |
+						    O_NOFOLLOW, 0600),
+	};
+	return state->next.fd < 0 ? -errno : write_all(&state->next, header, strlen(header));
+}
+
+static int end_rewrite(struct state *state)
+{
+	if (rename(state->new_path, state->path) < 0)
+		return -errno;
+	safe_close(state->log.fd);
+	state->log = state->next;
+	state->next = (struct log_file){ .fd = -1 };
+	state->n_first = state->log.n;
+	if (state->failed)
+		log_notice("%s is written again.", state->path);
+	state->failed = false;
+	return 0;
+}
+
+static uint64_t least(uint64_t a, uint64_t b, uint64_t c, uint64_t d)
+{
+	uint64_t ab = a < b ? a : b, cd = c < d ? c : d;
+
+	return ab < cd ? ab : cd;
+}
+
+/* The next object, of whichever kind: identifiers are of one series. False: that was the last. */
+static bool write_next(struct state *state, struct record_buffer *b)
+{
+	struct broker *broker = state->broker;
+	struct client *client = broker_next_client(broker, state->after);
+	struct file *file = broker_next_file(broker, state->after);
+	struct context *context = broker_next_context(broker, state->after);
+	struct pin *pin = broker_next_pin(broker, state->after);
+	uint64_t id = least(client ? client->id : UINT64_MAX, file ? file->id : UINT64_MAX,
+			    context ? context->id : UINT64_MAX, pin ? pin->id : UINT64_MAX);
+
+	if (id == UINT64_MAX)
+		return false;
+	if (client && client->id == id) {
+		struct use *use;
+
+		write_client(b, client);
+		LIST_FOREACH(use, &client->uses, of_client)
+			if (use->file)
+				write_use(b, use);
+	} else if (file && file->id == id) {
+		write_file(b, file);
+	} else if (context && context->id == id) {
+		write_context(b, context);
+	} else {
+		write_pin(b, pin);
+	}
+	state->after = id;
+	return true;
+}
+
+/* 1: there is more to write; 0: it is done. */
+static int rewrite_some(struct state *state, unsigned n)
+{
+	struct record_buffer b = {};
+	bool more = true;
+	int r;
+
+	while (n-- > 0 && more)
+		more = write_next(state, &b);
+	r = b.failed ? -ENOMEM : b.n > 0 ? write_all(&state->next, b.data, b.n) : 0;
+	record_buffer_clear(&b);
+	if (r >= 0 && !more)
+		r = end_rewrite(state);
+	return r < 0 ? r : more;
+}
+
+static int on_rewrite(sd_event_source *source, void *userdata)
+{
+	struct state *state = userdata;
+	int r;
+
+	/* in this order: an object that has gone must not come after the line that says so */
+	flush(state);
+	if (state->next.fd < 0)
+		return sd_event_source_set_enabled(source, SD_EVENT_OFF);
+	r = rewrite_some(state, OBJECTS_PER_TURN);
+	if (r < 0)
+		give_up(state, r);
+	return r > 0 ? 0 : sd_event_source_set_enabled(source, SD_EVENT_OFF);
+}
+
+static void start_rewrite(struct state *state)
+{
+	int r;
+
+	if (state->next.fd >= 0)
+		return;
+	flush(state);
+	r = begin_rewrite(state);
+	if (r >= 0)
+		r = sd_event_source_set_enabled(state->rewrite, SD_EVENT_ON);
+	if (r < 0)
+		give_up(state, r);
+}
+
+/* What nobody was told of is written by the end of the turn. */
+static int on_post(sd_event_source *source, void *userdata)
+{
+	struct state *state = userdata;
+
+	flush(state);
+	if (!state->failed && state->log.n > REWRITE_MIN &&
+	    state->log.n > state->n_first * REWRITE_TIMES)
+		start_rewrite(state);
+	return 0;
+}
+
+int state_new(struct broker *broker, const char *path, struct state **ret)
+{
+	struct state *state;
+	int r;
+
+	state = calloc(1, sizeof(*state));
+	if (!state)
+		return -ENOMEM;
+	state->broker = broker;
+	state->log.fd = state->next.fd = -1;
+	state->path = strdup(path);
+	r = !state->path || asprintf(&state->new_path, "%s.new", path) < 0 ? -ENOMEM : 0;
+	if (r >= 0)
+		r = sd_event_add_defer(broker->event, &state->rewrite, on_rewrite, state);
+	if (r >= 0)
+		r = sd_event_source_set_enabled(state->rewrite, SD_EVENT_OFF);
+	if (r >= 0)
+		r = sd_event_add_post(broker->event, &state->post, on_post, state);
+	if (r >= 0)
+		r = begin_rewrite(state);
+	if (r >= 0)
+		r = rewrite_some(state, UINT_MAX);
+	if (r < 0) {
+		state_free(state, false);
+		return r;
+	}
+	*ret = state;
+	return 0;
+}
+
+struct state *state_free(struct state *state, bool remove)
+{
+	if (!state)
+		return NULL;
+	flush(state);
+	if (remove)
+		(void)unlink(state->path);
+	if (state->next.fd >= 0)
+		(void)unlink(state->new_path);
+	sd_event_source_disable_unref(state->rewrite);
+	sd_event_source_disable_unref(state->post);
+	safe_close(state->log.fd);
+	safe_close(state->next.fd);
+	record_buffer_clear(&state->buffer);
+	free(state->path);
+	free(state->new_path);
+	free(state);
+	return NULL;
+}
+
+void state_client(const struct client *client)
+{
+	if (client->broker->state)
+		write_client(&client->broker->state->buffer, client);
+}
+
+void state_file(const struct file *file)
+{
+	if (file->broker->state)
+		write_file(&file->broker->state->buffer, file);
+}
+
+void state_use(const struct use *use)
+{
+	if (use->client->broker->state)
+		write_use(&use->client->broker->state->buffer, use);
+}
+
+void state_context(const struct context *context)
+{
+	if (context->client->broker->state)
+		write_context(&context->client->broker->state->buffer, context);
+}
+
+void state_pin(const struct pin *pin)
+{
+	if (pin->context->client->broker->state)
+		write_pin(&pin->context->client->broker->state->buffer, pin);
+}
+
+void state_unuse(const struct use *use)
+{
+	struct state *state = use->client->broker->state;
+
+	if (!state)
+		return;
+	record_begin(&state->buffer, "unuse");
+	record_put(&state->buffer, "client", use->client->id);
+	record_put(&state->buffer, "file", use->file_id);
+	record_end(&state->buffer);
+}
+
+void state_gone(struct broker *broker, uint64_t id)
+{
+	struct state *state = broker->state;
+
+	if (!state)
+		return;
+	record_begin(&state->buffer, "gone");
+	record_put(&state->buffer, "id", id);
+	record_end(&state->buffer);
+}
+
+void state_flush(struct broker *broker)
+{
+	if (broker->state)
+		flush(broker->state);
+}
+
+void state_touch(struct broker *broker)
+{
+	struct state *state = broker->state;
+
+	if (!state)
+		return;
+	(void)futimens(state->log.fd, NULL);
+	if (state->failed)
+		start_rewrite(state);
+}

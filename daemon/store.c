@@ -1,0 +1,150 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#include "store.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "log.h"
+#include "macro.h"
+#include "notifier.h"
+
+/* FileDescriptorStoreMax= of the unit */
+#define DESCRIPTORS_MAX 16384U
+/* The names come back in one environment string, of which the kernel takes 128 KiB; some of it is for the
+ * name of the socket, and of the variable. */
+#define NAMES_MAX (127U * 1024U)
+
+/* How long the manager may take to close something, most of the time. */
+#define BUSY_USEC (1 * USEC_PER_SEC)
+
+#define BASE      36U
+#define NAME_SIZE 16 /* a letter, 13 digits, and a NUL */
+#define REQUEST_SIZE 64
+
+static void make_name(char name[static NAME_SIZE], char kind, uint64_t id)
+{
+	char digits[NAME_SIZE], *p = digits + sizeof(digits);
+
+	*--p = 0;
+	do {
+		*--p = "0123456789abcdefghijklmnopqrstuvwxyz"[id % BASE];
+		id /= BASE;
+	} while (id > 0);
+	snprintf(name, NAME_SIZE, "%c%s", kind, p);
+}
+
+bool store_parse_name(const char *name, char *ret_kind, uint64_t *ret_id)
+{
+	char *end;
+
+	if ((name[0] != STORE_FILE && name[0] != STORE_CONTEXT) || !name[1] ||
+	    strspn(name + 1, "0123456789abcdefghijklmnopqrstuvwxyz") != strlen(name + 1))
+		return false;
+	errno = 0;
+	*ret_id = strtoull(name + 1, &end, BASE);
+	*ret_kind = name[0];
+	return errno == 0 && *ret_id > 0;
+}
+
+static void make_request(char text[static REQUEST_SIZE], const char *name)
+{
+	snprintf(text, REQUEST_SIZE, "FDSTORE=1\nFDPOLL=0\nFDNAME=%s", name);
+}
+
+static size_t maximum(void)
+{
+	const char *given = getenv("FDSTORE"); /* systemd 254 */
+	unsigned long n = given ? strtoul(given, NULL, 10) : DESCRIPTORS_MAX;
+
+	return n < DESCRIPTORS_MAX ? n : DESCRIPTORS_MAX;
+}
+
+static void count(struct store *store, const char *name)
+{
+	store->n_descriptors++;
+	store->n_bytes += strlen(name) + 1;
+}
+
+bool store_keep(struct store *store, char kind, uint64_t id, int fd)
+{
+	char name[NAME_SIZE], text[REQUEST_SIZE];
+	int r;
+
+	if (!store->notifier)
+		return false;
+	make_name(name, kind, id);
+	if (store->n_descriptors >= maximum() || store->n_bytes + sizeof(name) > NAMES_MAX) {
+		if (!store->full)
+			log_warning("The service manager's store is full with %zu descriptors: what "
+				    "else is pinned will not outlive a crash of this process.",
+				    store->n_descriptors);
+		store->full = true;
+		return false;
+	}
+	make_request(text, name);
+	r = notifier_post(store->notifier, text, fd);
+	if (r < 0) {
+		log_errno(LOG_WARNING, r, "Cannot have a descriptor kept by the service manager");
+		return false;
+	}
+	count(store, name);
+	return true;
+}
+
+void store_kept(struct store *store, char kind, uint64_t id)
+{
+	char name[NAME_SIZE];
+
+	make_name(name, kind, id);
+	count(store, name);
+}
+
+bool store_is_busy(const struct store *store)
+{
+	return store->dropped_usec != 0 && now_usec() - store->dropped_usec < BUSY_USEC;
+}
+
+void store_drop_name(struct store *store, const char *name)
+{
+	char text[320];
+	int r;
+
+	if (!store->notifier)
+		return;
+	store->dropped_usec = now_usec();
+	snprintf(text, sizeof(text), "FDSTOREREMOVE=1\nFDNAME=%s", name);
+	r = notifier_post(store->notifier, text, -1);
+	if (r < 0)
+		log_errno(LOG_ERR, r, "Cannot have %s removed from the service manager's store",
+			  name);
+}
+
+void store_drop(struct store *store, char kind, uint64_t id)
+{
+	char name[NAME_SIZE], request[REQUEST_SIZE];
+
+	make_name(name, kind, id);
+	make_request(request, name);
+	if (!notifier_cancel(store->notifier, request))
+		store_drop_name(store, name);
+	store->n_descriptors--;
+	store->n_bytes -= strlen(name) + 1;
+	store->full = false;
+}
+
+int store_barrier(struct store *store)
+{
+	int fds[2], r;
+
+	if (!store->notifier || pipe2(fds, O_CLOEXEC) < 0)
+		return -1;
+	r = notifier_post(store->notifier, "BARRIER=1", fds[1]);
+	safe_close(fds[1]);
+	if (r < 0)
+		fds[0] = safe_close(fds[0]);
+	return fds[0];
+}

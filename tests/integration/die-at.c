@@ -1,0 +1,48 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * Preloaded into the daemon: ends it, as SIGKILL does, before ($DIE_AT=N) or after ($DIE_AFTER=N) the Nth
+ * time that its loop writes anything or sends anything to anybody.
+ */
+#include <dlfcn.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+static long n_calls;
+
+static void maybe_die(const char *variable)
+{
+	const char *value = getenv(variable);
+
+	if (value && gettid() == getpid() && atol(value) == n_calls)
+		kill(getpid(), SIGKILL);
+}
+
+#define CALL(function, ...)                                                                        \
+	({                                                                                         \
+		__typeof__(&function) real = (__typeof__(&function))dlsym(RTLD_NEXT, #function);   \
+		ssize_t result;                                                                    \
+                                                                                                   \
+		if (gettid() == getpid())                                                          \
+			n_calls++;                                                                 \
+		maybe_die("DIE_AT");                                                               \
+		result = real(__VA_ARGS__);                                                        \
+		maybe_die("DIE_AFTER");                                                            \
+		result;                                                                            \
+	})
+
+__attribute__((visibility("default"))) ssize_t write(int fd, const void *data, size_t size)
+{
+	return CALL(write, fd, data, size);
+}
+
+__attribute__((visibility("default"))) ssize_t send(int fd, const void *data, size_t size, int flags)
+{
+	return CALL(send, fd, data, size, flags);
+}
+
+__attribute__((visibility("default"))) ssize_t sendmsg(int fd, const struct msghdr *message, int flags)
+{
+	return CALL(sendmsg, fd, message, flags);
+}

@@ -1,0 +1,588 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What outlives the daemon: a service manager keeps its descriptors, as systemd does, and starts it anew.
+No lease lapses, breaks that came meanwhile are found, holders go on.
+"""
+
+import contextlib
+import fcntl
+import os
+import random
+import re
+import signal
+import socket
+import sys
+import threading
+import time
+import unittest
+
+from client import PAGE, WAIT, Connection, Refused, Ring, is_readable
+from world import DAEMON, PASS_SOCKETS, READY, SIZE, Case
+
+F_GETLEASE = 1025
+RESTART = signal.SIGUSR1
+RESTORED = r'Took up (\d+) pins of (\d+) files by (\d+) clients .* (\d+) objects were lost'
+
+
+class Survivor:
+    """A client that resumes; its pins are of one file, through an eventfd, which can be kept, or an io_uring,
+    which cannot.
+    """
+
+    def __init__(self, path, file, access='write', ring=False):
+        self.path, self.data, self.access = path, file, access
+        self.fd, self.ring, self.pins = None, Ring() if ring else None, []
+        self.connection = Connection(path)
+        try:
+            self.open()
+        except BaseException:
+            self.close()
+            raise
+
+    def open(self):
+        hello = self.connection.call('org.pinbroker.Hello', {'name': 'survivor'})
+        self.client, self.token = hello['client'], hello['token']
+        fd = os.open(self.data, os.O_PATH | os.O_CLOEXEC)
+        try:
+            self.file = self.connection.call('org.pinbroker.OpenFile', {
+                'fileDescriptor': 0, 'access': self.access}, [fd])['file']
+        finally:
+            os.close(fd)
+        self.fd = self.connection.fds[0]
+        if self.ring:
+            self.context = self.connection.call('org.pinbroker.AddContext', {
+                'remoteDescriptor': self.ring.fd, 'label': 'ring'})['context']
+        else:
+            event = os.eventfd(0, os.EFD_CLOEXEC)
+            self.context = self.connection.call('org.pinbroker.AddContext', {
+                'fileDescriptor': 0, 'label': 'event'}, [event])['context']
+            os.close(event)
+
+    def pin(self, offset=0, length=PAGE, label=None):
+        pins = self.connection.call('org.pinbroker.Pin', {
+            'file': self.file, 'context': self.context, 'access': self.access, 'label': label,
+            'ranges': [{'offset': offset, 'length': length}]})['pins']
+        self.pins += pins
+        return pins[0]
+
+    def resume(self):
+        """The old connection goes only then: one who has neither pins nor connections is forgotten."""
+        old, self.connection = self.connection, Connection(self.path)
+        try:
+            return self.connection.call('org.pinbroker.Resume',
+                                        {'client': self.client, 'token': self.token})['notices']
+        finally:
+            old.close()
+
+    def watch(self):
+        watch = Connection(self.path)
+        watch.send('org.pinbroker.Watch', {'client': self.client, 'token': self.token}, more=True)
+        return watch
+
+    def unpin(self, pins=None):
+        pins = self.pins if pins is None else pins
+        return self.connection.call('org.pinbroker.Unpin', {'pins': pins})['ended']
+
+    def listed(self):
+        c = self.connection
+        return (c.list('org.pinbroker.ListPins', {'client': self.client}),
+                [{key: value for key, value in f.items() if key not in ('lease', 'settledUSec')}
+                 for f in c.list('org.pinbroker.ListFiles')],
+                c.list('org.pinbroker.ListContexts', {'client': self.client}),
+                c.list('org.pinbroker.ListClients'))
+
+    def close(self):
+        self.connection.close()
+        if self.fd is not None:
+            os.close(self.fd)
+        if self.ring:
+            os.close(self.ring.fd)
+
+
+class Restart(Case):
+    def setUp(self):
+        super().setUp()
+        self.state = self.path + '.state'
+        self.store = self.make_manager()
+        self.listener = self.listen()
+        self.daemon = None
+
+    def run_daemon(self, env=None, may_end=False):
+        """As systemd starts it: with the socket, and what is in the store."""
+        self.store.catch_up()
+        with self.store.changed:
+            kept = dict(self.store.kept)
+            self.store.messages.clear()
+        fds = [self.listener.fileno(), *kept.values()]
+        names = ':'.join(['pinbrokerd.socket', *kept])
+        argv = [sys.executable, '-ISc', PASS_SOCKETS, str(len(fds)), *map(str, fds), DAEMON]
+        self.daemon = self.spawn(argv + self.arguments(), pass_fds=fds, env={
+            'NOTIFY_SOCKET': self.store.address, 'LISTEN_FDNAMES': names, **(env or {})})
+        with self.store.changed:
+            while (not any(READY.search(m) for m in self.store.messages) and
+                   self.daemon.process.poll() is None):  # of its end the store is not told
+                self.store.changed.wait(0.05)
+        if not may_end:
+            self.assertIsNone(self.daemon.process.poll(), self.daemon.text())
+        return self.daemon
+
+    def end_daemon(self, sig=signal.SIGKILL):
+        self.daemon.kill(sig)
+        self.assertEqual(self.daemon.wait(), -sig if sig == signal.SIGKILL else 0,
+                         self.daemon.text())
+
+    def restart(self, sig=signal.SIGKILL):
+        self.end_daemon(sig)
+        return self.run_daemon()
+
+    def survivor(self, *args, **kwargs):
+        survivor = Survivor(self.path, *args, **kwargs)
+        self.addCleanup(survivor.close)
+        return survivor
+
+    def expect_restored(self, pins, files, clients, lost=0):
+        self.daemon.wait_for_log(RESTORED)
+        match = re.search(RESTORED, self.daemon.text())
+        self.assertEqual(tuple(map(int, match.groups())), (pins, files, clients, lost),
+                         self.daemon.text())
+
+    def lease(self, file):
+        with contextlib.closing(Connection(self.path)) as connection:
+            listed = connection.list('org.pinbroker.ListFiles')
+        return next(f['lease'] for f in listed if f['path'] == file)
+
+    def wait_for_lease(self, file, state):
+        end = time.monotonic() + WAIT
+        while self.lease(file) != state:  # of this no event tells
+            self.assertLess(time.monotonic(), end, self.lease(file))
+
+    def test_everything_is_there_again(self):
+        self.run_daemon()
+        survivor = self.survivor(self.file, ring=True)
+        survivor.pin(0, PAGE, 'with a label = of %41 words')
+        pin = survivor.pin(PAGE, 2 * PAGE)
+        mapping = self.register(survivor)
+        survivor.connection.call('org.pinbroker.Bind', {'pin': pin, 'handle': 0})
+        reader = self.make_file('read only')
+        other = self.survivor(reader, 'read')
+        other.pin(8 * PAGE, PAGE)
+        before, before_other = survivor.listed(), other.listed()
+        for sig in (signal.SIGKILL, RESTART, signal.SIGKILL):
+            self.restart(sig)
+            self.expect_restored(3, 2, 2)
+            self.assertEqual(survivor.resume(), [])
+            self.assertEqual(other.resume(), [])
+            self.assertEqual(survivor.listed(), before)
+            self.assertEqual(other.listed(), before_other)
+        # what is made now has a number of its own
+        self.assertGreater(survivor.pin(4 * PAGE), max(survivor.pins[:-1]))
+        # and the old rules hold
+        with self.assertRaises(Refused) as refused:
+            survivor.connection.call('org.pinbroker.CloseFile', {'file': survivor.file})
+        self.assertEqual(refused.exception.error, 'org.pinbroker.Busy')
+        del mapping
+        self.assertEqual(survivor.unpin(), [])
+        survivor.connection.call('org.pinbroker.CloseFile', {'file': survivor.file})
+        survivor.connection.call('org.pinbroker.RemoveContext', {'context': survivor.context})
+
+    def register(self, survivor):
+        """A buffer for the second pin; it is unregistered when the ring goes."""
+        import ctypes
+        import mmap
+        mapping = mmap.mmap(survivor.fd, SIZE)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
+        survivor.ring.register(address + PAGE, 2 * PAGE)
+        return mapping
+
+    def test_break_meanwhile(self):
+        """Somebody truncates while nobody is there: he waits, and the holder learns of it on his return."""
+        for access in ('write', 'read'):
+            with self.subTest(access):
+                file = self.make_file(f'data-{access}')
+                self.run_daemon()
+                survivor = self.survivor(file, access)
+                survivor.pin()
+                self.end_daemon()
+                _, result = self.truncate(file)
+                self.wait_for_break(survivor)
+                self.assertFalse(is_readable(result, 0))
+                self.run_daemon()
+                self.daemon.wait_for_log('Revocation .* started')
+                notices = survivor.resume()
+                self.assertEqual([n['pins'] for n in notices], [survivor.pins])
+                self.assertEqual(notices[0]['conflict']['cause'] in ('modify', 'truncate'), True)
+                self.assertFalse(is_readable(result, 0))
+                self.assertEqual(survivor.unpin(), [])
+                self.truncated(result)
+                self.end_daemon(signal.SIGTERM)
+
+    def wait_for_break(self, survivor):
+        """Of the breaker's waiting no event tells but to the lease's owner, who is dead."""
+        fd = next(fd for name, fd in self.store.kept.items() if name[0] == 'f')
+        end = time.monotonic() + WAIT
+        while fcntl.fcntl(fd, F_GETLEASE) != fcntl.F_UNLCK:
+            self.assertLess(time.monotonic(), end)
+
+    def test_break_afterwards(self):
+        """Leases signal the new daemon, whatever had become of them before."""
+        with open('/proc/sys/fs/lease-break-time', encoding='ascii') as f:
+            seconds = f.read()
+        self.addCleanup(self.write, '/proc/sys/fs/lease-break-time', seconds)
+        self.write('/proc/sys/fs/lease-break-time', '1')
+        for access, state in (('read', 'read'), ('write', 'settling'), ('write', 'settled')):
+            with self.subTest(state):
+                file = self.make_file(f'data-{state}')
+                self.run_daemon()
+                survivor = self.survivor(file, access)
+                survivor.pin()
+                if state != 'settling':
+                    self.wait_for_lease(file, state)
+                self.restart(RESTART)
+                self.write('/proc/sys/fs/lease-break-time', '45')
+                self.assertEqual(survivor.resume(), [])
+                if state == 'settling':
+                    self.wait_for_lease(file, 'settled')
+                watch = survivor.watch()
+                begin = time.monotonic()
+                _, result = self.truncate(file)
+                notice = watch.reply('org.pinbroker.Watch')[0]['notice']
+                # a signal told, and not the audit, which comes every 5 s
+                self.assertLess(time.monotonic() - begin, 2)
+                self.assertEqual(notice['pins'], survivor.pins)
+                survivor.unpin()
+                self.truncated(result)
+                watch.close()
+                self.end_daemon(signal.SIGTERM)
+                self.write('/proc/sys/fs/lease-break-time', '1')
+
+    def test_little_time_left(self):
+        """What has gone by of the kernel's time is not given away twice."""
+        with open('/proc/sys/fs/lease-break-time', encoding='ascii') as f:
+            self.addCleanup(self.write, '/proc/sys/fs/lease-break-time', f.read())
+        self.write('/proc/sys/fs/lease-break-time', '45')
+        self.run_daemon()
+        survivor = self.survivor(self.file)
+        survivor.pin()
+        self.end_daemon()
+        _, result = self.truncate()
+        self.wait_for_break(survivor)
+        # nobody was awake for 30 s, says the file
+        then = time.time() - 30
+        os.utime(self.state, (then, then))
+        self.run_daemon()
+        self.daemon.wait_for_log('What is left of the kernel.s lease-break-time, 1[34].\d s, is too short')
+        notices = survivor.resume()
+        self.assertLess(notices[0]['deadlineUSec'] / 1e6 - time.monotonic(), 9)
+        survivor.unpin()
+        self.truncated(result)
+
+    def test_holder_died_meanwhile(self):
+        self.run_daemon()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                Survivor(self.path, self.file).pin()
+                signal.pause()
+            finally:
+                os._exit(0)
+        self.wait_for_pins(1)
+        self.end_daemon()
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        self.assertEqual(len(self.store.kept), 2)
+        _, result = self.truncate()
+        self.run_daemon()
+        self.daemon.wait_for_log('died with 1 pins')
+        self.truncated(result)
+        self.store.wait_until(lambda: not self.store.kept)
+        self.assertEqual(self.connect().list('org.pinbroker.ListClients'), [])
+
+    def wait_for_pins(self, n):
+        end = time.monotonic() + WAIT
+        with contextlib.closing(Connection(self.path)) as connection:
+            while len(connection.list('org.pinbroker.ListPins')) != n:
+                self.assertLess(time.monotonic(), end)
+
+    def test_ended_by_force(self):
+        """A pin that was destroyed is named as such after a restart, too."""
+        self.write(self.config, '[Revocation]\nRevokeGraceSec=0\n')
+        self.run_daemon()
+        survivor = self.survivor(self.file, ring=True)
+        pin = survivor.pin(PAGE, 2 * PAGE)
+        mapping = self.register(survivor)
+        survivor.connection.call('org.pinbroker.Bind', {'pin': pin, 'handle': 0})
+        _, result = self.truncate()
+        self.truncated(result)
+        self.restart()
+        self.expect_restored(0, 1, 1)
+        survivor.resume()
+        self.assertEqual(survivor.unpin(), [pin])
+        del mapping
+
+    def test_what_is_let_go_leaves_the_store(self):
+        self.run_daemon()
+        survivor = self.survivor(self.file)
+        self.store.wait_until(lambda: sorted(name[0] for name in self.store.kept) == ['c', 'f'])
+        survivor.pin()
+        survivor.unpin()
+        survivor.connection.call('org.pinbroker.CloseFile', {'file': survivor.file})
+        self.store.wait_until(lambda: [name[0] for name in self.store.kept] == ['c'])
+        survivor.connection.call('org.pinbroker.RemoveContext', {'context': survivor.context})
+        self.store.wait_until(lambda: not self.store.kept)
+        self.restart()
+        self.expect_restored(0, 0, 1)
+        survivor.resume()
+
+        # a stop lets everything go, and leaves nothing behind
+        survivor = self.survivor(self.make_file('more'))
+        survivor.pin()
+        watch = survivor.watch()
+        self.daemon.kill(signal.SIGTERM)
+        self.assertEqual(watch.reply('org.pinbroker.Watch')[0]['notice']['conflict']['cause'],
+                         'shutdown')
+        survivor.unpin()
+        self.assertEqual(self.daemon.wait(), 0)
+        watch.close()
+        self.assertFalse(os.path.exists(self.state))
+        self.store.wait_until(lambda: not self.store.kept)
+
+    def test_lingering_context(self):
+        """The manager is not given what could keep it waiting when it closes it; the pin outlives that."""
+        self.run_daemon()
+        survivor = self.survivor(self.file)
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as lingering:
+            context = survivor.connection.call('org.pinbroker.AddContext', {'fileDescriptor': 0},
+                                               [lingering.fileno()])['context']
+            ring, survivor.context = survivor.context, context
+            survivor.pin()
+            self.assertEqual(len(self.store.kept), 2)
+            self.restart()
+            self.expect_restored(1, 1, 1)
+            self.daemon.wait_for_log(f'Context {context} was not kept')
+            survivor.resume()
+            with self.assertRaises(Refused) as refused:
+                survivor.pin()
+            self.assertEqual(refused.exception.parameters['cause'], 'closed')
+            watch = survivor.watch()
+            _, result = self.truncate()
+            self.assertEqual(watch.reply('org.pinbroker.Watch')[0]['notice']['pins'], survivor.pins)
+            survivor.unpin()
+            self.truncated(result)
+            watch.close()
+        survivor.context = ring
+
+    def test_full_store(self):
+        """What finds no room is served all the same, and said."""
+        self.run_daemon(env={'FDSTORE': '2'})
+        first = self.survivor(self.file)
+        first.pin()
+        second = self.survivor(self.make_file('second'))
+        self.daemon.wait_for_log('store is full with 2 descriptors')
+        second.pin()
+        first.unpin()
+        first.connection.call('org.pinbroker.CloseFile', {'file': first.file})
+        # there is room again: the audit finds that
+        self.store.wait_until(lambda: sorted(name[0] for name in self.store.kept) == ['c', 'f'])
+        self.end_daemon()
+        _, result = self.truncate(second.data)
+        self.assertFalse(is_readable(result, 0.2))
+        self.run_daemon()
+        self.assertEqual(second.resume()[0]['pins'], second.pins)
+        second.unpin()
+        self.truncated(result)
+
+    def test_manager_that_does_not_read(self):
+        """Nobody waits for it; what it was not told before it is told in order."""
+        self.run_daemon()
+        with self.store.changed:  # it hangs
+            survivors = [self.survivor(self.make_file(f'file-{i}')) for i in range(12)]
+            for survivor in survivors:
+                survivor.pin()
+            gone = survivors[-1]
+            gone.unpin()
+            gone.connection.call('org.pinbroker.CloseFile', {'file': gone.file})
+            self.assertLess(len(self.store.kept), 23)
+        self.store.wait_until(lambda: len(self.store.kept) == 23)
+        self.restart()
+        self.expect_restored(11, 11, 12)
+
+    def test_bad_state(self):
+        self.run_daemon()
+        survivor = self.survivor(self.file)
+        pin = survivor.pin()
+        self.end_daemon()
+        with open(self.state, 'rb') as f:
+            good = f.read()
+        self.assertTrue(good.startswith(b'pinbroker-state 1\n'))
+        kept = {name: os.dup(fd) for name, fd in self.store.kept.items()}
+        for fd in kept.values():
+            self.addCleanup(os.close, fd)
+
+        def run(data, pattern, **kwargs):
+            """The daemon starts, and serves."""
+            self.store.kept = {name: os.dup(fd) for name, fd in kept.items()}
+            with open(self.state, 'wb') as f:
+                f.write(data)
+            self.run_daemon(**kwargs)
+            self.daemon.wait_for_log(pattern)
+            self.expect_served()
+            self.end_daemon()
+
+        everything = r'Took up 1 pins of 1 files by 1 clients .* 0 objects'
+        # the end of the writer, in the middle of a line; keys and kinds of a later version
+        run(good + b'pin id=77 context=1', everything)
+        run(good.replace(b' writable=', b' colour=blue writable=') + b'comet id=9999 tail=long\n',
+            everything)
+        run(good + f'pin id={pin} context\n'.encode(), r'Cannot take up pin .*Bad message')
+        run(good.replace(b'device=', b'device=1'), r'Cannot take up file .*Stale file handle')
+        run(good.replace(b'token=', b'token=x'), r'Cannot take up client')
+        run(good.replace(b'length=', b'length=9999999999999999999'), r'Cannot take up pin')
+        run(good.replace(b'kind=opaque', b'kind=quantum'), everything)
+        self.store.wait_until(lambda: True)
+        for data in (b'', b'pinbroker-state 2\n', b'\0' * 4096, b'x' * 100000, os.urandom(10000)):
+            run(data, r'Cannot read .*state, beginning anew with 2 descriptors lost')
+            self.store.wait_until(lambda: not self.store.kept)
+        rng = random.Random(1)
+        for _ in range(20):  # whatever it is, it comes up
+            data = bytearray(good)
+            for _ in range(rng.randrange(1, 8)):
+                data[rng.randrange(len(data))] = rng.randrange(256)
+            run(bytes(data), '')
+
+    def test_kill_at_any_instant(self):
+        """What a client was told of is there afterwards, and its lease has been there all the time."""
+        rng = random.Random(os.environ.get('SEED', 'seed'))
+        self.run_daemon()
+        survivor = self.survivor(self.file)
+        live, unsure = set(), set()
+
+        def work(until):
+            with contextlib.suppress(AssertionError, ConnectionError):
+                while time.monotonic() < until:
+                    if live and rng.random() < 0.4:
+                        pin = rng.choice(sorted(live))
+                        live.discard(pin)
+                        unsure.add(pin)
+                        survivor.unpin([pin])
+                        unsure.discard(pin)
+                    else:
+                        live.add(survivor.pin(PAGE * rng.randrange(16)))
+
+        def expect_lease():
+            """Asked of the description, which the manager has and the client shares."""
+            self.assertIn(fcntl.fcntl(survivor.fd, F_GETLEASE), (fcntl.F_WRLCK, fcntl.F_RDLCK))
+
+        for _ in range(25):
+            killer = threading.Timer(rng.random() * 0.05, self.daemon.kill, [signal.SIGKILL])
+            killer.start()
+            work(time.monotonic() + WAIT)
+            killer.join()
+            expect_lease()
+            self.daemon.wait()
+            self.run_daemon()
+            self.assertEqual(survivor.resume(), [])
+            expect_lease()
+            listed = {p['pin'] for p in survivor.listed()[0]}
+            self.assertLessEqual(live, listed)
+            # one may have been made that its holder was not told of
+            self.assertLessEqual(len(listed - live - unsure), 1)
+            strays = listed - live
+            unsure.clear()
+            if strays:
+                survivor.unpin(sorted(strays))
+        survivor.unpin(sorted(live))
+        _, result = self.truncate()
+        self.truncated(result)
+
+    def session(self, done):
+        """All that a holder does; what has been answered is noted in `done`."""
+        survivor = done['survivor'] = Survivor(self.path, self.file, ring=True)
+        mapping = self.register(survivor)
+        for _ in range(2):
+            first = survivor.pin(0, PAGE, 'first')
+            done['live'].add(first)
+            second = survivor.pin(PAGE, 2 * PAGE)
+            done['live'].add(second)
+            survivor.connection.call('org.pinbroker.Bind', {'pin': second, 'handle': 0})
+            done['bound'].add(second)
+            done['live'].discard(first)
+            survivor.unpin([first])
+        pins = sorted(done['live'])
+        done['live'].clear()
+        survivor.unpin(pins)
+        del mapping
+
+    def expect_intact(self, survivor, live, bound):
+        """The next run has all that was answered, under a lease that was never away."""
+        self.assertEqual(survivor.resume(), [])
+        self.assertIn(fcntl.fcntl(survivor.fd, F_GETLEASE), (fcntl.F_WRLCK, fcntl.F_RDLCK))
+        listed = {p['pin']: p for p in survivor.listed()[0]}
+        self.assertLessEqual(live, set(listed))
+        for pin in bound & set(listed):
+            self.assertEqual((listed[pin]['state'], listed[pin]['handle']), ('bound', 0))
+        watch = survivor.watch()
+        _, result = self.truncate()
+        if listed:
+            notice = watch.reply('org.pinbroker.Watch')[0]['notice']
+            self.assertEqual(sorted(notice['pins']), sorted(listed))
+            survivor.ring.unregister()
+            self.assertEqual(survivor.unpin(sorted(listed)), [])
+        self.truncated(result)
+        watch.close()
+
+    def kill_at(self, env):
+        """False: it outlived the session."""
+        self.write(self.file, 'a' * SIZE)
+        done = {'survivor': None, 'live': set(), 'bound': set()}
+        first = self.run_daemon(env=env, may_end=True)
+
+        def run_next():
+            first.process.wait()
+            self.run_daemon()
+        successor = threading.Thread(target=run_next)
+        successor.start()
+        try:
+            self.session(done)
+            ended = first.process.poll() is not None  # the next one served
+        except (AssertionError, ConnectionError):
+            ended = True
+        first.process.kill()
+        self.assertEqual(first.wait(), -signal.SIGKILL, first.text())
+        successor.join()
+        if done['survivor']:
+            self.expect_intact(**done)
+            done['survivor'].close()
+        self.end_daemon(signal.SIGTERM)
+        self.store.wait_until(lambda: not self.store.kept)
+        return ended
+
+    def test_kill_at_every_line(self):
+        """It ends before, and after, each single thing that it writes or says."""
+        preload = {'LD_PRELOAD': os.environ['DIE_AT'],
+                   'ASAN_OPTIONS': os.environ.get('ASAN_OPTIONS', '') + ':verify_asan_link_order=0'}
+        for variable in ('DIE_AT', 'DIE_AFTER'):
+            n, ended = 1, True
+            while ended:
+                with self.subTest(**{variable: n}):
+                    ended = False
+                    ended = self.kill_at({**preload, variable: str(n)})
+                n += 1
+            self.assertGreater(n, 20)
+
+    def test_no_store(self):
+        """Without a manager the request to leave everything behind is one to end."""
+        daemon = self.spawn([DAEMON] + self.arguments(self.path + '2'))
+        self.expect_served_soon(self.path + '2')
+        self.expect_end(daemon, sig=RESTART)
+        self.assertFalse(os.path.exists(self.path + '2.state'))
+
+    def expect_served_soon(self, path):
+        end = time.monotonic() + WAIT
+        while not os.path.exists(path):
+            self.assertLess(time.monotonic(), end)
+        self.expect_served(path)
+
+
+if __name__ == '__main__':
+    signal.alarm(550)
+    unittest.main(verbosity=2)
