@@ -238,10 +238,10 @@ class Restart(Case):
                 if state != 'settling':
                     self.wait_for_lease(file, state)
                 self.restart(RESTART)
-                self.write('/proc/sys/fs/lease-break-time', '45')
                 self.assertEqual(survivor.resume(), [])
                 if state == 'settling':
                     self.wait_for_lease(file, 'settled')
+                self.write('/proc/sys/fs/lease-break-time', '45')
                 watch = survivor.watch()
                 begin = time.monotonic()
                 _, result = self.truncate(file)
