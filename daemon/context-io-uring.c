@@ -44,16 +44,28 @@ static int ring_describe(int fd, const struct config *config, struct context_des
 	return 0;
 }
 
+/* The kernel leaves the lists out while somebody else has the ring locked; Linux 6.1 gives their
+ * lengths all the same. */
+static bool has_buffers_listed(const char *info)
+{
+	static const char key[] = "\nUserBufs:";
+	const char *line = strstr(info, key);
+
+	if (!line || strtoul(line + strlen(key), NULL, 10) == 0)
+		return line;
+	line = strchr(line + 1, '\n');
+	return line && line[1] == ' ';
+}
+
 static int read_fdinfo(pid_t pid, int fd, char **ret)
 {
-	/* The kernel leaves the lists out while somebody else has the ring locked. */
 	for (unsigned try = 0; try < 100; try++) {
 		_cleanup_(freep) char *info = NULL;
 		int r = proc_read(&info, "/proc/%d/fdinfo/%d", pid, fd);
 
 		if (r < 0)
 			return r;
-		if (strstr(info, "\nUserBufs:")) {
+		if (has_buffers_listed(info)) {
 			*ret = TAKE_PTR(info);
 			return 0;
 		}
