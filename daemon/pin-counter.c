@@ -2,6 +2,7 @@
 #include "pin-counter.h"
 
 #include <fcntl.h>
+#include <stdbool.h>
 #include <string.h>
 
 #include "macro.h"
@@ -37,6 +38,7 @@ void pin_counter_wait(const struct pin_counter *counter, uint64_t n_pages, uint6
 
 	for (;;) {
 		uint64_t now, released = read_released();
+		bool still;
 
 		if (released - counter->released >= n_pages)
 			return;
@@ -45,8 +47,9 @@ void pin_counter_wait(const struct pin_counter *counter, uint64_t n_pages, uint6
 			last = released;
 			changed = now;
 		}
-		if (now - changed >= (changed == start ? begin_usec : STILL_USEC) ||
-		    now - start >= WAIT_USEC)
+		/* What others release says nothing of when ours begin to be. */
+		still = changed == start || now - changed >= STILL_USEC;
+		if ((still && now - start >= begin_usec) || now - start >= WAIT_USEC)
 			return;
 		usleep(USEC_PER_MSEC);
 	}
