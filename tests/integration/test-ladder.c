@@ -14,15 +14,12 @@
  * one before did not help, each at its time.
  */
 
-#define GRACE_MSEC  500
+#define GRACE_MSEC  (500 * slowness())
 #define SIGNAL_MSEC 300
 
 /* How much later than its time a step may come. */
 #define LATE_MSEC (100 * slowness())
 #define XDP_FREE_MSEC 250
-
-static const char config[] = "[Revocation]\nRevokeGraceSec=500ms\nSignalGraceSec=300ms\n"
-			     "[Files]\nReaders=admit\n";
 
 struct end {
 	enum pinbroker_revocation_state state;
@@ -78,13 +75,20 @@ static void truncate_and_wait_late(long base, unsigned msec, unsigned late_msec,
 
 static void truncate_and_wait(long base, unsigned msec, enum pinbroker_proof proof)
 {
-	truncate_and_wait_late(base, msec, LATE_MSEC, proof);
+	unsigned kept = proof == PINBROKER_PROOF_CLAIMED ? kept_msec() : 0;
+
+	truncate_and_wait_late(base, msec, LATE_MSEC + kept, proof);
 }
 
 static long begin(const struct holder_options *options, struct holder *ret)
 {
+	char config[256];
 	long base;
 
+	snprintf(config, sizeof(config),
+		 "[Revocation]\nRevokeGraceSec=%ums\nSignalGraceSec=%ums\n"
+		 "[Files]\nReaders=admit\n",
+		 GRACE_MSEC, SIGNAL_MSEC);
 	world_start(config);
 	mount_fs("tmpfs");
 	make_file();
@@ -158,11 +162,16 @@ static void test_single_issuer(void **state)
 
 static void test_in_flight(void **state)
 {
+	/* The request ends with its holder, and the pages go later than anybody waits for them. */
+	if (kept_msec() > 0)
+		skip();
 	signalled(&(struct holder_options){ .ignore = true, .in_flight = true });
 }
 
 static void test_clone(void **state)
 {
+	if (!can_clone_buffers())
+		skip();
 	signalled(&(struct holder_options){ .ignore = true, .clone = true });
 }
 
@@ -209,15 +218,10 @@ static void test_child_keeps_ring(void **state)
 	const struct holder_options options = { .ignore = true };
 	struct holder holder;
 	long base = begin(&options, &holder);
-	char line[64];
-	ssize_t n;
 	pid_t child;
 
 	holder_command(&holder, 'f');
-	n = read(holder.events, line, sizeof(line) - 1);
-	assert_true(n > 0);
-	line[n] = 0;
-	assert_int_equal(sscanf(line, "child %d", &child), 1);
+	child = (pid_t)holder_number(&holder, "child ");
 	kill(holder.pid, SIGKILL);
 	assert_int_equal(waitpid(holder.pid, NULL, 0), holder.pid);
 	expect_pinned(pinned(), base, PAGES);
@@ -297,12 +301,14 @@ static void test_extend(void **state)
 
 	pid = truncate_start(&fd);
 	holder_expect(&holder, "notice modify -1 0 -");
-	holder_expect(&holder, "extended 7"); /* a little less than both: the notice took its time */
+	/* a little less than both: the notice took its time */
+	assert_in_range(holder_number(&holder, "extended "), GRACE_MSEC + EXTEND_MSEC - LATE_MSEC,
+			GRACE_MSEC + EXTEND_MSEC);
 	holder_expect(&holder, "notice truncate %d %d truncater", PAGE, pid);
 	result = truncate_finish(pid, fd);
 	assert_int_equal(result.error, 0);
 	assert_in_range(result.usec / 1000, GRACE_MSEC + EXTEND_MSEC - 5,
-			GRACE_MSEC + EXTEND_MSEC + LATE_MSEC);
+			GRACE_MSEC + EXTEND_MSEC + LATE_MSEC + kept_msec());
 	expect_pinned(result.pinned, base, 0);
 	assert_true(WIFEXITED(holder_stop(&holder, 0)));
 	world_stop();

@@ -22,6 +22,7 @@
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/un.h>
+#include <sys/utsname.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -63,6 +64,14 @@ unsigned slowness(void)
 }
 
 /* Long-term pins of the whole machine, in pages. */
+unsigned kept_msec(void)
+{
+	struct utsname uts;
+
+	assert_int_equal(uname(&uts), 0);
+	return strncmp(uts.release, "6.1.", 4) == 0 ? 1500 : 0;
+}
+
 long pinned(void)
 {
 	long value, acquired = 0, released = 0;
@@ -290,6 +299,22 @@ static int clone_buffers(struct holding *h)
 	return (int)syscall(SYS_io_uring_register, h->second.ring_fd, 30, &clone, 1) < 0 ? -errno : 0;
 }
 
+bool can_clone_buffers(void)
+{
+	struct holding h = {};
+	void *page = malloc(PAGE);
+	bool can;
+
+	assert_non_null(page);
+	assert_int_equal(io_uring_queue_init(8, &h.ring, 0), 0);
+	assert_int_equal(io_uring_register_buffers(&h.ring, &(struct iovec){ page, PAGE }, 1), 0);
+	can = clone_buffers(&h) == 0;
+	free(page);
+	io_uring_queue_exit(&h.second);
+	io_uring_queue_exit(&h.ring);
+	return can;
+}
+
 static int read_for_ever(struct holding *h)
 {
 	struct io_uring_sqe *sqe = io_uring_get_sqe(&h->ring);
@@ -471,17 +496,12 @@ void holder_command(struct holder *h, char command)
 	assert_int_equal(write(h->commands, &command, 1), 1);
 }
 
-void holder_expect(struct holder *h, const char *format, ...)
+static void holder_line(struct holder *h, const char *expected, char *line, size_t size)
 {
 	struct pollfd fd = { .fd = h->events, .events = POLLIN };
-	char line[256] = "", expected[256];
 	size_t n = 0;
-	va_list ap;
 
-	va_start(ap, format);
-	vsnprintf(expected, sizeof(expected), format, ap);
-	va_end(ap);
-	while (n + 1 < sizeof(line)) {
+	while (n + 1 < size) {
 		if (poll(&fd, 1, WAIT_MSEC) != 1)
 			fail_msg("the holder did not say \"%s\"", expected);
 		assert_int_equal(read(h->events, line + n, 1), 1);
@@ -492,6 +512,25 @@ void holder_expect(struct holder *h, const char *format, ...)
 	line[n] = 0;
 	if (strncmp(line, expected, strlen(expected)) != 0)
 		fail_msg("the holder said \"%s\", not \"%s\"", line, expected);
+}
+
+void holder_expect(struct holder *h, const char *format, ...)
+{
+	char line[256], expected[256];
+	va_list ap;
+
+	va_start(ap, format);
+	vsnprintf(expected, sizeof(expected), format, ap);
+	va_end(ap);
+	holder_line(h, expected, line, sizeof(line));
+}
+
+unsigned long holder_number(struct holder *h, const char *what)
+{
+	char line[256];
+
+	holder_line(h, what, line, sizeof(line));
+	return strtoul(line + strlen(what), NULL, 10);
 }
 
 int holder_stop(struct holder *h, int sig)
@@ -548,4 +587,13 @@ void expect_pinned(long value, long base, long pages)
 {
 	if (labs(value - base - pages) > 8)
 		fail_msg("%ld pages are pinned, not %ld", value - base, pages);
+}
+
+void wait_pinned(long base, long pages)
+{
+	uint64_t end = usec_now() + WAIT_MSEC * 1000;
+
+	while (labs(pinned() - base - pages) > 8 && usec_now() < end)
+		poll(NULL, 0, 10);
+	expect_pinned(pinned(), base, pages);
 }

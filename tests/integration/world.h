@@ -28,9 +28,13 @@ extern pid_t daemon_pid, bus_pid;
 uint64_t usec_now(void);
 /* How many times as late as on a machine of our own something may be: $PINBROKER_SLOW. */
 unsigned slowness(void);
+/* How long the kernel keeps the pages of an io_uring's buffer after it was taken away: a second in Linux 6.1. */
+unsigned kept_msec(void);
 /* Long-term pins of the whole machine, in pages. */
 long pinned(void);
 void expect_pinned(long value, long base, long pages); /* within 8 */
+/* Once the kernel has let go of what was taken away. */
+void wait_pinned(long base, long pages);
 
 void run(const char *format, ...) __attribute__((format(printf, 1, 2)));
 pid_t start(const char *const argv[]);
@@ -74,12 +78,16 @@ struct holder {
 struct holder holder_start(const struct holder_options *options);
 void holder_expect(struct holder *h, const char *format, ...)
 	__attribute__((format(printf, 2, 3)));
+/* The number in "WHAT NUMBER". */
+unsigned long holder_number(struct holder *h, const char *what);
 /* 'r': makes the file as long as it was, and pins it again. 'f': forks a child that keeps all, and says
  * "child PID". 'm': unmaps the file and closes all but the ring, and says "unmapped". 'b': truncates the file itself, in a
  * thread, and says "truncated". 'x': exits. */
 #define EXTEND_MSEC 300
 void holder_command(struct holder *h, char command);
 int holder_stop(struct holder *h, int sig); /* its wait status; sig 0: it is asked to exit */
+
+bool can_clone_buffers(void); /* whether options::clone is possible on this kernel */
 
 struct result {
 	int error;
