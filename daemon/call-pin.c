@@ -1,6 +1,8 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 #include "call.h"
 
+#include <string.h>
+
 #include "broker.h"
 #include "macro.h"
 #include "peer.h"
@@ -109,24 +111,88 @@ int call_bind(struct call *call, const union call_in *in)
 	return CALL_PENDING;
 }
 
+struct unpinning {
+	struct context_waiter waiter;
+	struct peer *peer; /* reference */
+	struct broker *broker;
+	uint64_t client;
+	size_t n_pins;
+	int64_t pins[];
+};
+
+/* A context of theirs in which handles are being destroyed: which, is known only afterwards. */
+static struct context *find_detaching(const struct client *client, const int64_t *pins, size_t n_pins)
+{
+	for (size_t i = 0; i < n_pins; i++) {
+		struct pin *pin = broker_find_pin(client->broker, (uint64_t)pins[i]);
+
+		if (pin && pin->context->client == client && pin->context->n_detaching > 0)
+			return pin->context;
+	}
+	return NULL;
+}
+
+static int unpin(struct client *client, struct peer *peer, const int64_t *pins, size_t n_pins,
+		 struct refusal *ret_refusal)
+{
+	_cleanup_(freep) int64_t *ended = calloc(n_pins + 1, sizeof(*ended));
+	size_t n_ended;
+	int r;
+
+	if (!ended)
+		return -ENOMEM;
+	r = client_unpin(client, pins, n_pins, ended, &n_ended, ret_refusal);
+	if (r == 0 && peer->connection)
+		peer_reply(peer, &schema_msg_unpin_out,
+			   &(struct msg_unpin_out){ .ended = { ended, n_ended } }, NULL, 0);
+	return r;
+}
+
+static void unpin_detached(struct context_waiter *waiter)
+{
+	struct unpinning *u = container_of(waiter, struct unpinning, waiter);
+	struct client *client = broker_find_client(u->broker, u->client);
+	struct context *context = client ? find_detaching(client, u->pins, u->n_pins) : NULL;
+	struct peer *peer = u->peer;
+	struct refusal refusal;
+	int r;
+
+	if (context && context_wait_detached(context, &u->waiter))
+		return;
+	/* Said is said, also by who has closed the connection meanwhile. */
+	r = client ? unpin(client, peer, u->pins, u->n_pins, &refusal) : -ECONNRESET;
+	if (peer->connection) {
+		if (r != 0)
+			peer_refuse(peer, r, &refusal);
+		peer_done(peer);
+	}
+	peer_unref(peer);
+	free(u);
+}
+
 int call_unpin(struct call *call, const union call_in *in)
 {
 	const struct ints *pins = &in->unpin.pins;
 	struct client *client = call_client(call);
-	_cleanup_(freep) int64_t *ended = NULL;
-	size_t n_ended;
-	int r;
+	struct context *context;
+	struct unpinning *u;
 
 	if (!client)
 		return REFUSED;
-	ended = calloc(pins->n_items + 1, sizeof(*ended));
-	if (!ended)
+	context = find_detaching(client, pins->items, pins->n_items);
+	if (!context)
+		return unpin(client, call->peer, pins->items, pins->n_items, &call->refusal);
+	u = calloc(1, sizeof(*u) + pins->n_items * sizeof(u->pins[0]));
+	if (!u)
 		return -ENOMEM;
-	r = client_unpin(client, pins->items, pins->n_items, ended, &n_ended, &call->refusal);
-	if (r == 0)
-		peer_reply(call->peer, &schema_msg_unpin_out,
-			   &(struct msg_unpin_out){ .ended = { ended, n_ended } }, NULL, 0);
-	return r;
+	u->waiter.looked = unpin_detached;
+	u->peer = peer_ref(call->peer);
+	u->broker = client->broker;
+	u->client = client->id;
+	u->n_pins = pins->n_items;
+	memcpy(u->pins, pins->items, pins->n_items * sizeof(u->pins[0]));
+	(void)context_wait_detached(context, &u->waiter);
+	return CALL_PENDING;
 }
 
 int call_extend(struct call *call, const union call_in *in)

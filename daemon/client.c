@@ -421,12 +421,12 @@ int client_unpin(struct client *client, const int64_t *ids, size_t n_ids, int64_
 
 		if (!pin)
 			continue;
-		if (pin->over) {
+		if (pin->over || pin->destroyed)
 			ret_ended[n_ended++] = ids[i];
+		if (pin->over)
 			pin_free(pin);
-		} else {
+		else
 			pin_leave(pin);
-		}
 	}
 	*ret_n_ended = n_ended;
 	return 0;

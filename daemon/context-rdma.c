@@ -311,6 +311,7 @@ static int rdma_detach(int fd, const struct process *holder, struct handle *hand
 			continue;
 		/* EINVAL: a memory window is bound to it. The others are tried all the same. */
 		r = destroy_region(fd, driver, (uint32_t)handles[i].handle);
+		handles[i].destroyed = r == 0;
 		if (r < 0 && first == 0)
 			first = r;
 	}
@@ -322,7 +323,9 @@ static int rdma_detach(int fd, const struct process *holder, struct handle *hand
 
 		if (handles[i].keep)
 			continue;
-		registered = is_registered(regions, n_regions, handles, n_handles, &handles[i]);
+		/* What was let go of may be registered again, by another pin that is not bound yet. */
+		registered = !handles[i].left &&
+			     is_registered(regions, n_regions, handles, n_handles, &handles[i]);
 		handles[i].gone = is_gone(fd, driver, &handles[i]) && !registered;
 		if (registered && first == 0)
 			first = -EBUSY;

@@ -193,6 +193,7 @@ int context_new(struct client *client, const struct context_ops *ops,
 	context->client = client;
 	LIST_INIT(&context->pins);
 	LIST_INIT(&context->waiters);
+	LIST_INIT(&context->unpins);
 	LIST_INSERT_HEAD(&client->contexts, context, of_client);
 	client->n_contexts++;
 	bus_changed(client->broker->bus, &client->view);
@@ -257,6 +258,16 @@ static void wake_waiters(struct context *context)
 	}
 }
 
+static void wake_unpins(struct context *context)
+{
+	struct context_waiter *waiter;
+
+	while ((waiter = LIST_FIRST(&context->unpins))) {
+		LIST_REMOVE(waiter, of_context);
+		waiter->looked(waiter);
+	}
+}
+
 struct context *context_free(struct context *context)
 {
 	struct broker *broker;
@@ -277,6 +288,7 @@ struct context *context_free(struct context *context)
 	bus_changed(broker->bus, &context->client->view);
 	context->client = NULL;
 	wake_waiters(context);
+	wake_unpins(context);
 	if (context->n_jobs == 0)
 		context_destroy(context, broker->offload);
 	return NULL;
@@ -394,14 +406,21 @@ static void context_job_free(struct context_job *j)
 static void end_gone(struct context_job *j)
 {
 	for (size_t i = 0; i < j->n_handles; i++) {
+		const struct handle *h = &j->handles[i];
 		struct pin *pin;
 
-		if (!j->handles[i].gone)
+		if (!h->gone && !h->destroyed)
 			continue;
-		pin = broker_find_pin(j->broker, j->handles[i].pin);
+		pin = broker_find_pin(j->broker, h->pin);
 		/* It may have ended, or been bound anew, while the job ran. */
-		if (pin && !pin->over && pin->handle == j->handles[i].handle &&
-		    handle_identity_equal(&pin->identity, &j->handles[i].identity))
+		if (!pin || pin->over || pin->handle != h->handle ||
+		    !handle_identity_equal(&pin->identity, &h->identity))
+			continue;
+		if (h->destroyed && !pin->destroyed) {
+			pin->destroyed = true;
+			state_pin(pin);
+		}
+		if (h->gone)
 			pin_end(pin, j->context->description.proof);
 	}
 }
@@ -413,6 +432,7 @@ static struct handle handle_of(const struct pin *pin)
 		.handle = pin->handle,
 		.identity = pin->identity,
 		.length = pin->length,
+		.left = pin->state == PIN_LEAVING,
 	};
 }
 
@@ -547,6 +567,14 @@ bool context_look(struct context *context, struct context_waiter *waiter)
 		return false;
 	}
 	LIST_INSERT_HEAD(&context->waiters, waiter, of_context);
+	return true;
+}
+
+bool context_wait_detached(struct context *context, struct context_waiter *waiter)
+{
+	if (context->n_detaching == 0)
+		return false;
+	LIST_INSERT_HEAD(&context->unpins, waiter, of_context);
 	return true;
 }
 
@@ -743,8 +771,11 @@ static void detach_done(struct job *job)
 			  "Detached %zu pins of %s (pid %d) by force.", j->n_wanted,
 			  j->holder.comm, j->holder.pid);
 	}
+	j->context->n_detaching--;
 	if (j->context->client)
 		end_gone(j);
+	if (j->context->n_detaching == 0)
+		wake_unpins(j->context);
 	context_release(j->context, j->broker);
 	revocation_job_done(j->broker, j->revocation, REVOCATION_DETACHING, false);
 	context_job_free(j);
@@ -786,6 +817,7 @@ static int start_detach(struct context *context, const struct revocation *revoca
 		}
 	j->n_wanted = n_wanted;
 	j->revocation = revocation->id;
+	context->n_detaching++;
 	j->job.run = detach_run;
 	j->job.done = detach_done;
 	offload_submit_step(context->client->broker->offload, context->user, &j->job);

@@ -31,7 +31,9 @@ struct handle {
 	uint64_t length; /* of the pin */
 	bool keep; /* detach: not to be touched, and known to be there */
 	bool ask;  /* check: in ways, too, that can get in the way of its holder, should he be at it now */
+	bool left; /* detach: its holder has let go of it */
 	bool gone; /* out: it was seen not to be there any more */
+	bool destroyed; /* out, detach: by us */
 };
 
 struct context_description {
@@ -101,6 +103,7 @@ struct context {
 	LIST_HEAD(, pin) pins; /* owned; of the client's */
 	unsigned n_pins;       /* those that are not over */
 	unsigned n_jobs;       /* jobs on the pool that use fd: it stays open meanwhile */
+	unsigned n_detaching;  /* of them, those that destroy handles */
 	int remote;            /* its number in the client, for kinds that cannot be sent; -1: it was sent */
 	bool stored;           /* the service manager has a copy of fd */
 	bool checking;         /* a job looks whether leaving pins are gone */
@@ -113,6 +116,7 @@ struct context {
 	uint64_t check_usec;      /* the back-off of the next look */
 	sd_event_source *recheck; /* its timer */
 	LIST_HEAD(, context_waiter) waiters; /* for the end of `checking` */
+	LIST_HEAD(, context_waiter) unpins;  /* … of `n_detaching` */
 	LIST_ENTRY(context) of_client;
 	RB_ENTRY(context) by_id; /* broker::contexts */
 };
@@ -161,6 +165,8 @@ bool context_release(struct context *context, struct broker *broker);
 void context_check(struct context *context);
 /* The same, and tells the waiter when it is known. False: there is nothing to look for. */
 bool context_look(struct context *context, struct context_waiter *waiter);
+/* Tells the waiter when nothing is being detached by force any more. False: nothing is. */
+bool context_wait_detached(struct context *context, struct context_waiter *waiter);
 
 /*
  * Looks whether any other process holds it. If none does, our own copy is closed, and its pins end, with

@@ -46,6 +46,7 @@ static int pin_make(struct context *context, struct use *use, const struct pin_p
 	pin->on_demand = past->on_demand;
 	pin->state = past->state;
 	pin->over = past->over;
+	pin->destroyed = past->destroyed;
 	pin->revocation = past->revocation;
 	pin->handle = past->handle;
 	pin->identity = past->identity;
@@ -141,6 +142,7 @@ int pin_bind(struct pin *pin, int64_t handle, const struct handle_identity *iden
 	pin->identity = *identity;
 	pin->state = PIN_BOUND;
 	pin->revocation = 0;
+	pin->destroyed = false;
 	state_pin(pin);
 	return 0;
 }

@@ -39,8 +39,9 @@ struct pin {
 	uint64_t offset, length;
 	enum access access : 8;
 	enum pin_state state : 8;
-	bool over;
-	bool on_demand; /* it holds no pages: its holder is told of conflicts, and nobody waits for it */
+	bool over : 1;
+	bool destroyed : 1; /* its handle was, by force, though it has not ended: see Unpin */
+	bool on_demand : 1; /* it holds no pages: its holder is told of conflicts, and nobody waits for it */
 	uint32_t left_msec; /* leaving: since when, CLOCK_MONOTONIC */
 	int64_t handle; /* INT_NULL: not bound */
 	struct handle_identity identity;
@@ -79,7 +80,7 @@ struct pin_past {
 	uint64_t offset, length;
 	enum access access;
 	enum pin_state state;
-	bool on_demand, over;
+	bool on_demand, over, destroyed;
 	uint64_t revocation;
 	int64_t handle;
 	struct handle_identity identity;

@@ -437,7 +437,8 @@ static int restore_pin(struct restorer *r, uint64_t id, const struct record *rec
 		.length = record_unsigned(record, "length", 0, &bad),
 		.on_demand = record_unsigned(record, "on-demand", 0, &bad),
 		.over = over,
-		.revocation = record_unsigned(record, "over", 0, &bad),
+		.destroyed = record_unsigned(record, "destroyed", 0, &bad),
+		.revocation = record_unsigned(record, over ? "over" : "told", 0, &bad),
 		.handle = record_signed(record, "handle", INT_NULL, &bad),
 		.identity = {
 			.address = record_unsigned(record, "address", 0, &bad),

@@ -14,6 +14,7 @@
 #include "log.h"
 #include "macro.h"
 #include "notice.h"
+#include "state.h"
 
 /* How long forced detaches, and dying, may take. */
 #define DETACH_USEC (2 * USEC_PER_SEC)
@@ -159,8 +160,10 @@ static void drop_targets(struct revocation *rev)
 		if (!target->pin)
 			continue;
 		LIST_REMOVE(target, of_pin);
-		if (target->on_demand)
+		if (target->on_demand) {
 			target->pin->revocation = rev->id;
+			state_pin(target->pin);
+		}
 	}
 	free(rev->targets);
 	rev->targets = NULL;

@@ -151,6 +151,10 @@ static void write_pin(struct record_buffer *b, const struct pin *pin)
 	record_put_string(b, "access", access_name(pin->access));
 	if (pin->on_demand)
 		record_put(b, "on-demand", true);
+	if (pin->on_demand && !pin->over && pin->revocation != 0)
+		record_put(b, "told", pin->revocation);
+	if (pin->destroyed)
+		record_put(b, "destroyed", true);
 	if (pin->over) {
 		record_put(b, "over", pin->revocation);
 	} else {

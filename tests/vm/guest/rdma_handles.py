@@ -150,6 +150,34 @@ class Handles(Case):
         child.ask('ping')
         self.assertEqual(child.reply(), 'pong')
 
+    def test_destroyed_and_not_ended(self):
+        """As the memory is registered once more the pin lives on, but its handle may be another's by now."""
+        server = self.serve()
+        server.tell('register')
+        result = self.truncate()
+        self.held().close()
+        journal(ESCALATED, PINBROKER_REVOCATION=self.revocation()['revocation'])
+        self.assertEqual(len(regions()), 1)
+        self.assertEqual(server.tell('unpin'), server.tell('pins'))
+        self.truncated(result, pages=PAGES)
+        server.close()
+
+    def test_unpin_meanwhile(self):
+        """Whether what is let go of has been destroyed is known only afterwards."""
+        server = self.serve()
+        child = Child(self, server)
+        child.ask('close_device')  # so that it is not stopped; it has the connection still
+        child.reply()
+        result = self.truncate()
+        hold = self.held()
+        child.ask('unpin')
+        for _ in range(3):  # behind it
+            self.assertEqual(self.revocation()['remaining'], 1)
+        self.assertEqual(states(server.pid), {'T'})
+        hold.close()
+        self.finish(result)
+        self.assertEqual(child.reply(), server.tell('pins'))
+
     def take_context(self, server):
         pidfd = os.pidfd_open(server.pid)
         context = LIBC.syscall(PIDFD_GETFD, pidfd, server.tell('device'), 0)

@@ -226,6 +226,12 @@ class Server:
         self.region.close()
         return ended
 
+    def do_unpin(self):
+        return self.call('Unpin', {'pins': self.pins})['ended']
+
+    def do_pins(self):
+        return self.pins
+
     def do_reopen(self, size):
         self.call('CloseFile', {'file': self.opened['file']})
         self.memory.close()
