@@ -81,9 +81,10 @@ class Client:
         self.connection = Connection(ADDRESS)
         self.connection.socket.settimeout(TIMEOUT)
         hello = self.call('Hello', {'name': 'test'})
+        self.token = {'client': hello['client'], 'token': hello['token']}
         self.watch = Connection(ADDRESS)
         self.watch.socket.settimeout(TIMEOUT)
-        self.watch.send(PB + 'Watch', {'client': hello['client'], 'token': hello['token']}, more=True)
+        self.watch.send(PB + 'Watch', self.token, more=True)
         self.device = Context(name='rxe0')
         self.domain = PD(self.device)
         self.context = self.call('AddContext', {'fileDescriptor': 0}, [self.device.cmd_fd])['context']
@@ -125,6 +126,13 @@ class Client:
         if self.region and not ended:
             self.region.close()
         self.pins, self.region, self.memory = [], None, None
+
+    def resume(self):
+        """On a new connection."""
+        self.connection.close()
+        self.connection = Connection(ADDRESS)
+        self.connection.socket.settimeout(TIMEOUT)
+        self.call('Resume', self.token)
 
     def notice(self):
         return self.watch.reply(PB + 'Watch')[0]['notice']
@@ -309,6 +317,22 @@ class Device(Case):
         self.assertEqual(said['size'], self.size)
         client.release()
         client.call('CloseFile', {'file': file})
+
+    def test_restart(self):
+        """What was told of it, it is told after the daemon has been killed."""
+        client = self.client()
+        file = client.open(self.path)['file']
+        client.pin(file)
+        client.register()
+        told = client.info(file)
+        output('systemctl', 'kill', '--signal=KILL', '--kill-whom=main', SERVICE)
+        client.resume()
+        self.assertEqual(client.info(file), told)
+        client.pin(file, PAGE, LENGTH)
+        self.assertEqual(client.info(file)['exposed'], False)
+        client.call('Unpin', {'pins': [p['pin'] for p in client.connection.list(PB + 'ListPins')]})
+        client.region.close()
+        client.pins, client.region = [], None
 
     def test_several(self):
         """Readers and writers, in any order: there is no lease that they would share."""
