@@ -77,6 +77,8 @@ class Devices(Case):
     def setUp(self):
         output('rdma', 'link', 'add', DEVICE, 'type', 'rxe', 'netdev', NETDEV)
         self.addCleanup(run, 'rdma', 'link', 'delete', DEVICE)
+        self.removal = None
+        self.addCleanup(self.end_removal)
         output('udevadm', 'settle')
         self.node = os.path.realpath(f'/dev/infiniband/by-ibdev/uverbs-{DEVICE}')
         directory = tempfile.mkdtemp(prefix='pinbroker-test-', dir='/dev/shm')
@@ -87,10 +89,19 @@ class Devices(Case):
 
     def remove(self):
         """A command that waits until nobody has the device open any more."""
-        command = subprocess.Popen(['rdma', 'link', 'delete', DEVICE])
-        self.addCleanup(command.wait)
-        self.addCleanup(command.kill)
-        return command
+        self.removal = subprocess.Popen(['rdma', 'link', 'delete', DEVICE])
+        return self.removal
+
+    def end_removal(self):
+        """It cannot be killed while it waits; the holders have ended, so that it can be for the daemon only."""
+        if self.removal is None:
+            return
+        try:
+            self.removal.wait(TIMEOUT)
+        except subprocess.TimeoutExpired:
+            output('systemctl', 'restart', SERVICE)
+            self.removal.wait()
+            raise
 
     def expect_removed(self, command, begin):
         self.assertEqual(command.wait(TIMEOUT), 0)
