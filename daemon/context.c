@@ -772,8 +772,10 @@ static void detach_done(struct job *job)
 			  j->holder.comm, j->holder.pid);
 	}
 	j->context->n_detaching--;
-	if (j->context->client)
+	if (j->context->client) {
+		state_context(j->context);
 		end_gone(j);
+	}
 	if (j->context->n_detaching == 0)
 		wake_unpins(j->context);
 	context_release(j->context, j->broker);
@@ -820,6 +822,9 @@ static int start_detach(struct context *context, const struct revocation *revoca
 	context->n_detaching++;
 	j->job.run = detach_run;
 	j->job.done = detach_done;
+	/* whoever finds it so has to let them go on */
+	state_context(context);
+	state_flush(j->broker);
 	offload_submit_step(context->client->broker->offload, context->user, &j->job);
 	return 1;
 }

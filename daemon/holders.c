@@ -195,3 +195,23 @@ void holders_continue(struct holders *holders)
 	}
 	free(holders->list);
 }
+
+static int continue_left(pid_t pid, void *userdata)
+{
+	const struct holders *holders = userdata;
+	int pidfd = pidfd_open(pid, 0);
+
+	if (pidfd >= 0 && pid != 1 && process_is_stopped(pid) > 0 && may_stop(holders, pid))
+		(void)pidfd_send_signal(pidfd, SIGCONT, NULL, 0);
+	safe_close(pidfd);
+	return 0;
+}
+
+void holders_continue_left(int fd, const struct process *client)
+{
+	struct holders holders = {.fd = fd, .uid = client->uid};
+
+	if (process_is_same(client))
+		(void)continue_left(client->pid, &holders);
+	(void)process_for_each_holder(fd, continue_left, &holders);
+}

@@ -28,3 +28,6 @@ struct holders {
 int holders_stop(int fd, const struct process *client, bool client_alive, uint64_t timeout_usec,
 	struct holders *ret);
 void holders_continue(struct holders *holders);
+
+/* The run before ended between the two: has those go on that stand still. (scan) */
+void holders_continue_left(int fd, const struct process *client);

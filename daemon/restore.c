@@ -15,6 +15,7 @@
 #include "access.h"
 #include "admin.h"
 #include "broker.h"
+#include "holders.h"
 #include "label.h"
 #include "log.h"
 #include "macro.h"
@@ -398,6 +399,8 @@ static int restore_context(struct restorer *r, uint64_t id, const struct record 
 	}
 	if (fd >= 0)
 		describe(r, ops, fd, &description);
+	if (fd >= 0 && record_unsigned(record, "detaching", 0, &bad) > 0)
+		holders_continue_left(fd, &client->process);
 	ids_give(&r->broker->ids, id);
 	error = context_new(client, ops, &description, fd, record_string(record, "label"), &context,
 			    &refusal);

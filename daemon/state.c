@@ -135,6 +135,8 @@ static void write_context(struct record_buffer *b, const struct context *context
 	record_put_string(b, "proof",
 			  enumeration_name(&enumeration_proof, (int)context->description.proof));
 	record_put(b, "closed", context->fd < 0);
+	if (context->n_detaching > 0)
+		record_put(b, "detaching", true);
 	if (context->remote >= 0)
 		record_put(b, "remote", (uint64_t)context->remote);
 	record_put_string(b, "label", context->label);

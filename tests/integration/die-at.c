@@ -1,12 +1,15 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
  * Preloaded into the daemon: ends it, as SIGKILL does, before ($DIE_AT=N) or after ($DIE_AFTER=N) the Nth
- * time that its loop writes anything or sends anything to anybody.
+ * time that its loop writes anything or sends anything to anybody; or when it has stopped a process
+ * ($DIE_ON_STOP).
  */
 #include <dlfcn.h>
 #include <signal.h>
 #include <stdlib.h>
+#include <sys/pidfd.h>
 #include <sys/socket.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 static long n_calls;
@@ -45,4 +48,13 @@ __attribute__((visibility("default"))) ssize_t send(int fd, const void *data, si
 __attribute__((visibility("default"))) ssize_t sendmsg(int fd, const struct msghdr *message, int flags)
 {
 	return CALL(sendmsg, fd, message, flags);
+}
+
+__attribute__((visibility("default"))) int pidfd_send_signal(int pidfd, int sig, siginfo_t *info, unsigned flags)
+{
+	int r = (int)syscall(SYS_pidfd_send_signal, pidfd, sig, info, flags);
+
+	if (sig == SIGSTOP && getenv("DIE_ON_STOP"))
+		kill(getpid(), SIGKILL);
+	return r;
 }

@@ -17,7 +17,7 @@ import time
 import unittest
 
 from client import PAGE, WAIT, Connection, Refused, Ring, is_readable
-from world import DAEMON, PASS_SOCKETS, READY, SIZE, Case
+from world import DAEMON, PASS_SOCKETS, READY, SIZE, Case, end_child
 
 F_GETLEASE = 1025
 RESTART = signal.SIGUSR1
@@ -285,7 +285,7 @@ class Restart(Case):
                 signal.pause()
             finally:
                 os._exit(0)
-        self.wait_for_pins(1)
+        self.wait_for_pin('reserved')
         self.end_daemon()
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
@@ -297,10 +297,10 @@ class Restart(Case):
         self.store.wait_until(lambda: not self.store.kept)
         self.assertEqual(self.connect().list('org.pinbroker.ListClients'), [])
 
-    def wait_for_pins(self, n):
+    def wait_for_pin(self, state):
         end = time.monotonic() + WAIT
         with contextlib.closing(Connection(self.path)) as connection:
-            while len(connection.list('org.pinbroker.ListPins')) != n:
+            while [p['state'] for p in connection.list('org.pinbroker.ListPins')] != [state]:
                 self.assertLess(time.monotonic(), end)
 
     def test_ended_by_force(self):
@@ -556,16 +556,43 @@ class Restart(Case):
         self.store.wait_until(lambda: not self.store.kept)
         return ended
 
+    def preload(self):
+        return {'LD_PRELOAD': os.environ['DIE_AT'],
+                'ASAN_OPTIONS': os.environ.get('ASAN_OPTIONS', '') + ':verify_asan_link_order=0'}
+
+    def test_killed_in_a_detach(self):
+        """A holder whom it has stopped does not stand still for ever."""
+        self.write(self.config, '[Revocation]\nRevokeGraceSec=0\n')
+        self.run_daemon(env={**self.preload(), 'DIE_ON_STOP': '1'})
+        pid = os.fork()
+        if pid == 0:
+            try:
+                survivor = Survivor(self.path, self.file, ring=True)
+                mapping = self.register(survivor)
+                pin = survivor.pin(PAGE, 2 * PAGE)
+                survivor.connection.call('org.pinbroker.Bind', {'pin': pin, 'handle': 0})
+                signal.pause()
+                del mapping
+            finally:
+                os._exit(0)
+        self.addCleanup(end_child, pid)
+        self.wait_for_pin('bound')
+        _, result = self.truncate()
+        self.assertEqual(self.daemon.wait(), -signal.SIGKILL)
+        os.waitid(os.P_PID, pid, os.WSTOPPED)
+        self.run_daemon()
+        os.waitid(os.P_PID, pid, os.WCONTINUED)
+        self.truncated(result)
+        self.assertEqual(os.waitpid(pid, os.WNOHANG), (0, 0))  # detached, not killed
+
     def test_kill_at_every_line(self):
         """It ends before, and after, each single thing that it writes or says."""
-        preload = {'LD_PRELOAD': os.environ['DIE_AT'],
-                   'ASAN_OPTIONS': os.environ.get('ASAN_OPTIONS', '') + ':verify_asan_link_order=0'}
         for variable in ('DIE_AT', 'DIE_AFTER'):
             n, ended = 1, True
             while ended:
                 with self.subTest(**{variable: n}):
                     ended = False
-                    ended = self.kill_at({**preload, variable: str(n)})
+                    ended = self.kill_at({**self.preload(), variable: str(n)})
                 n += 1
             self.assertGreater(n, 20)
 
