@@ -239,7 +239,10 @@ class Files(Case):
         self.hold_back('/mnt/xfs')
 
     def test_dax(self):
-        self.hold_back('/mnt/dax')
+        """The kernel pins nothing there, which the holder is told."""
+        result = run('pinbrokerctl', 'hold', '--access', 'write', self.make_file('/mnt/dax'))
+        self.assertNotEqual(result.returncode, 0, result)
+        self.assertIn('on-demand', result.stderr)
 
     def test_tmp(self):
         self.hold_back('/tmp')
