@@ -2,172 +2,14 @@
 #include "context.h"
 
 #include <assert.h>
-#include <fcntl.h>
-#include <inttypes.h>
-#include <limits.h>
-#include <linux/stat.h>
-#include <poll.h>
-#include <signal.h>
-#include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
-#include <sys/pidfd.h>
-#include <sys/socket.h>
-#include <sys/stat.h>
-#include <sys/syscall.h>
-#include <sys/sysmacros.h>
 
 #include "broker.h"
 #include "bus.h"
-#include "holders.h"
-#include "log.h"
+#include "context-job.h"
 #include "macro.h"
-#include "pin-counter.h"
 #include "state.h"
-
-/* How long stopping a holder may take before a forced detach is given up. */
-#define STOP_TIMEOUT_USEC (200 * USEC_PER_MSEC)
-
-/* How long the service manager may take to close its copy. */
-#define BARRIER_MSEC 5000
-
-#define CHECK_FIRST_USEC (1 * USEC_PER_MSEC)
-#define CHECK_LAST_USEC  (64 * USEC_PER_MSEC)
-#define CHECK_IDLE_USEC  (4 * USEC_PER_SEC) /* the same where nobody waits */
-
-/* How long a holder has who wants to deregister what he has let go of, before it is asked for. */
-#define ASK_MSEC 10
-
-static const struct context_ops *const kinds[] = {
-	&context_io_uring,
-	&context_af_xdp,
-	&context_rdma,
-	&context_vfio,
-	&context_opaque, /* last: takes what the others leave */
-};
-
-const char *context_kind(size_t i)
-{
-	return i < ELEMENTS(kinds) ? kinds[i]->kind : NULL;
-}
-
-const struct context_ops *context_find_kind(const char *kind)
-{
-	for (size_t i = 0; i < ELEMENTS(kinds); i++)
-		if (strcmp(kinds[i]->kind, kind) == 0)
-			return kinds[i];
-	return NULL;
-}
-
-static int read_link(int fd, char ret[static PATH_MAX])
-{
-	char path[64];
-	ssize_t n;
-
-	snprintf(path, sizeof(path), "/proc/self/fd/%d", fd);
-	n = readlink(path, ret, PATH_MAX - 1);
-	if (n < 0)
-		return -errno;
-	ret[n] = 0;
-	return 0;
-}
-
-static int refuse_file(struct refusal *ret_refusal)
-{
-	return refuse(ret_refusal, REFUSAL_NOT_SUPPORTED, "descriptor",
-		      "A file, directory or pipe holds no pins.");
-}
-
-static const struct context_ops *find_kind(int fd, const char *link)
-{
-	size_t i = 0;
-
-	while (!kinds[i]->identify(fd, link))
-		i++;
-	return kinds[i];
-}
-
-dev_t context_device_number(int fd)
-{
-	struct statx stx;
-
-	if (syscall(SYS_statx, fd, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, STATX_TYPE, &stx) < 0 ||
-	    !S_ISCHR(stx.stx_mode))
-		return 0;
-	return makedev(stx.stx_rdev_major, stx.stx_rdev_minor);
-}
-
-/* The kernel waits with the removal of a device for all who have it open: too late to become one of them. */
-static bool is_removed(dev_t number)
-{
-	static const char directory[] = "/sys/dev/char";
-	char path[64];
-
-	snprintf(path, sizeof(path), "%s/%u:%u", directory, major(number), minor(number));
-	return number != 0 && access(path, F_OK) < 0 && access(directory, F_OK) == 0;
-}
-
-int context_identify(int fd, const struct config *config, const struct context_ops **ret,
-		     struct context_description *ret_description, struct refusal *ret_refusal)
-{
-	char link[PATH_MAX];
-	struct statx stx;
-	dev_t number;
-	int r;
-
-	r = context_identify_at_once(fd, ret, ret_description, ret_refusal);
-	if (r != -EAGAIN)
-		return r;
-	/* see access.c: whatever else could wait for a FUSE server */
-	if (syscall(SYS_statx, fd, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, STATX_TYPE, &stx) < 0)
-		return -errno;
-	if (S_ISREG(stx.stx_mode) || S_ISDIR(stx.stx_mode) || S_ISFIFO(stx.stx_mode) ||
-	    S_ISLNK(stx.stx_mode))
-		return refuse_file(ret_refusal);
-	r = read_link(fd, link);
-	if (r < 0)
-		return r;
-	number = context_device_number(fd);
-	if (is_removed(number))
-		return refuse(ret_refusal, REFUSAL_NOT_SUPPORTED, "removed",
-			      "The kernel does not list the device of this descriptor (any more).");
-	*ret = find_kind(fd, link);
-	*ret_description = (struct context_description){ .proof = PROOF_CLAIMED };
-	r = (*ret)->describe ? (*ret)->describe(fd, config, ret_description) : 0;
-	ret_description->number = number;
-	return r;
-}
-
-int context_identify_at_once(int fd, const struct context_ops **ret,
-			     struct context_description *ret_description,
-			     struct refusal *ret_refusal)
-{
-	static const char anonymous[] = "anon_inode:", pipes[] = "pipe:[";
-	socklen_t size = sizeof(int);
-	char link[PATH_MAX] = "";
-	int domain, flags, r;
-
-	flags = fcntl(fd, F_GETFL);
-	if (flags < 0)
-		return -errno;
-	if (flags & O_PATH)
-		return refuse_file(ret_refusal);
-	/* What has no path belongs to no file system that could keep anyone waiting. */
-	if (getsockopt(fd, SOL_SOCKET, SO_DOMAIN, &domain, &size) < 0) {
-		r = read_link(fd, link);
-		if (r < 0)
-			return r;
-		if (strncmp(link, pipes, sizeof(pipes) - 1) == 0)
-			return refuse_file(ret_refusal);
-		if (strncmp(link, anonymous, sizeof(anonymous) - 1) != 0)
-			return -EAGAIN;
-	} else if (domain == AF_UNIX) {
-		return refuse(ret_refusal, REFUSAL_NOT_SUPPORTED, "unixSocket",
-			      "An AF_UNIX socket holds no pins, but could hold this connection.");
-	}
-	*ret = find_kind(fd, link);
-	*ret_description = (struct context_description){ .proof = PROOF_CLAIMED };
-	return (*ret)->describe ? -EAGAIN : 0;
-}
 
 int context_new(struct client *client, const struct context_ops *ops,
 		const struct context_description *description, int fd, const char *label,
@@ -209,29 +51,16 @@ no_memory:
 	return -ENOMEM;
 }
 
-/* The manager must not hang in the close of a lingering socket, or of whatever else is not known. What could
- * not be sent to us cannot be sent to it. */
-static bool may_be_kept(const struct context *context)
-{
-	static const char anonymous[] = "anon_inode:";
-	char link[PATH_MAX];
-
-	if (context->remote >= 0)
-		return false;
-	return context->ops != &context_opaque ||
-	       (read_link(context->fd, link) >= 0 &&
-		strncmp(link, anonymous, strlen(anonymous)) == 0);
-}
-
 void context_keep(struct context *context)
 {
 	struct store *store = &context->client->broker->store;
 
-	if (store->notifier && !context->stored && context->fd >= 0 && may_be_kept(context))
+	if (store->notifier && !context->stored && context->fd >= 0 && context->remote < 0 &&
+	    context_may_be_kept(context->fd, context->ops))
 		context->stored = store_keep(store, STORE_CONTEXT, context->id, context->fd);
 }
 
-static void drop_copy(struct context *context)
+void context_drop_copy(struct context *context)
 {
 	if (context->stored)
 		store_drop(&context->client->broker->store, STORE_CONTEXT, context->id);
@@ -248,7 +77,7 @@ static void context_destroy(struct context *context, struct offload *offload)
 	free(context);
 }
 
-static void wake_waiters(struct context *context)
+void context_wake_waiters(struct context *context)
 {
 	struct context_waiter *waiter;
 
@@ -258,7 +87,7 @@ static void wake_waiters(struct context *context)
 	}
 }
 
-static void wake_unpins(struct context *context)
+void context_wake_unpins(struct context *context)
 {
 	struct context_waiter *waiter;
 
@@ -280,15 +109,15 @@ struct context *context_free(struct context *context)
 		pin_free(pin);
 	sd_event_source_disable_unref(context->recheck);
 	context->recheck = NULL;
-	drop_copy(context);
+	context_drop_copy(context);
 	state_gone(broker, context->id);
 	broker_remove_context(broker, context);
 	LIST_REMOVE(context, of_client);
 	context->client->n_contexts--;
 	bus_changed(broker->bus, &context->client->view);
 	context->client = NULL;
-	wake_waiters(context);
-	wake_unpins(context);
+	context_wake_waiters(context);
+	context_wake_unpins(context);
 	if (context->n_jobs == 0)
 		context_destroy(context, broker->offload);
 	return NULL;
@@ -305,80 +134,15 @@ void context_close_withdrawn(struct context *context)
 	if (context->withdrawn == 0 || context->n_pins > 0 || context->n_jobs > 0 ||
 	    context->reaping || context->fd < 0)
 		return;
-	drop_copy(context);
+	context_drop_copy(context);
 	context->fd = offload_close(context->client->broker->offload, context->user, context->fd);
 	state_context(context);
 }
-
-/*
- * Work on a context's descriptor, which stays open until the job has come back. The context may have
- * lost its client by then.
- */
-struct context_job {
-	struct job job;
-	struct broker *broker;
-	struct context *context;
-	const struct context_ops *ops;
-	int fd;
-	struct process holder; /* a copy */
-	bool holder_dead;
-	uint64_t revocation; /* 0: none */
-	uint64_t n_pages;    /* reap: that should be freed */
-	pid_t manager;       /* reap: the service manager's, if it has a copy; else 0 */
-	pid_t found;         /* reap: somebody else who holds it */
-	int barrier;         /* reap: owned; hangs up when the manager's copy has gone; -1: it has none */
-	bool closed;         /* reap: ours is closed, too */
-	int result;
-	size_t n_wanted;     /* detach: of the handles */
-	size_t n_handles;
-	struct handle handles[];
-};
-
-static struct context_job *context_job_new(struct context *context, size_t n_handles)
-{
-	struct context_job *j = calloc(1, sizeof(*j) + n_handles * sizeof(struct handle));
-
-	if (!j)
-		return NULL;
-	if (process_copy(&context->client->process, &j->holder) < 0) {
-		free(j);
-		return NULL;
-	}
-	j->broker = context->client->broker;
-	j->barrier = -1;
-	j->context = context_hold(context);
-	j->ops = context->ops;
-	j->fd = context->fd;
-	j->holder_dead = context->client->dead;
-	return j;
-}
-
-static void start_reap(struct context *context);
 
 struct context *context_hold(struct context *context)
 {
 	context->n_jobs++;
 	return context;
-}
-
-void context_set_remote(struct context *context, int number)
-{
-	context->remote = number;
-	state_context(context);
-}
-
-bool context_fetch(const struct client *client, int number, const struct context_ops *ops, int *ret_fd)
-{
-	_cleanup_(close_fdp) int fd = -1;
-	char link[PATH_MAX];
-
-	if (!process_is_same(&client->process))
-		return false;
-	fd = pidfd_getfd(client->process.pidfd, number, 0);
-	if (fd < 0 || read_link(fd, link) < 0 || !ops->identify(fd, link))
-		return false;
-	*ret_fd = TAKE_FD(fd);
-	return true;
 }
 
 bool context_release(struct context *context, struct broker *broker)
@@ -387,7 +151,7 @@ bool context_release(struct context *context, struct broker *broker)
 	if (context->client) {
 		context_close_withdrawn(context);
 		if (context->reaping && context->n_jobs == 0)
-			start_reap(context);
+			context_start_reap(context);
 		return true;
 	}
 	if (context->n_jobs == 0)
@@ -395,468 +159,10 @@ bool context_release(struct context *context, struct broker *broker)
 	return false;
 }
 
-static void context_job_free(struct context_job *j)
+void context_set_remote(struct context *context, int number)
 {
-	safe_close(j->barrier);
-	process_clear(&j->holder);
-	free(j);
-}
-
-/* Ends the pins whose handles were seen to be gone. */
-static void end_gone(struct context_job *j)
-{
-	for (size_t i = 0; i < j->n_handles; i++) {
-		const struct handle *h = &j->handles[i];
-		struct pin *pin;
-
-		if (!h->gone && !h->destroyed)
-			continue;
-		pin = broker_find_pin(j->broker, h->pin);
-		/* It may have ended, or been bound anew, while the job ran. */
-		if (!pin || pin->over || pin->handle != h->handle ||
-		    !handle_identity_equal(&pin->identity, &h->identity))
-			continue;
-		if (h->destroyed && !pin->destroyed) {
-			pin->destroyed = true;
-			state_pin(pin);
-		}
-		if (h->gone)
-			pin_end(pin, j->context->description.proof);
-	}
-}
-
-static struct handle handle_of(const struct pin *pin)
-{
-	return (struct handle){
-		.pin = pin->id,
-		.handle = pin->handle,
-		.identity = pin->identity,
-		.length = pin->length,
-		.left = pin->state == PIN_LEAVING,
-	};
-}
-
-static void check_run(struct job *job)
-{
-	struct context_job *j = container_of(job, struct context_job, job);
-
-	j->result = j->ops->check(j->fd, j->handles, j->n_handles);
-}
-
-static void check_now(struct context *context);
-
-static int on_recheck(sd_event_source *source, uint64_t usec, void *userdata)
-{
-	check_now(userdata);
-	return 0;
-}
-
-/* Does anybody wait for a pin that its holder has let go of? */
-static bool is_wanted_by_any(const struct context *context)
-{
-	const struct pin *pin;
-
-	LIST_FOREACH(pin, &context->pins, of_context)
-		if (pin_is_awaited(pin) && !LIST_EMPTY(&pin->targets))
-			return true;
-	return false;
-}
-
-static void check_later(struct context *context)
-{
-	sd_event *event = context->client->broker->event;
-	uint64_t last = is_wanted_by_any(context) ? CHECK_LAST_USEC : CHECK_IDLE_USEC;
-	int r;
-
-	context->check_usec = context->check_usec == 0 ? CHECK_FIRST_USEC
-						       : context->check_usec * 2;
-	if (context->check_usec > last)
-		context->check_usec = last;
-	if (!context->recheck)
-		r = sd_event_add_time(event, &context->recheck, CLOCK_MONOTONIC,
-				      now_usec() + context->check_usec, 1, on_recheck, context);
-	else {
-		r = sd_event_source_set_time(context->recheck, now_usec() + context->check_usec);
-		if (r >= 0)
-			r = sd_event_source_set_enabled(context->recheck, SD_EVENT_ONESHOT);
-	}
-	/* Without a timer the ladder's own deadline brings the matter on. */
-	if (r < 0)
-		log_errno(LOG_WARNING, r, "Cannot look again whether pins are gone");
-}
-
-static void check_done(struct job *job)
-{
-	struct context_job *j = container_of(job, struct context_job, job);
-	struct context *context = j->context;
-	bool again;
-
-	context->checking = false;
-	again = context->check_again;
-	context->check_again = false;
-	if (context->client) {
-		bool left = false;
-
-		if (j->result >= 0)
-			end_gone(j);
-		for (struct pin *pin = LIST_FIRST(&context->pins); pin && !left;
-		     pin = LIST_NEXT(pin, of_context))
-			left = pin_is_awaited(pin);
-		if (left && again) {
-			check_now(context);
-		} else {
-			if (left)
-				check_later(context);
-			wake_waiters(context);
-		}
-	}
-	context_release(context, j->broker);
-	context_job_free(j);
-}
-
-static void check_now(struct context *context)
-{
-	struct context_job *j;
-	struct pin *pin;
-	size_t n = 0;
-
-	if (context->checking) {
-		context->check_again = true;
-		return;
-	}
-	LIST_FOREACH(pin, &context->pins, of_context)
-		n += pin_is_awaited(pin);
-	if (n == 0 || context->fd < 0 || context->reaping)
-		return;
-	if (context->ops->until_close) {
-		/* Those that are not leaving need it open. */
-		if (n == context->n_pins)
-			context_reap(context);
-		return;
-	}
-	j = context_job_new(context, n);
-	if (!j) {
-		check_later(context);
-		return;
-	}
-	LIST_FOREACH(pin, &context->pins, of_context)
-		if (pin_is_awaited(pin)) {
-			j->handles[j->n_handles] = handle_of(pin);
-			j->handles[j->n_handles++].ask = context->ask ||
-							 now_msec() - pin->left_msec >= ASK_MSEC;
-		}
-	context->ask = false;
-	j->job.run = check_run;
-	j->job.done = check_done;
-	context->checking = true;
-	offload_submit_step(context->client->broker->offload, context->user, &j->job);
-}
-
-void context_check(struct context *context)
-{
-	context->check_usec = 0;
-	check_now(context);
-}
-
-bool context_look(struct context *context, struct context_waiter *waiter)
-{
-	context->ask = true;
-	check_now(context);
-	if (!context->checking) {
-		context->ask = false;
-		return false;
-	}
-	LIST_INSERT_HEAD(&context->waiters, waiter, of_context);
-	return true;
-}
-
-bool context_wait_detached(struct context *context, struct context_waiter *waiter)
-{
-	if (context->n_detaching == 0)
-		return false;
-	LIST_INSERT_HEAD(&context->unpins, waiter, of_context);
-	return true;
-}
-
-static bool detach_now(struct context *context, uint64_t revocation);
-
-/* Returns who keeps pins through it, 0 for nobody, or negative errno. */
-static int find_keeper(const struct context_job *j)
-{
-	pid_t found = process_find_holder(j->fd, j->manager);
-
-	/* A living holder may just be about to register. */
-	if (!j->ops->is_empty || (found > 0 && !j->holder_dead))
-		return found;
-	if (j->ops->is_empty(j->fd))
-		return 0;
-	return found != 0 ? found : -EBUSY;
-}
-
-static void find_run(struct job *job)
-{
-	struct context_job *j = container_of(job, struct context_job, job);
-
-	j->found = find_keeper(j);
-}
-
-/* Nobody else holds it: the manager's copy has gone, or is going, and ours follows. */
-static void close_run(struct job *job)
-{
-	struct context_job *j = container_of(job, struct context_job, job);
-	struct pollfd barrier = { .fd = j->barrier };
-	struct pin_counter counter;
-
-	if (j->barrier >= 0 && poll(&barrier, 1, BARRIER_MSEC) <= 0) {
-		j->found = -ETIMEDOUT;
-		return;
-	}
-	pin_counter_start(&counter);
-	close(j->fd);
-	j->closed = true;
-	if (j->ops->frees_usec > 0)
-		pin_counter_wait(&counter, j->n_pages, j->ops->frees_usec);
-}
-
-static void end_pins(struct context *context, enum proof proof)
-{
-	struct pin *pin, *next;
-
-	for (pin = LIST_FIRST(&context->pins); pin; pin = next) {
-		next = LIST_NEXT(pin, of_context);
-		if (!pin->over)
-			pin_end(pin, proof);
-	}
-}
-
-static void reap_done(struct job *job)
-{
-	struct context_job *j = container_of(job, struct context_job, job);
-	struct context *context = j->context;
-	uint64_t revocation = context->reap_revocation;
-
-	context->reap_revocation = 0;
-	context->reaping = false;
-	if (j->closed)
-		context->fd = -1;
-	else if (j->found < 0)
-		log_errno(LOG_WARNING, j->found, "Cannot find out who else holds context %" PRIu64,
-			  context->id);
-	else if (j->found > 0 && j->holder_dead)
-		log_info("Context %" PRIu64 " of a holder is still held by process %d.",
-			 context->id, j->found);
-	if (context_release(context, j->broker)) {
-		struct client *client = context->client;
-		uint64_t client_id = client->id;
-
-		if (j->closed) {
-			state_context(context);
-			end_pins(context, client->dead ? PROOF_PRESUMED : PROOF_CLAIMED);
-		}
-		client = broker_find_client(j->broker, client_id);
-		if (!j->closed)
-			revocation_check_reachable(j->broker);
-		if (!j->closed && client && !client->dead && revocation == 0)
-			check_later(context);
-		if (revocation != 0 && !(client && !j->closed && detach_now(context, revocation)))
-			revocation_job_done(j->broker, revocation, REVOCATION_DETACHING, false);
-		if (client)
-			client_collect(client);
-	} else if (revocation != 0) {
-		revocation_job_done(j->broker, revocation, REVOCATION_DETACHING, false);
-	}
-	context_job_free(j);
-}
-
-static void find_done(struct job *job)
-{
-	struct context_job *j = container_of(job, struct context_job, job);
-	struct context *context = j->context;
-
-	if (j->found != 0 || !context->client) {
-		reap_done(job);
-		return;
-	}
-	if (context->stored) {
-		drop_copy(context);
-		j->barrier = store_barrier(&j->broker->store);
-	}
-	j->job.run = close_run;
-	j->job.done = reap_done;
-	offload_submit_step(j->broker->offload, context->user, &j->job);
-}
-
-static void start_reap(struct context *context)
-{
-	struct context_job *j;
-	struct pin *pin;
-
-	j = context_job_new(context, 0);
-	if (!j) {
-		/* The audit comes back to it. */
-		context->reaping = false;
-		broker_audit_soon(context->client->broker);
-		return;
-	}
-	LIST_FOREACH(pin, &context->pins, of_context)
-		if (!pin->over && !pin->on_demand)
-			j->n_pages += pin->length / (uint64_t)sysconf(_SC_PAGESIZE);
-	j->manager = context->stored ? getppid() : 0;
-	j->job.run = find_run;
-	j->job.done = find_done;
-	offload_submit_step(context->client->broker->offload, context->user, &j->job);
-}
-
-void context_reap(struct context *context)
-{
-	/* Lost with the last run: there is nothing to look for. */
-	if (context->fd < 0 && context->client->dead)
-		end_pins(context, PROOF_PRESUMED);
-	if (context->reaping || context->fd < 0)
-		return;
-	/* Our copy may be closed: no other job may be using it. */
-	context->reaping = true;
-	if (context->n_jobs == 0)
-		start_reap(context);
-}
-
-static uint64_t wanted_pages(const struct context_job *j)
-{
-	uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE), n = 0;
-
-	for (size_t i = 0; i < j->n_handles; i++)
-		if (j->handles[i].gone)
-			n += (j->handles[i].identity.length + page - 1) / page;
-	return n;
-}
-
-static void detach_run(struct job *job)
-{
-	struct context_job *j = container_of(job, struct context_job, job);
-	bool alive = !j->holder_dead && process_is_same(&j->holder);
-	struct pin_counter counter;
-	struct holders holders;
-
-	/* Between looking at a handle and destroying it nobody who has the context must reuse it. */
-	j->result = holders_stop(j->fd, &j->holder, alive, STOP_TIMEOUT_USEC, &holders);
-	if (j->result >= 0) {
-		pin_counter_start(&counter);
-		j->result = j->ops->detach(j->fd, &j->holder, j->handles, j->n_handles);
-	}
-	holders_continue(&holders);
-	/* Who cannot have the counters of all CPUs folded would wait in vain. */
-	if (j->result >= 0 && j->ops->detach_frees_usec > 0 && geteuid() == 0)
-		pin_counter_wait(&counter, wanted_pages(j), j->ops->detach_frees_usec);
-}
-
-static void detach_done(struct job *job)
-{
-	struct context_job *j = container_of(job, struct context_job, job);
-
-	if (j->result < 0) {
-		struct log_fields fields = {
-			.revocation = j->revocation,
-			.pid = j->holder.pid,
-			.error = -j->result,
-		};
-
-		log_event(LOG_NOTICE, MESSAGE_REVOKE_ESCALATED, &fields,
-			  "%s of %s (pid %d) could not be detached for sure: %s.", j->ops->kind,
-			  j->holder.comm, j->holder.pid, strerror(-j->result));
-	}
-	if (j->result >= 0) {
-		struct log_fields fields = { .revocation = j->revocation, .pid = j->holder.pid };
-
-		log_event(LOG_WARNING, MESSAGE_REVOKE_ESCALATED, &fields,
-			  "Detached %zu pins of %s (pid %d) by force.", j->n_wanted,
-			  j->holder.comm, j->holder.pid);
-	}
-	j->context->n_detaching--;
-	if (j->context->client) {
-		state_context(j->context);
-		end_gone(j);
-	}
-	if (j->context->n_detaching == 0)
-		wake_unpins(j->context);
-	context_release(j->context, j->broker);
-	revocation_job_done(j->broker, j->revocation, REVOCATION_DETACHING, false);
-	context_job_free(j);
-}
-
-static bool is_wanted(const struct pin *pin, const struct revocation *revocation)
-{
-	struct target *target;
-
-	LIST_FOREACH(target, &pin->targets, of_pin)
-		if (target->revocation == revocation)
-			return !target->on_demand;
-	return false;
-}
-
-/* Returns 1 if a job is under way, 0 if there is nothing that could be detached so. */
-static int start_detach(struct context *context, const struct revocation *revocation)
-{
-	struct context_job *j;
-	struct pin *pin;
-	size_t n = 0, n_wanted = 0;
-
-	if (!context->description.forcible || !context->ops->detach || context->fd < 0)
-		return 0;
-	LIST_FOREACH(pin, &context->pins, of_context)
-		if (pin->handle != INT_NULL && !pin->over) {
-			n++;
-			n_wanted += is_wanted(pin, revocation);
-		}
-	if (n_wanted == 0)
-		return 0;
-	j = context_job_new(context, n);
-	if (!j)
-		return -ENOMEM;
-	LIST_FOREACH(pin, &context->pins, of_context)
-		if (pin->handle != INT_NULL && !pin->over) {
-			j->handles[j->n_handles] = handle_of(pin);
-			j->handles[j->n_handles++].keep = !is_wanted(pin, revocation);
-		}
-	j->n_wanted = n_wanted;
-	j->revocation = revocation->id;
-	context->n_detaching++;
-	j->job.run = detach_run;
-	j->job.done = detach_done;
-	/* whoever finds it so has to let them go on */
+	context->remote = number;
 	state_context(context);
-	state_flush(j->broker);
-	offload_submit_step(context->client->broker->offload, context->user, &j->job);
-	return 1;
-}
-
-/* After a reap in vain. */
-static bool detach_now(struct context *context, uint64_t id)
-{
-	const struct revocation *revocation =
-		broker_find_revocation(context->client->broker, id);
-
-	return revocation && revocation->state == REVOCATION_DETACHING &&
-	       start_detach(context, revocation) > 0;
-}
-
-int context_detach(struct context *context, struct revocation *revocation)
-{
-	int r;
-
-	/* One that is being reaped anyway is detached after that, if need be. */
-	if (!context->reaping) {
-		r = start_detach(context, revocation);
-		if (r != 0 || context->fd < 0)
-			return r;
-	}
-	if (context->reap_revocation != 0)
-		return 0;
-	context->reap_revocation = revocation->id;
-	context_reap(context);
-	if (context->reaping)
-		return 1;
-	context->reap_revocation = 0;
-	return -ENOMEM;
 }
 
 void context_info(const struct context *context, struct msg_context_info *ret)

@@ -144,7 +144,10 @@ int context_new(struct client *client, const struct context_ops *ops,
 void context_set_remote(struct context *context, int number);
 /* Takes a descriptor of this kind from the client, by its number there. (scan) */
 bool context_fetch(const struct client *client, int number, const struct context_ops *ops, int *ret_fd);
-/* Has the service manager keep a copy of its descriptor, if closing that can keep nobody waiting. */
+/* Can the last close of such a descriptor keep nobody waiting? The service manager must not hang in that of
+ * a lingering socket, or of whatever else is not known. */
+bool context_may_be_kept(int fd, const struct context_ops *ops);
+/* Has the service manager keep a copy of its descriptor, if that may be. */
 void context_keep(struct context *context);
 /* Frees its pins, too, without a word: see that it has none that live. */
 struct context *context_free(struct context *context);
