@@ -289,6 +289,7 @@ class Restart(Case):
         self.end_daemon()
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
+        self.store.catch_up()
         self.assertEqual(len(self.store.kept), 2)
         _, result = self.truncate()
         self.run_daemon()
@@ -355,6 +356,7 @@ class Restart(Case):
                                                [lingering.fileno()])['context']
             ring, survivor.context = survivor.context, context
             survivor.pin()
+            self.store.catch_up()
             self.assertEqual(len(self.store.kept), 2)
             self.restart()
             self.expect_restored(1, 1, 1)
