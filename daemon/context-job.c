@@ -317,9 +317,10 @@ static void reap_done(struct job *job)
 	else if (j->found < 0)
 		log_errno(LOG_WARNING, j->found, "Cannot find out who else holds context %" PRIu64,
 			  context->id);
-	else if (j->found > 0 && j->holder_dead)
+	else if (j->found > 0 && j->holder_dead && j->found != context->other_holder)
 		log_info("Context %" PRIu64 " of a holder is still held by process %d.",
 			 context->id, j->found);
+	context->other_holder = j->found;
 	if (context_release(context, j->broker)) {
 		struct client *client = context->client;
 		uint64_t client_id = client->id;
@@ -327,6 +328,8 @@ static void reap_done(struct job *job)
 		if (j->closed) {
 			state_context(context);
 			end_pins(context, client->dead ? PROOF_PRESUMED : PROOF_CLAIMED);
+		} else {
+			context_keep(context); /* the copy was dropped too early */
 		}
 		client = broker_find_client(j->broker, client_id);
 		if (!j->closed)

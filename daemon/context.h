@@ -110,6 +110,7 @@ struct context {
 	bool check_again;
 	bool ask; /* the next look may get in the way of the holder, who says that he is done */
 	bool reaping; /* a job looks who else holds it, or waits for the others to come back */
+	pid_t other_holder; /* who was last found with it, beside us; or negative errno */
 	uint64_t withdrawn;       /* the revocation with which its device goes, or 0 */
 	uint64_t detached_by;     /* the revocation that last had its pins detached */
 	uint64_t reap_revocation; /* the one that waits for it, or 0 */

@@ -70,8 +70,8 @@ static void test_bad_lines(void **state)
 	static const char *const lines[] = {
 		"", " pin", "pin id", "pin =1", "pin  id=1", "pin id=1 ", "pin s=%", "pin s=%4", "pin s=%4g",
 		"pin s=%00", "pin s=%4G",
-		"k a=1 a=1 a=1 a=1 a=1 a=1 a=1 a=1 a=1 a=1 a=1 a=1 a=1 a=1 a=1 a=1 a=1 a=1 a=1 a=1 a=1 a=1 "
-		"a=1 a=1 a=1",
+		/* one more than there may be */
+		"k a= a= a= a= a= a= a= a= a= a= a= a= a= a= a= a= a= a= a= a= a= a= a= a= a=",
 	};
 
 	for (size_t i = 0; i < sizeof(lines) / sizeof(lines[0]); i++) {
