@@ -21,7 +21,17 @@ from world import DAEMON, PASS_SOCKETS, READY, SIZE, Case, end_child
 
 F_GETLEASE = 1025
 RESTART = signal.SIGUSR1
+DIGITS = '0123456789abcdefghijklmnopqrstuvwxyz'
 RESTORED = r'Took up (\d+) pins of (\d+) files by (\d+) clients .* (\d+) objects were lost'
+
+
+def name(kind, number):
+    """Of a descriptor in the store."""
+    digits = ''
+    while number:
+        number, digit = divmod(number, 36)
+        digits = DIGITS[digit] + digits
+    return kind + digits
 
 
 class Survivor:
@@ -145,6 +155,9 @@ class Restart(Case):
         match = re.search(RESTORED, self.daemon.text())
         self.assertEqual(tuple(map(int, match.groups())), (pins, files, clients, lost),
                          self.daemon.text())
+
+    def wait_for_kept(self, names):
+        self.store.wait_until(lambda: set(self.store.kept) == names)
 
     def lease(self, file):
         with contextlib.closing(Connection(self.path)) as connection:
@@ -384,7 +397,7 @@ class Restart(Case):
         first.unpin()
         first.connection.call('org.pinbroker.CloseFile', {'file': first.file})
         # there is room again: the audit finds that
-        self.store.wait_until(lambda: sorted(name[0] for name in self.store.kept) == ['c', 'f'])
+        self.wait_for_kept({name('c', first.context), name('f', second.file)})
         self.end_daemon()
         _, result = self.truncate(second.data)
         self.assertFalse(is_readable(result, 0.2))
@@ -404,7 +417,8 @@ class Restart(Case):
             gone.unpin()
             gone.connection.call('org.pinbroker.CloseFile', {'file': gone.file})
             self.assertLess(len(self.store.kept), 23)
-        self.store.wait_until(lambda: len(self.store.kept) == 23)
+        self.wait_for_kept({name('c', s.context) for s in survivors} |
+                           {name('f', s.file) for s in survivors if s is not gone})
         self.restart()
         self.expect_restored(11, 11, 12)
 
