@@ -199,9 +199,10 @@ def prepare(directory):
     for name in ('actions', 'rules', 'none'):
         os.mkdir(os.path.join(directory, name))
     shutil.copy(os.path.join(SYSTEMD, 'org.pinbroker1.policy'), directory + '/actions')
-    shutil.copy('/etc/group', directory + '/group')
-    with open(directory + '/group', 'a', encoding='utf-8') as f:
-        f.write(f'pinbroker:x:{GROUP}:\n')
+    with open('/etc/group', encoding='utf-8') as f:
+        groups = [line for line in f if not line.startswith('pinbroker:')]  # where it is installed
+    with open(directory + '/group', 'w', encoding='utf-8') as f:
+        f.writelines(groups + [f'pinbroker:x:{GROUP}:\n'])
     with open(directory + '/rules/10-test.rules', 'w', encoding='ascii') as f:
         f.write(RULES)
 
