@@ -242,6 +242,9 @@ static int revoke_device(struct broker *broker, const struct device *device, con
 int admin_revoke_device(struct broker *broker, const char *name, const char *reason,
 			uint64_t timeout_usec, uint64_t *ret_id, struct refusal *ret_refusal)
 {
+	/* that is what contexts without a device have */
+	if (!name[0])
+		return refuse_parameter(ret_refusal, "device");
 	return revoke_device(broker, &(struct device){ .name = name }, reason, timeout_usec, ret_id,
 			     ret_refusal);
 }

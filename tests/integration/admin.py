@@ -120,6 +120,8 @@ def test_revokes(world, manager):
     h.call('Unpin', {'pins': pins[:1]})
     equal([p['pin'] for p in manager.list('Pins')[0]], pins[1:])
     equal(manager.list('Files')[0][0]['lease'], 'read')
+    # the context has no device, which is no device's name
+    manager.refused('', 'RevokeDevice', 'sst', '', '', 0)
     # nothing is pinned through it: that is what was wanted
     revocation = manager.call('RevokeDevice', 'sst', 'mlx5_0', '', 0)[0]
     last = manager.list('Revocations')[0][-1]
