@@ -182,7 +182,7 @@ static void check_done(struct job *job)
 		} else {
 			if (left)
 				check_later(context);
-			context_wake_waiters(context);
+			context_wake(&context->waiters);
 		}
 	}
 	context_release(context, j->broker);
@@ -455,7 +455,7 @@ static void detach_done(struct job *job)
 		end_gone(j);
 	}
 	if (j->context->n_detaching == 0)
-		context_wake_unpins(j->context);
+		context_wake(&j->context->unpins);
 	context_release(j->context, j->broker);
 	revocation_job_done(j->broker, j->revocation, REVOCATION_DETACHING, false);
 	context_job_free(j);

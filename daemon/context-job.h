@@ -11,6 +11,5 @@ void context_start_reap(struct context *context);
 /* The service manager's copy is to be closed. */
 void context_drop_copy(struct context *context);
 
-/* What was waited for has been looked at; nothing is being detached any more. */
-void context_wake_waiters(struct context *context);
-void context_wake_unpins(struct context *context);
+/* What they waited for has come. */
+void context_wake(struct context_waiters *waiters);

@@ -77,21 +77,11 @@ static void context_destroy(struct context *context, struct offload *offload)
 	free(context);
 }
 
-void context_wake_waiters(struct context *context)
+void context_wake(struct context_waiters *waiters)
 {
 	struct context_waiter *waiter;
 
-	while ((waiter = LIST_FIRST(&context->waiters))) {
-		LIST_REMOVE(waiter, of_context);
-		waiter->looked(waiter);
-	}
-}
-
-void context_wake_unpins(struct context *context)
-{
-	struct context_waiter *waiter;
-
-	while ((waiter = LIST_FIRST(&context->unpins))) {
+	while ((waiter = LIST_FIRST(waiters))) {
 		LIST_REMOVE(waiter, of_context);
 		waiter->looked(waiter);
 	}
@@ -116,8 +106,8 @@ struct context *context_free(struct context *context)
 	context->client->n_contexts--;
 	bus_changed(broker->bus, &context->client->view);
 	context->client = NULL;
-	context_wake_waiters(context);
-	context_wake_unpins(context);
+	context_wake(&context->waiters);
+	context_wake(&context->unpins);
 	if (context->n_jobs == 0)
 		context_destroy(context, broker->offload);
 	return NULL;

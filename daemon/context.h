@@ -86,6 +86,8 @@ struct context_waiter {
 	LIST_ENTRY(context_waiter) of_context;
 };
 
+LIST_HEAD(context_waiters, context_waiter);
+
 extern const struct context_ops context_io_uring;
 extern const struct context_ops context_af_xdp;
 extern const struct context_ops context_rdma;
@@ -116,8 +118,8 @@ struct context {
 	uint64_t reap_revocation; /* the one that waits for it, or 0 */
 	uint64_t check_usec;      /* the back-off of the next look */
 	sd_event_source *recheck; /* its timer */
-	LIST_HEAD(, context_waiter) waiters; /* for the end of `checking` */
-	LIST_HEAD(, context_waiter) unpins;  /* … of `n_detaching` */
+	struct context_waiters waiters; /* for the end of `checking` */
+	struct context_waiters unpins;  /* … of `n_detaching` */
 	LIST_ENTRY(context) of_client;
 	RB_ENTRY(context) by_id; /* broker::contexts */
 };
