@@ -220,7 +220,7 @@ def run():
 def main():
     """Starts itself again in the namespace, with the directory that it is made of."""
     if len(sys.argv) > 1:
-        signal.alarm(100)
+        signal.alarm(300)
         try:
             run()
         finally:

@@ -190,7 +190,7 @@ def test_bus_that_does_not_read(world, mirror):
 
 
 def main():
-    signal.alarm(100)
+    signal.alarm(300)
     with World() as world:
         world.start(f'[Limits]\nMaxFilesPerUser={FILES_MAX}\n')
         mirror = Mirror(world)

@@ -189,7 +189,7 @@ def test_signals(world, bus):
 
 
 def main():
-    signal.alarm(100)
+    signal.alarm(300)
     with World() as world:
         world.start()
         bus = Bus(world)

@@ -29,7 +29,10 @@ class OnDemand(Holder):
 
     def start_watch(self):
         self.watch = Connection(self.world.path)
+        self.watch.list(PB + 'ListPins')
         self.watch.send(PB + 'Watch', self.client, more=True)
+        for _ in range(2):  # of requests that are there at once, the first to be served may be any
+            self.connection.list(PB + 'ListPins')
 
     def expect_notice(self, revocation, cause):
         notice = self.watch.reply(PB + 'Watch')[0]['notice']
@@ -230,7 +233,7 @@ def test_shutdown(world, manager):
 
 
 def main():
-    signal.alarm(100)
+    signal.alarm(300)
     tests = (test_list, test_truncate, test_own_truncate, test_administrator, test_missed, test_mixed,
              test_shrink, test_killed, test_shutdown)
     for test in tests:

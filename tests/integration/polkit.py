@@ -262,7 +262,7 @@ def test_timeout():
 
 
 def main():
-    signal.alarm(100)
+    signal.alarm(300)
     with World() as world:
         os.chmod(world.dir, 0o755)
         world.start(f'[Limits]\nMaxUnfinishedPerUser={UNFINISHED}\n', policy=POLICY)

@@ -346,7 +346,7 @@ def test_file_system(kind):
 
 
 def main():
-    signal.alarm(120)
+    signal.alarm(300)
     for test in (test_ranges, test_revocation_in_the_way, test_who_comes_later,
                  test_reading_and_writing,
                  test_others_objects, test_limits, test_open_descriptor_wanted):

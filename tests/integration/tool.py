@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 
-from client import (PAGE, PAGES, SIZE, WAIT, World, equal, expect, is_readable,
+from client import (PAGE, PAGES, SIZE, SLOWNESS, WAIT, World, equal, expect, is_readable,
                     truncate_in_child)
 from rules import Holder, mounted, ranges, running
 
@@ -21,7 +21,6 @@ TOOL = os.path.join(os.environ['BUILD_ROOT'], 'client', 'pinbrokerctl')
 COMPLETION = os.path.join(os.path.dirname(os.path.abspath(__file__)), '..', '..', 'client',
                           'pinbrokerctl.bash')
 OK, USAGE, DATAERR, NOINPUT, UNAVAILABLE, TEMPFAIL = 0, 64, 65, 66, 69, 75  # sysexits.h
-SLOWNESS = int(os.environ.get('PINBROKER_SLOW', '1'))
 GRACE = 10 if SLOWNESS == 1 else 30  # seconds: longer than half a dozen commands take
 VERBS = ('status', 'list', 'show', 'revoke', 'watch', 'map', 'preflight', 'hold')
 
@@ -623,7 +622,7 @@ def test_completion(world, tool, o):
 
 
 def main():
-    signal.alarm(240 if SLOWNESS == 1 else 600)
+    signal.alarm(550)
     with running(f'[Revocation]\nRevokeGraceSec={GRACE}\n') as world:
         tool, o = Tool(world), Objects(world)
         for test in (test_list, test_show, test_on_demand, test_status, test_map, test_completion):
