@@ -68,10 +68,10 @@ class Survivor:
                 'fileDescriptor': 0, 'label': 'event'}, [event])['context']
             os.close(event)
 
-    def pin(self, offset=0, length=PAGE, label=None):
+    def pin(self, offset=0, length=PAGE, label=None, on_demand=False):
         pins = self.connection.call('org.pinbroker.Pin', {
             'file': self.file, 'context': self.context, 'access': self.access, 'label': label,
-            'ranges': [{'offset': offset, 'length': length}]})['pins']
+            'onDemand': on_demand, 'ranges': [{'offset': offset, 'length': length}]})['pins']
         self.pins += pins
         return pins[0]
 
@@ -332,6 +332,33 @@ class Restart(Case):
         survivor.resume()
         self.assertEqual(survivor.unpin(), [pin])
         del mapping
+
+    def test_on_demand(self):
+        """What its holder had been told of is told again, until it binds anew; nobody waits for it."""
+        self.run_daemon()
+        survivor = self.survivor(self.file)
+        pin = survivor.pin(PAGE, on_demand=True)
+        _, result = self.truncate()
+        self.truncated(result)
+        end = time.monotonic() + WAIT
+        while not (told := survivor.resume()) or told[0]['conflict']['cause'] != 'shrink':
+            self.assertLess(time.monotonic(), end, told)
+        for sig in (signal.SIGKILL, RESTART):
+            self.restart(sig)
+            self.expect_restored(1, 1, 1)
+            (notice,) = survivor.resume()
+            self.assertEqual((notice['revocation'], notice['pins']), (told[0]['revocation'], [pin]))
+            self.assertEqual([p['onDemand'] for p in survivor.listed()[0]], [True])
+        survivor.connection.call('org.pinbroker.Bind', {'pin': pin, 'handle': 1})
+        self.restart()
+        self.assertEqual(survivor.resume(), [])
+        watch = survivor.watch()
+        _, result = self.truncate()
+        self.truncated(result)
+        notice = watch.reply('org.pinbroker.Watch')[0]['notice']
+        self.assertEqual((notice['pins'], notice['conflict']['cause']), ([pin], 'modify'))
+        survivor.unpin()
+        watch.close()
 
     def test_what_is_let_go_leaves_the_store(self):
         self.run_daemon()
