@@ -23,7 +23,7 @@
 
 #define HOLDER_UID 54321
 #define GRACE_MSEC 300
-#define LATE_MSEC  500
+#define LATE_MSEC  (500 + kept_msec())
 
 static const char config[] = "[Revocation]\nRevokeGraceSec=300ms\nSignalGraceSec=300ms\n";
 
