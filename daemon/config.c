@@ -284,7 +284,7 @@ static char *read_line(char *line, int size, void *userdata)
 
 static int read_file(struct config *config, const char *path)
 {
-	struct reader reader = {.path = path, .config = config};
+	struct reader reader = { .path = path, .config = config };
 	int bad_line;
 
 	reader.file = fopen(path, "re");

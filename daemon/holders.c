@@ -36,7 +36,7 @@ static struct standstill *standstill_get(pid_t pid)
 	struct standstill *s;
 
 	pthread_mutex_lock(&lock);
-	LIST_FOREACH (s, &standstills, link)
+	LIST_FOREACH(s, &standstills, link)
 		if (s->pid == pid)
 			break;
 	if (!s) {
@@ -82,7 +82,7 @@ static int holder_stop(struct holder *h, uint64_t end_usec)
 /* Takes pidfd over. */
 static int add(struct holders *holders, pid_t pid, int pidfd)
 {
-	struct holder h = {.pid = pid, .pidfd = pidfd};
+	struct holder h = { .pid = pid, .pidfd = pidfd };
 
 	if (holders->n == holders->n_allocated) {
 		size_t n = holders->n_allocated * 2 + 4;
@@ -156,7 +156,7 @@ static int on_holder(pid_t pid, void *userdata)
 }
 
 int holders_stop(int fd, const struct process *client, bool client_alive, uint64_t timeout_usec,
-	struct holders *ret)
+		 struct holders *ret)
 {
 	size_t n_before;
 	int r;
@@ -209,7 +209,7 @@ static int continue_left(pid_t pid, void *userdata)
 
 void holders_continue_left(int fd, const struct process *client)
 {
-	struct holders holders = {.fd = fd, .uid = client->uid};
+	struct holders holders = { .fd = fd, .uid = client->uid };
 
 	if (process_is_same(client))
 		(void)continue_left(client->pid, &holders);

@@ -26,7 +26,7 @@ struct holders {
  * whatever the result: it has those go on that were not stopped before. (scan)
  */
 int holders_stop(int fd, const struct process *client, bool client_alive, uint64_t timeout_usec,
-	struct holders *ret);
+		 struct holders *ret);
 void holders_continue(struct holders *holders);
 
 /* The run before ended between the two: has those go on that stand still. (scan) */

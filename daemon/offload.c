@@ -242,7 +242,7 @@ static bool queue_may_start_last(const struct lane *lane, const struct offload_q
 	unsigned n = q->n_running;
 	struct job *job;
 
-	STAILQ_FOREACH (job, &q->jobs, link)
+	STAILQ_FOREACH(job, &q->jobs, link)
 		if (++n > lane->n_running_max)
 			return false;
 	return true;
