@@ -174,7 +174,7 @@ class Devices(Case):
         self.expect_closed(self.node)
         self.assertEqual(self.last(), ('released', 1, 'provable', 'device'))
         self.assertEqual(open_in(holder.pid, self.node), 1)
-        self.assertIsNone(command.poll())
+        self.assertIsNone(command.poll(), output('rdma', 'link'))
         # what it still may call works: the region is gone, the context is the broker's no more
         holder.tell('deregister')
         begin = time.monotonic()
