@@ -5,6 +5,8 @@ is not what the administrator has to wait for.
 """
 import errno
 import os
+import platform
+import re
 import shutil
 import signal
 import socket
@@ -26,6 +28,8 @@ GRACE = 3
 DROP_IN = '/etc/pinbroker/pinbroker.conf.d/test.conf'
 TEMPFAIL = 75
 NETLINK_KOBJECT_UEVENT = 15
+# Of soft-RoCE: its removal waits for those who have it open; later it takes from them what they have.
+REMOVAL_WAITS = tuple(map(int, re.match(r'(\d+)\.(\d+)', platform.release()).groups())) < (7, 3)
 
 
 def setUpModule():
@@ -103,6 +107,12 @@ class Devices(Case):
             self.removal.wait()
             raise
 
+    def expect_waiting(self, command):
+        if REMOVAL_WAITS:
+            self.assertIsNone(command.poll(), output('rdma', 'link'))
+        else:
+            self.assertEqual(command.wait(TIMEOUT), 0)
+
     def expect_removed(self, command, begin):
         self.assertEqual(command.wait(TIMEOUT), 0)
         took = time.monotonic() - begin
@@ -138,7 +148,7 @@ class Devices(Case):
         holder = self.hold(self.path)
         command = self.remove()
         holder.expect('notice device')
-        self.assertIsNone(command.poll())
+        self.expect_waiting(command)
         holder.tell('deregister')
         self.expect_closed(self.node)
         self.assertEqual(self.last(), ('released', 1, 'provable', 'device'))
@@ -174,7 +184,7 @@ class Devices(Case):
         self.expect_closed(self.node)
         self.assertEqual(self.last(), ('released', 1, 'provable', 'device'))
         self.assertEqual(open_in(holder.pid, self.node), 1)
-        self.assertIsNone(command.poll(), output('rdma', 'link'))
+        self.expect_waiting(command)
         # what it still may call works: the region is gone, the context is the broker's no more
         holder.tell('deregister')
         begin = time.monotonic()
