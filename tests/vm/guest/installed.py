@@ -4,6 +4,8 @@ import contextlib
 import itertools
 import json
 import os
+import platform
+import re
 import select
 import signal
 import subprocess
@@ -18,6 +20,7 @@ NAME, ROOT, MANAGER = 'org.pinbroker1', '/org/pinbroker1', 'org.pinbroker1.Manag
 TESTER = 1500
 TIMEOUT = 60  # seconds, for any event: the machine is emulated
 SECOND = 10 ** 6
+KERNEL = tuple(map(int, re.match(r'(\d+)\.(\d+)', platform.release()).groups()))
 
 
 def run(*argv, **options):

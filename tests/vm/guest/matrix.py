@@ -9,8 +9,6 @@ import glob
 import json
 import mmap
 import os
-import platform
-import re
 import shutil
 import struct
 import tempfile
@@ -22,7 +20,7 @@ from pyverbs.mr import MR
 from pyverbs.pd import PD
 
 import case
-from installed import ADDRESS, TESTER, TIMEOUT, daemon_pid, leases, output, run
+from installed import ADDRESS, KERNEL, TESTER, TIMEOUT, daemon_pid, leases, output, run
 from client import PAGE, Connection, is_readable, truncate_in_child
 
 # Linux 6.1's RDMA pins for writing whatever is asked, its io_uring takes no other files than of tmpfs and
@@ -68,7 +66,6 @@ BACKINGS = {'ext4': 'page cache', 'xfs': 'page cache', 'tmpfs': 'tmpfs', 'hugetl
             'device_dax': 'device-dax', 'ext4_dax': 'fsdax', 'xfs_dax': 'fsdax'}
 PIN_FILE = '/build/tests/pin-file'
 SIZE = 2 << 20
-KERNEL = tuple(map(int, re.match(r'(\d+)\.(\d+)', platform.release()).groups()))
 PB = 'org.pinbroker.'
 
 

@@ -5,8 +5,6 @@ is not what the administrator has to wait for.
 """
 import errno
 import os
-import platform
-import re
 import shutil
 import signal
 import socket
@@ -16,7 +14,7 @@ import time
 import unittest
 
 import case
-from installed import ADDRESS, SERVICE, TESTER, TIMEOUT, Program, daemon_pid, output, run
+from installed import ADDRESS, KERNEL, SERVICE, TESTER, TIMEOUT, Program, daemon_pid, output, run
 from client import Connection
 
 HOLDER, SERVER = '/build/tests/rdma-holder', '/build/client/example-rdma-server'
@@ -29,7 +27,7 @@ DROP_IN = '/etc/pinbroker/pinbroker.conf.d/test.conf'
 TEMPFAIL = 75
 NETLINK_KOBJECT_UEVENT = 15
 # Of soft-RoCE: its removal waits for those who have it open; later it takes from them what they have.
-REMOVAL_WAITS = tuple(map(int, re.match(r'(\d+)\.(\d+)', platform.release()).groups())) < (7, 3)
+REMOVAL_WAITS = KERNEL < (7, 3)
 
 
 def setUpModule():
@@ -92,7 +90,7 @@ class Devices(Case):
             f.truncate(SIZE)
 
     def remove(self):
-        """A command that waits until nobody has the device open any more."""
+        """See REMOVAL_WAITS."""
         self.removal = subprocess.Popen(['rdma', 'link', 'delete', DEVICE])
         return self.removal
 
@@ -177,7 +175,7 @@ class Devices(Case):
         self.expect_removed(command, begin)
 
     def test_ignoring(self):
-        """The region is taken from it by force, and then it is its own descriptor that is waited for."""
+        """The region is taken from it by force; its own descriptor may be waited for then."""
         holder = self.hold(self.path)
         command = self.remove()
         holder.expect('notice device')
