@@ -2,6 +2,7 @@
 #include "connection.h"
 
 #include "daemon/macro.h"
+#include "json-text.h"
 
 #include <limits.h>
 #include <string.h>
@@ -87,7 +88,7 @@ int connection_new(
 		free(c);
 		return -ENOMEM;
 	}
-	json_tokener_set_flags(c->tokener, JSON_TOKENER_STRICT | JSON_TOKENER_VALIDATE_UTF8);
+	json_tokener_set_flags(c->tokener, JSON_TOKENER_STRICT);
 	c->input_size = INPUT_MIN;
 	TAILQ_INIT(&c->segments);
 	c->close_fd = close_fd;
@@ -231,16 +232,6 @@ int connection_read(struct connection *c)
 	return 1;
 }
 
-/* Those in strings count too: the limit is far above any message of the interface. */
-static size_t count_brackets(const char *text, size_t size)
-{
-	size_t n = 0;
-
-	for (size_t i = 0; i < size; i++)
-		n += text[i] == '{' || text[i] == '[';
-	return n;
-}
-
 /* json-c 0.16 crashes where its tokener is refused memory for a key: so there has to be some. */
 static bool have_memory(size_t n_brackets, size_t size)
 {
@@ -250,17 +241,29 @@ static bool have_memory(size_t n_brackets, size_t size)
 	return p;
 }
 
-/* With the NUL, at which the tokener knows that nothing more comes. */
-static int connection_parse(struct connection *c, const char *text, size_t size, json_object **ret)
+/* length: without the NUL, at which the tokener knows that nothing more comes. */
+static int connection_parse(
+	struct connection *c, const char *text, size_t length, json_object **ret)
 {
-	size_t n = count_brackets(text, size);
+	_cleanup_(freep) char *ascii = NULL;
+	struct json_text found;
 	json_object *o;
 
-	if (n > CONNECTION_BRACKETS_MAX)
+	/* Brackets in strings count, too: the limit is far above any message of the interface. */
+	if (json_text_examine(text, length, &found) < 0 ||
+		found.n_brackets > CONNECTION_BRACKETS_MAX)
 		return -EBADMSG;
-	if (!have_memory(n, size))
+	if (!have_memory(found.n_brackets, found.ascii_size))
 		return -ENOMEM;
-	o = json_tokener_parse_ex(c->tokener, text, (int)size);
+	if (found.ascii_size > length) {
+		ascii = malloc(found.ascii_size + 1);
+		if (!ascii)
+			return -ENOMEM;
+		json_text_to_ascii(text, length, ascii);
+		ascii[found.ascii_size] = 0;
+		text = ascii;
+	}
+	o = json_tokener_parse_ex(c->tokener, text, (int)found.ascii_size + 1);
 	if (!json_object_is_type(o, json_type_object)) {
 		json_object_put(o);
 		return -EBADMSG;
@@ -286,13 +289,13 @@ static void connection_shrink(struct connection *c)
 int connection_receive(struct connection *c, json_object **ret_message, struct fds *ret_fds)
 {
 	json_object *message;
-	size_t size;
+	size_t length;
 	int r;
 
 	if (!c->nul)
 		return 0;
-	size = (size_t)(c->nul - c->input) - c->start + 1;
-	r = connection_parse(c, c->input + c->start, size, &message);
+	length = (size_t)(c->nul - c->input) - c->start;
+	r = connection_parse(c, c->input + c->start, length, &message);
 	if (r < 0)
 		return r;
 
@@ -305,7 +308,7 @@ int connection_receive(struct connection *c, json_object **ret_message, struct f
 	}
 	*ret_message = message;
 
-	c->start += size;
+	c->start += length + 1;
 	c->nul = memchr(c->input + c->start, 0, c->end - c->start);
 	if (c->start == c->end)
 		connection_shrink(c);

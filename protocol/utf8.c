@@ -1,17 +1,17 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 #include "utf8.h"
 
-#include <stdint.h>
 #include <string.h>
 
-/* The length of the character that s starts with, 0 if it is none. n is at least 1. */
-static size_t utf8_character(const char *s, size_t n)
+size_t utf8_decode(const char *s, size_t n, uint32_t *ret)
 {
 	uint32_t c = (unsigned char)s[0], least;
 	size_t length;
 
-	if (c < 0x80)
+	if (c < 0x80) {
+		*ret = c;
 		return c != 0;
+	}
 	if ((c & 0xe0) == 0xc0) {
 		length = 2;
 		c &= 0x1f;
@@ -36,7 +36,17 @@ static size_t utf8_character(const char *s, size_t n)
 	}
 	if (c < least || c > 0x10ffff || (c >= 0xd800 && c <= 0xdfff))
 		return 0;
-	if ((c >= 0xfdd0 && c <= 0xfdef) || (c & 0xfffe) == 0xfffe)
+	*ret = c;
+	return length;
+}
+
+/* The length of the character that s starts with, 0 if it is none or a noncharacter. */
+static size_t utf8_character(const char *s, size_t n)
+{
+	uint32_t c;
+	size_t length = utf8_decode(s, n, &c);
+
+	if (length > 0 && ((c >= 0xfdd0 && c <= 0xfdef) || (c & 0xfffe) == 0xfffe))
 		return 0;
 	return length;
 }

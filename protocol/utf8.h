@@ -2,11 +2,16 @@
 #pragma once
 
 #include <stddef.h>
+#include <stdint.h>
 
 /*
  * Text that both JSON and sd-bus accept: strict UTF-8 without NUL, and, as sd-bus refuses them,
  * without noncharacters.
  */
+
+/* The length of the character that the n bytes, at least one, start with, and the character; 0 if
+ * they start with none, or with NUL. Noncharacters count here. */
+size_t utf8_decode(const char *s, size_t n, uint32_t *ret);
 
 /* How many of the first n bytes are such text, counted in whole characters. */
 size_t utf8_span(const char *s, size_t n);

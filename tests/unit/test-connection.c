@@ -380,6 +380,11 @@ static void what_is_no_message_is_refused(void **state)
 		BAD("{n:1}"),
 		BAD("{\"n\":01}"),
 		BAD("{\"n\":\"a\nb"),
+		BAD("{\"n\":\"a\nb\"}"),
+		BAD("{\"n\":\"\x1f\"}"),
+		BAD("{\"\t\":1}"),
+		BAD("{\"n\":\"\\\n\"}"),
+		BAD("{\v\"n\":1}"),
 		BAD("[]"),
 		BAD("[{}]"),
 		BAD("1"),
@@ -392,6 +397,14 @@ static void what_is_no_message_is_refused(void **state)
 		BAD("{\"n\":\"\xc3(\"}"),
 		BAD("{\"n\":\"\x80\"}"),
 		BAD("{\"\xe2\x82\":1}"),
+		BAD("{\"n\":\"\xc0\xaf\"}"),
+		BAD("{\"n\":\"\xed\xa0\xbd\xed\xb8\x80\"}"),
+		BAD("{\"n\":\"\xf4\x90\x80\x80\"}"),
+		BAD("{\"n\":\"\\\xc3\xa4\"}"),
+		BAD("{\"n\":\"\\u00\xc3\xa4\"}"),
+		BAD("{\xc3\xa4:1}"),
+		BAD("{\"n\":\xc3\xa4}"),
+		BAD("{\xc2\xa0\"n\":1}"),
 		BAD("{\"n\":[[[[[[[[[[[[[[[[]]]]]]]]]]]]]]]]}"),
 		BAD("{\"n\":{\"n\":{\"n\":{\"n\":{\"n\":{\"n\":{\"n\":{\"n\":{\"n\":{\"n\":{\"n\":"
 		    "{\"n\":{\"n\":{\"n\":{\"n\":{\"n\":{\"n\":1}}}}}}}}}}}}}}}}}"),
@@ -415,6 +428,37 @@ static void what_is_no_message_is_refused(void **state)
 		assert_null(o);
 		assert_int_equal(p->n_closed, 0);
 		tear_down(&fresh);
+	}
+}
+
+/* Whatever json-c's strict mode takes for a control character. */
+static void text_beyond_ascii_is_taken(void **state)
+{
+	static const struct {
+		const char *text, *key, *value;
+	} good[] = {
+		{"{\"n\":\"/\xc3\xa4\"}", "n", "/\xc3\xa4"},
+		{"{\"\xc3\xa4\":\"\x7f\xc2\x80\"}", "\xc3\xa4", "\x7f\xc2\x80"},
+		{"{\"\\\\\xdf\xbf\":\"\xe0\xa0\x80\"}", "\\\xdf\xbf", "\xe0\xa0\x80"},
+		{"{\"n\":\"\xed\x9f\xbf\xee\x80\x80\"}", "n", "\xed\x9f\xbf\xee\x80\x80"},
+		{"{\"n\":\"\xef\xbf\xbd\xf0\x90\x80\x80\"}", "n", "\xef\xbf\xbd\xf0\x90\x80\x80"},
+		{"{\"n\":\"\xf4\x8f\xbf\xbd\"}", "n", "\xf4\x8f\xbf\xbd"},
+		{"{\"n\":\"\\ud83d\\ude00\xf0\x9f\x98\x80\"}", "n",
+			"\xf0\x9f\x98\x80\xf0\x9f\x98\x80"},
+		{"{\t\"n\" :\n\"\\\"\xc3\xa4\\n\"\r}", "n", "\"\xc3\xa4\n"},
+	};
+	struct pair *p = *state;
+
+	for (size_t i = 0; i < ELEMENTS(good); i++) {
+		json_object *o = NULL, *value = NULL;
+		struct fds fds;
+
+		put(p, good[i].text, strlen(good[i].text) + 1);
+		assert_int_equal(connection_read(p->c), 1);
+		assert_int_equal(connection_receive(p->c, &o, &fds), 1);
+		assert_true(json_object_object_get_ex(o, good[i].key, &value));
+		assert_string_equal(json_object_get_string(value), good[i].value);
+		json_object_put(o);
 	}
 }
 
@@ -661,6 +705,7 @@ int main(void)
 		TEST(messages_have_a_largest_size),
 		TEST(a_large_message_may_follow_a_small_one),
 		TEST(what_is_no_message_is_refused),
+		TEST(text_beyond_ascii_is_taken),
 		TEST(depth_up_to_the_limit_is_taken),
 		TEST(brackets_up_to_the_limit_are_taken),
 		TEST(descriptors_never_handed_out_are_closed),
