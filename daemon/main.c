@@ -25,6 +25,7 @@
 #include "restore.h"
 #include "rpc.h"
 #include "state.h"
+#include "turn.h"
 
 /* RestartKillSignal= of the unit */
 #define RESTART_SIGNAL SIGUSR1
@@ -402,7 +403,7 @@ int main(int argc, char *argv[])
 	if (r >= 0)
 		r = start(&service, &options);
 	if (r >= 0)
-		r = sd_event_loop(event);
+		r = turn_loop(event);
 	else
 		log_errno(LOG_ERR, r, "Cannot start");
 

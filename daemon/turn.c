@@ -1,0 +1,134 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#include "turn.h"
+
+#include "macro.h"
+
+/* Looking at the clock takes as long as a step of the cheapest kinds. */
+#define STEPS_PER_LOOK 16U
+
+struct slice slice_begin(void)
+{
+	return (struct slice){.end_usec = now_usec() + SLICE_USEC};
+}
+
+bool slice_is_over(struct slice *slice)
+{
+	return ++slice->n_steps % STEPS_PER_LOOK == 0 && now_usec() >= slice->end_usec;
+}
+
+#ifndef PINBROKER_MEASURE_TURNS
+
+int turn_loop(sd_event *event)
+{
+	return sd_event_loop(event);
+}
+
+#else
+
+#include <execinfo.h>
+#include <signal.h>
+#include <stdio.h>
+#include <string.h>
+
+/* Sanitizers make everything slower. */
+#define MAX_USEC (TURN_MAX_USEC * PINBROKER_MEASURE_TURNS)
+
+/* Where the turn was when its time was up, as far as the kernel's tick lets that be seen. */
+static struct {
+	void *addresses[64];
+	int n;
+} found;
+
+static uint64_t cpu_usec(void)
+{
+	struct timespec ts;
+
+	clock_gettime(CLOCK_THREAD_CPUTIME_ID, &ts);
+	return (uint64_t)ts.tv_sec * USEC_PER_SEC + (uint64_t)ts.tv_nsec / 1000;
+}
+
+static void on_time_up(int sig)
+{
+	int e = errno;
+
+	found.n = backtrace(found.addresses, ELEMENTS(found.addresses));
+	errno = e;
+}
+
+static int make_timer(timer_t *ret)
+{
+	struct sigaction action = {.sa_handler = on_time_up, .sa_flags = SA_RESTART};
+	struct sigevent event = {
+		.sigev_notify = SIGEV_THREAD_ID,
+		.sigev_signo = SIGPROF,
+		._sigev_un._tid = gettid(),
+	};
+
+	(void)backtrace(found.addresses, 1); /* loads what it needs */
+	return sigaction(SIGPROF, &action, NULL) < 0 ||
+			       timer_create(CLOCK_THREAD_CPUTIME_ID, &event, ret) < 0
+		       ? -errno
+		       : 0;
+}
+
+static void set_timer(timer_t timer, long usec)
+{
+	struct itimerspec spec = {.it_value.tv_nsec = usec * 1000};
+
+	(void)timer_settime(timer, 0, &spec, NULL);
+}
+
+static void check(uint64_t begin_usec, const char *what)
+{
+	uint64_t took = cpu_usec() - begin_usec;
+	char line[200];
+	int n;
+
+	if (took <= MAX_USEC)
+		return;
+	/* the log's thread would not get to it any more */
+	n = snprintf(line, sizeof(line),
+		"pinbrokerd: %s of the loop took %u us of CPU, of %u at most.\n", what,
+		(unsigned)took, (unsigned)MAX_USEC);
+	(void)!write(STDERR_FILENO, line, (size_t)n);
+	backtrace_symbols_fd(found.addresses, found.n, STDERR_FILENO);
+	abort();
+}
+
+static int run_once(sd_event *event, timer_t timer)
+{
+	uint64_t begin = cpu_usec();
+	int r;
+
+	r = sd_event_prepare(event);
+	check(begin, "Preparing a turn");
+	if (r == 0)
+		r = sd_event_wait(event, UINT64_MAX);
+	if (r <= 0)
+		return r;
+	found.n = 0;
+	set_timer(timer, MAX_USEC);
+	begin = cpu_usec();
+	r = sd_event_dispatch(event);
+	set_timer(timer, 0);
+	check(begin, "A turn");
+	return r;
+}
+
+int turn_loop(sd_event *event)
+{
+	timer_t timer;
+	int r, code;
+
+	r = make_timer(&timer);
+	if (r < 0)
+		return r;
+	while (r >= 0 && sd_event_get_state(event) != SD_EVENT_FINISHED)
+		r = run_once(event, timer);
+	timer_delete(timer);
+	if (r >= 0)
+		r = sd_event_get_exit_code(event, &code);
+	return r < 0 ? r : code;
+}
+
+#endif

@@ -1,0 +1,27 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#pragma once
+
+#include <stdbool.h>
+#include <stdint.h>
+#include <systemd/sd-event.h>
+
+/*
+ * One turn of the loop does a bounded amount of work, whatever a client holds: TURN_MAX_USEC of CPU
+ * at most. What has more to do does a slice of it, and goes on in its next turn. A build with
+ * -Dturns=true measures every turn, and aborts after one that took longer.
+ */
+#define TURN_MAX_USEC 5000
+#define SLICE_USEC    1000
+
+/* Runs the loop to its end, like sd_event_loop(). */
+int turn_loop(sd_event *event);
+
+/* Part of a turn's work. slice_is_over() is asked after each step, which should take 20 µs at most.
+ */
+struct slice {
+	uint64_t end_usec;
+	unsigned n_steps;
+};
+
+struct slice slice_begin(void);
+bool slice_is_over(struct slice *slice);
