@@ -19,8 +19,11 @@
 
 /*
  * The main job, told twice: a truncate under pinned pages without the broker and with it. What it claims
- * it has checked; it exits with 1 otherwise.
+ * it has checked, and exits with 1 otherwise; with 2 if it could not be checked.
  */
+
+#define NOT_AS_CLAIMED 1
+#define CANNOT_TELL    2
 
 #define PAGE      4096
 #define PAGES     4096
@@ -62,7 +65,22 @@ __attribute__((format(printf, 2, 3))) static void check(bool true_, const char *
 	vfprintf(stderr, format, ap);
 	fputc('\n', stderr);
 	va_end(ap);
-	exit(1);
+	exit(NOT_AS_CLAIMED);
+}
+
+/* For what the claims are looked at with. error: an errno, or 0 if there is none to tell. */
+__attribute__((format(printf, 3, 4))) static void need(bool true_, int error, const char *format, ...)
+{
+	va_list ap;
+
+	if (true_)
+		return;
+	va_start(ap, format);
+	fputs("demo: cannot tell: failed to ", stderr);
+	vfprintf(stderr, format, ap);
+	fprintf(stderr, "%s%s\n", error ? ": " : "", error ? strerror(error) : "");
+	va_end(ap);
+	exit(CANNOT_TELL);
 }
 
 /* Pages under long-term pins on the whole machine. */
@@ -74,11 +92,11 @@ static long pinned(void)
 	int fd;
 
 	fd = open("/proc/sys/vm/stat_refresh", O_RDONLY | O_CLOEXEC);
-	check(fd >= 0, "the pin counters can be read (this needs root)");
+	need(fd >= 0, errno, "bring the pin counters up to date (/proc/sys/vm/stat_refresh)");
 	(void)!read(fd, key, sizeof(key));
 	close(fd);
 	f = fopen("/proc/vmstat", "re");
-	check(f, "/proc/vmstat can be read");
+	need(f, errno, "read the pin counters (/proc/vmstat)");
 	while (fscanf(f, "%63s %ld", key, &value) == 2) {
 		acquired = strcmp(key, "nr_foll_pin_acquired") == 0 ? value : acquired;
 		released = strcmp(key, "nr_foll_pin_released") == 0 ? value : released;
@@ -92,7 +110,8 @@ static long expect_pinned(long base, long pages, const char *when)
 {
 	long n = pinned() - base;
 
-	check(labs(n - pages) <= 8, "%s %ld pages are pinned: it is %ld", when, pages, n);
+	check(labs(n - pages) <= 8,
+	      "%s %ld pages are pinned: it is %ld (the counters are the whole machine's)", when, pages, n);
 	return n;
 }
 
@@ -103,8 +122,8 @@ static void write_through_ring(struct io_uring *ring, void *buffer, const char *
 	struct io_uring_cqe *cqe;
 	int fds[2];
 
-	check(pipe(fds) == 0, "there is a pipe");
-	check(write(fds[1], data, strlen(data)) == (ssize_t)strlen(data), "the pipe takes the data");
+	need(pipe(fds) == 0, errno, "make a pipe");
+	need(write(fds[1], data, strlen(data)) == (ssize_t)strlen(data), errno, "write to a pipe");
 	io_uring_prep_read_fixed(sqe, fds[0], buffer, (unsigned)strlen(data), 0, 0);
 	io_uring_submit(ring);
 	check(io_uring_wait_cqe(ring, &cqe) == 0 && cqe->res == (int)strlen(data),
@@ -114,44 +133,55 @@ static void write_through_ring(struct io_uring *ring, void *buffer, const char *
 	close(fds[1]);
 }
 
-static bool file_has(const char *data)
+/* As any reader does: where there still is a lease, the open waits until the broker has released it. */
+static char *read_file(size_t *ret_size)
 {
-	char buffer[sizeof(text)] = "";
-	int fd = open(file, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-	ssize_t n = pread(fd, buffer, strlen(data), 0);
-
-	close(fd);
-	return n == (ssize_t)strlen(data) && memcmp(buffer, data, (size_t)n) == 0;
-}
-
-/* Looks for it everywhere in the file. */
-static bool file_contains(const char *data)
-{
-	int fd = open(file, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+	int fd = open(file, O_RDONLY | O_CLOEXEC);
+	size_t n = 0, size;
 	struct stat st;
-	size_t n = 0;
 	ssize_t k = 1;
 	char *bytes;
-	bool found;
 
-	check(fd >= 0 && fstat(fd, &st) == 0 && (bytes = malloc((size_t)st.st_size + 1)) != NULL,
-	      "the file can be read");
-	while (k > 0 && n < (size_t)st.st_size) {
-		k = read(fd, bytes + n, (size_t)st.st_size - n);
-		n += k > 0 ? (size_t)k : 0;
+	need(fd >= 0 && fstat(fd, &st) == 0, errno, "open %s to read it", file);
+	size = (size_t)st.st_size;
+	bytes = malloc(size + 1);
+	need(bytes, errno, "allocate %zu bytes", size);
+	while (k > 0 && n < size) {
+		k = read(fd, bytes + n, size - n);
+		need(k >= 0, errno, "read %s", file);
+		n += (size_t)k;
 	}
-	check(n == (size_t)st.st_size, "the file is read to its end");
-	found = memmem(bytes, n, data, strlen(data)) != NULL;
-	free(bytes);
+	need(n == size, 0, "read %s to its end: %zu of %zu bytes", file, n, size);
 	close(fd);
+	*ret_size = size;
+	return bytes;
+}
+
+static bool file_contains(const char *data)
+{
+	size_t size;
+	char *bytes = read_file(&size);
+	bool found = memmem(bytes, size, data, strlen(data)) != NULL;
+
+	free(bytes);
 	return found;
+}
+
+static bool file_begins(const char *data)
+{
+	size_t size;
+	char *bytes = read_file(&size);
+	bool begins = size >= strlen(data) && memcmp(bytes, data, strlen(data)) == 0;
+
+	free(bytes);
+	return begins;
 }
 
 static void make_file(void)
 {
 	int fd = open(file, O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
 
-	check(fd >= 0 && ftruncate(fd, SIZE) == 0, "%s can be made", file);
+	need(fd >= 0 && ftruncate(fd, SIZE) == 0, errno, "make %s", file);
 	close(fd);
 }
 
@@ -162,20 +192,21 @@ static uint64_t truncate_elsewhere(off_t size)
 	uint64_t usec = 0;
 	pid_t pid;
 
-	check(pipe(fds) == 0, "there is a pipe");
+	need(pipe(fds) == 0, errno, "make a pipe");
 	pid = fork();
+	need(pid >= 0, errno, "fork");
 	if (pid == 0) {
 		prctl(PR_SET_NAME, "admin");
 		say("admin", "truncate(\"%s\", %ld) …", file, (long)size);
 		usec = usec_now();
-		check(truncate(file, size) == 0, "the truncate succeeds: %s", strerror(errno));
+		need(truncate(file, size) == 0, errno, "truncate %s", file);
 		usec = usec_now() - usec;
 		say("admin", "… went through, after %.1f ms", (double)usec / 1000);
 		(void)!write(fds[1], &usec, sizeof(usec));
 		_exit(0);
 	}
 	close(fds[1]);
-	check(read(fds[0], &usec, sizeof(usec)) == sizeof(usec), "the truncate returns");
+	need(read(fds[0], &usec, sizeof(usec)) == sizeof(usec), 0, "hear from the admin");
 	close(fds[0]);
 	waitpid(pid, NULL, 0);
 	return usec;
@@ -187,24 +218,26 @@ static void without(void)
 	struct io_uring ring;
 	struct iovec iov = { .iov_len = SIZE };
 	uint64_t usec;
+	int fd, r;
 	long n;
-	int fd;
 
 	puts("\nWithout the broker:\n");
 	make_file();
 	fd = open(file, O_RDWR | O_CLOEXEC);
 	iov.iov_base = mmap(NULL, SIZE, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-	check(iov.iov_base != MAP_FAILED && io_uring_queue_init(8, &ring, 0) == 0 &&
-		      io_uring_register_buffers(&ring, &iov, 1) == 0,
-	      "an io_uring takes the file's pages as a fixed buffer");
+	need(iov.iov_base != MAP_FAILED, errno, "map %s", file);
+	r = io_uring_queue_init(8, &ring, 0);
+	need(r == 0, -r, "make an io_uring");
+	r = io_uring_register_buffers(&ring, &iov, 1);
+	need(r == 0, -r, "register the file's pages with an io_uring");
 	n = expect_pinned(base, PAGES, "after registration");
 	say("holder", "registered %d pages of %s; the kernel's counters: %ld pinned", PAGES, file, n);
 
 	usec = truncate_elsewhere(0);
-	check(usec < 100000, "nothing holds the truncate up");
+	check(usec < HOLD_MSEC * 1000, "nothing holds the truncate up");
 	n = expect_pinned(base, PAGES, "after the truncate");
 	say("holder", "still %ld pages pinned, which are not the file's any more", n);
-	check(truncate(file, SIZE) == 0, "the file can be made as long as before");
+	need(truncate(file, SIZE) == 0, errno, "make %s as long as before", file);
 	write_through_ring(&ring, iov.iov_base, text);
 	say("holder", "wrote \"%s\" into the buffer: success", text);
 	check(memcmp(iov.iov_base, text, strlen(text)) != 0, "the mapping does not show it either");
@@ -252,36 +285,53 @@ static void on_revoke(pinbroker *pb, const struct pinbroker_notice *n, void *use
 	h->let_go = true;
 }
 
-static void holder_main(const char *socket, const char *bus, int ready)
+static void need_call(pinbroker *pb, int r, const char *what)
+{
+	need(r >= 0, 0, "%s: %s", what, r < 0 ? pinbroker_last_error(pb)->message : "");
+}
+
+static void holder_pin(struct holder *h, pinbroker *pb)
 {
 	struct pinbroker_range range = { 0, SIZE };
-	struct holder holder = { .iov.iov_len = SIZE }, *h = &holder;
-	pinbroker *pb;
+	int r;
 
-	prctl(PR_SET_PDEATHSIG, SIGKILL);
-	check(pinbroker_new("demo", socket, &pb) == 0 &&
-		      pinbroker_set_channels(pb, PINBROKER_CHANNEL_BUS) == 0 &&
-		      pinbroker_set_bus_address(pb, bus) == 0 &&
-		      pinbroker_set_revoke_callback(pb, on_revoke, h) == 0 &&
-		      pinbroker_connect(pb) == 0,
-	      "the broker answers");
-	check(pinbroker_open_file(pb, file, PINBROKER_WRITE, &h->file) == 0, "the broker opens it");
+	need_call(pb, pinbroker_open_file(pb, file, PINBROKER_WRITE, &h->file), "open the file");
 	h->iov.iov_base = mmap(NULL, SIZE, PROT_READ | PROT_WRITE, MAP_SHARED,
 			       pinbroker_file_get_fd(h->file), 0);
-	check(h->iov.iov_base != MAP_FAILED && io_uring_queue_init(8, &h->ring, 0) == 0 &&
-		      pinbroker_add_context_remote(pb, h->ring.ring_fd, "demo", &h->context) == 0 &&
-		      pinbroker_pin(pb, h->file, h->context, &range, 1, PINBROKER_WRITE, "demo",
-				    &h->pin) == 0 &&
-		      io_uring_register_buffers(&h->ring, &h->iov, 1) == 0 &&
-		      pinbroker_bind(pb, h->pin, 0) == 0,
-	      "the pages are pinned through the broker");
+	need(h->iov.iov_base != MAP_FAILED, errno, "map %s", file);
+	r = io_uring_queue_init(8, &h->ring, 0);
+	need(r == 0, -r, "make an io_uring");
+	need_call(pb, pinbroker_add_context_remote(pb, h->ring.ring_fd, "demo", &h->context),
+		  "give the io_uring to the broker");
+	need_call(pb,
+		  pinbroker_pin(pb, h->file, h->context, &range, 1, PINBROKER_WRITE, "demo", &h->pin),
+		  "pin");
+	r = io_uring_register_buffers(&h->ring, &h->iov, 1);
+	need(r == 0, -r, "register the file's pages with an io_uring");
+	need_call(pb, pinbroker_bind(pb, h->pin, 0), "bind the pin");
+}
+
+static void holder_main(const char *socket, const char *bus, int ready)
+{
+	struct holder holder = { .iov.iov_len = SIZE }, *h = &holder;
+	pinbroker *pb;
+	int r;
+
+	prctl(PR_SET_PDEATHSIG, SIGKILL);
+	r = pinbroker_new("demo", socket, &pb);
+	need(r == 0, -r, "prepare a connection to the broker");
+	need_call(pb, pinbroker_set_channels(pb, PINBROKER_CHANNEL_BUS), "choose the bus for notices");
+	need_call(pb, pinbroker_set_bus_address(pb, bus), "set the address of the bus");
+	need_call(pb, pinbroker_set_revoke_callback(pb, on_revoke, h), "set the callback");
+	need_call(pb, pinbroker_connect(pb), "connect");
+	holder_pin(h, pb);
 	say("holder", "registered %d pages of %s as pin %lu", PAGES, file, h->pin);
 	(void)!write(ready, "r", 1);
 	while (!h->let_go) {
 		struct pollfd pfd = { .fd = pinbroker_get_fd(pb), .events = POLLIN };
 
 		check(poll(&pfd, 1, 20000) == 1, "the notice comes");
-		check(pinbroker_dispatch(pb) >= 0, "the library goes on");
+		need_call(pb, pinbroker_dispatch(pb), "read the notice");
 	}
 	_exit(0);
 }
@@ -298,12 +348,13 @@ static void with(const char *socket, const char *bus)
 
 	puts("\nWith the broker:\n");
 	make_file();
-	check(pipe(ready) == 0, "there is a pipe");
+	need(pipe(ready) == 0, errno, "make a pipe");
 	pid = fork();
+	need(pid >= 0, errno, "fork");
 	if (pid == 0)
 		holder_main(socket, bus, ready[1]);
 	close(ready[1]);
-	check(read(ready[0], &c, 1) == 1, "the holder pins");
+	need(read(ready[0], &c, 1) == 1, 0, "have the holder pin");
 	n = expect_pinned(base, PAGES, "after registration");
 	say("demo", "the kernel's counters: %ld pinned", n);
 	usec = truncate_elsewhere(PAGE);
@@ -313,7 +364,7 @@ static void with(const char *socket, const char *bus)
 	      "the holder is content");
 	check(usec >= HOLD_MSEC * 1000, "the truncate waited for the holder");
 	check(stat(file, &st) == 0 && st.st_size == PAGE, "the file is as long as was asked for");
-	check(file_has(text), "what the hardware wrote last is in the file");
+	check(file_begins(text), "what the hardware wrote last is in the file");
 	say("demo", "read the file: \"%s\" is there, and the file is %d bytes long", text, PAGE);
 	unlink(file);
 }
@@ -322,7 +373,7 @@ int main(int argc, char *argv[])
 {
 	if (argc != 4) {
 		fprintf(stderr, "demo SOCKET BUS-ADDRESS FILE\n");
-		return 2;
+		return CANNOT_TELL;
 	}
 	begin = usec_now();
 	file = argv[3];
