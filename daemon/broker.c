@@ -108,12 +108,15 @@ static int on_audit(sd_event_source *source, uint64_t usec, void *userdata)
 	struct broker *broker = userdata;
 	int r;
 
+	/* first: what follows may want the next one sooner */
+	r = sd_event_source_set_time(source, now_usec() + AUDIT_USEC);
+	if (r >= 0)
+		r = sd_event_source_set_enabled(source, SD_EVENT_ONESHOT);
 	broker_sweep(broker);
 	reap_orphans(broker);
 	forget_absent(broker);
 	state_touch(broker);
-	r = sd_event_source_set_time(source, now_usec() + AUDIT_USEC);
-	return r < 0 ? r : sd_event_source_set_enabled(source, SD_EVENT_ONESHOT);
+	return r;
 }
 
 void broker_audit_soon(struct broker *broker)

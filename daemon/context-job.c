@@ -24,6 +24,10 @@
 #define CHECK_LAST_USEC  (64 * USEC_PER_MSEC)
 #define CHECK_IDLE_USEC  (4 * USEC_PER_SEC) /* the same where nobody waits */
 
+/* The same for looks through all of /proc. */
+#define REAP_FIRST_USEC (20 * USEC_PER_MSEC)
+#define REAP_LAST_USEC  (320 * USEC_PER_MSEC)
+
 /* How long a holder has who wants to deregister what he has let go of, before it is asked for. */
 #define ASK_MSEC 10
 
@@ -122,29 +126,37 @@ static void check_now(struct context *context);
 
 static int on_recheck(sd_event_source *source, uint64_t usec, void *userdata)
 {
-	check_now(userdata);
+	struct context *context = userdata;
+
+	if (context->client->dead)
+		context_reap(context);
+	else
+		check_now(context);
 	return 0;
 }
 
-/* Does anybody wait for a pin that its holder has let go of? */
+/* Does anybody wait for a pin that its holder has let go of, or cannot any more? */
 static bool is_wanted_by_any(const struct context *context)
 {
 	const struct pin *pin;
 
 	LIST_FOREACH(pin, &context->pins, of_context)
-		if (pin_is_awaited(pin) && !LIST_EMPTY(&pin->targets))
+		if ((pin_is_awaited(pin) || context->client->dead) && !LIST_EMPTY(&pin->targets))
 			return true;
 	return false;
 }
 
 static void check_later(struct context *context)
 {
+	bool reap = context->client->dead || context->ops->until_close;
+	uint64_t first = reap ? REAP_FIRST_USEC : CHECK_FIRST_USEC;
+	uint64_t last = reap ? REAP_LAST_USEC : CHECK_LAST_USEC;
 	sd_event *event = context->client->broker->event;
-	uint64_t last = is_wanted_by_any(context) ? CHECK_LAST_USEC : CHECK_IDLE_USEC;
 	int r;
 
-	context->check_usec = context->check_usec == 0 ? CHECK_FIRST_USEC
-						       : context->check_usec * 2;
+	if (!is_wanted_by_any(context))
+		last = CHECK_IDLE_USEC;
+	context->check_usec = context->check_usec < first ? first : context->check_usec * 2;
 	if (context->check_usec > last)
 		context->check_usec = last;
 	if (!context->recheck)
@@ -334,7 +346,7 @@ static void reap_done(struct job *job)
 		client = broker_find_client(j->broker, client_id);
 		if (!j->closed)
 			revocation_check_reachable(j->broker);
-		if (!j->closed && client && !client->dead && revocation == 0)
+		if (!j->closed && client && (client->dead || revocation == 0))
 			check_later(context);
 		if (revocation != 0 && !(client && !j->closed && detach_now(context, revocation)))
 			revocation_job_done(j->broker, revocation, REVOCATION_DETACHING, false);
