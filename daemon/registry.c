@@ -2,6 +2,7 @@
 #include "broker.h"
 
 #include "bus.h"
+#include "state.h"
 
 /*
  * The registries: every object by its id, files by inode and descriptor too. Trees, for they are paged
@@ -67,7 +68,11 @@ struct file *broker_find_lease_fd(struct broker *broker, int fd)
 
 uint64_t broker_next_id(struct broker *broker)
 {
-	return ids_next(&broker->ids);
+	uint64_t reserved = broker->ids.reserved, id = ids_next(&broker->ids);
+
+	if (broker->ids.reserved != reserved)
+		state_ids(broker);
+	return id;
 }
 
 void broker_add_client(struct broker *broker, struct client *client)

@@ -83,18 +83,48 @@ static void remove_entry(struct restorer *r, const uint64_t key[static 2])
 	}
 }
 
+/* " KEY=123", where a line goes on: 1; something else: 0; no identifier: -EBADMSG. */
+static int read_id(struct restorer *r, const char **line, const char *key, uint64_t *ret)
+{
+	size_t n = strlen(key);
+
+	if (strncmp(*line, key, n) != 0)
+		return 0;
+	if (!ids_parse(*line + n, line, ret) || (**line && **line != ' '))
+		return -EBADMSG;
+	ids_pass(&r->broker->ids, *ret);
+	return 1;
+}
+
+/* What a line is about, by the fields that it begins with. */
+static int read_key(struct restorer *r, const char *line, uint64_t key[static 2])
+{
+	const char *fields = line + strcspn(line, " ");
+	int n = read_id(r, &fields, " id=", &key[0]);
+
+	if (n != 0)
+		return n;
+	n = read_id(r, &fields, " client=", &key[0]);
+	if (n > 0)
+		n = read_id(r, &fields, " file=", &key[1]);
+	return n != 0 ? n : read_id(r, &fields, " reserved=", &key[1]);
+}
+
 static int read_line(struct restorer *r, char *line)
 {
 	uint64_t key[2] = {};
+	int n = read_key(r, line, key);
 
-	if (sscanf(line, "gone id=%" SCNu64, &key[0]) == 1 ||
-	    sscanf(line, "unuse client=%" SCNu64 " file=%" SCNu64, &key[0], &key[1]) == 2) {
-		remove_entry(r, key);
-		return 0;
+	if (n < 0) {
+		r->n_lost++;
+		log_error("The state of the run before has a damaged line about a %.*s.",
+			  (int)strcspn(line, " "), line);
 	}
-	if (sscanf(line, "%*[a-z] id=%" SCNu64, &key[0]) == 1 ||
-	    sscanf(line, "use client=%" SCNu64 " file=%" SCNu64, &key[0], &key[1]) == 2)
+	if (n <= 0 || key[0] == 0)
+		return 0;
+	if (strncmp(line, "gone ", 5) != 0 && strncmp(line, "unuse ", 6) != 0)
 		return add_entry(r, key, line);
+	remove_entry(r, key);
 	return 0;
 }
 
@@ -166,9 +196,12 @@ static int compare_kept(const void *a, const void *b)
 
 static void sort_kept(struct restorer *r)
 {
-	for (size_t i = 0; i < r->n_kept; i++)
+	for (size_t i = 0; i < r->n_kept; i++) {
 		if (!store_parse_name(r->kept[i].name, &r->kept[i].kind, &r->kept[i].id))
 			r->kept[i].kind = 0;
+		else
+			ids_pass(&r->broker->ids, r->kept[i].id);
+	}
 	if (r->n_kept > 0)
 		qsort(r->kept, r->n_kept, sizeof(*r->kept), compare_kept);
 }
@@ -456,8 +489,9 @@ static int restore_pin(struct restorer *r, uint64_t id, const struct record *rec
 		past.state = (enum pin_state)read_enumeration(record, "state", &enumeration_pin_state,
 							      &bad);
 	if (bad || past.length == 0 || past.offset > INT64_MAX ||
-	    past.length > INT64_MAX - past.offset)
+	    past.length > INT64_MAX - past.offset || past.revocation > IDS_MAX)
 		return -EBADMSG;
+	ids_pass(&r->broker->ids, past.revocation);
 	if (!context || (!over && !use))
 		return -ENOENT;
 	error = set_label(r, record_string(record, "label"));

@@ -2,6 +2,7 @@
 #include "state.h"
 
 #include <fcntl.h>
+#include <inttypes.h>
 #include <limits.h>
 #include <stdio.h>
 #include <string.h>
@@ -220,14 +221,16 @@ static void flush(struct state *state)
 
 static int begin_rewrite(struct state *state)
 {
-	static const char header[] = STATE_HEADER "\n";
+	char head[64];
 
 	state->after = 0;
 	state->next = (struct log_file){
 		.fd = open(state->new_path, O_WRONLY | O_CREAT | O_TRUNC | O_APPEND | O_CLOEXEC |
 						    O_NOFOLLOW, 0600),
 	};
-	return state->next.fd < 0 ? -errno : write_all(&state->next, header, strlen(header));
+	snprintf(head, sizeof(head), STATE_HEADER "\nids reserved=%" PRIu64 "\n",
+		 state->broker->ids.reserved);
+	return state->next.fd < 0 ? -errno : write_all(&state->next, head, strlen(head));
 }
 
 static int end_rewrite(struct state *state)
@@ -428,6 +431,17 @@ void state_unuse(const struct use *use)
 	record_begin(&state->buffer, "unuse");
 	record_put(&state->buffer, "client", use->client->id);
 	record_put(&state->buffer, "file", use->file_id);
+	record_end(&state->buffer);
+}
+
+void state_ids(struct broker *broker)
+{
+	struct state *state = broker->state;
+
+	if (!state)
+		return;
+	record_begin(&state->buffer, "ids");
+	record_put(&state->buffer, "reserved", broker->ids.reserved);
 	record_end(&state->buffer);
 }
 

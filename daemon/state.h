@@ -10,6 +10,7 @@
  * it is gone; a file with too many of them is written anew, some each turn of the loop.
  *
  *     pinbroker-state 1
+ *     ids reserved=…
  *     client id=… pid=… start=… uid=… token=… …
  *     file id=… device=… inode=… lease=… path=… …
  *     use client=… file=… access=… …          unuse client=… file=…
@@ -41,6 +42,8 @@ void state_file(const struct file *file);
 void state_use(const struct use *use);
 void state_context(const struct context *context);
 void state_pin(const struct pin *pin);
+/* Up to where identifiers may have been given out, should the file of those be lost. */
+void state_ids(struct broker *broker);
 /* They are no more. */
 void state_unuse(const struct use *use);
 void state_gone(struct broker *broker, uint64_t id);

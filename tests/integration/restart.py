@@ -492,6 +492,49 @@ class Restart(Case):
                 data[rng.randrange(len(data))] = rng.randrange(256)
             run(bytes(data), '')
 
+    def test_identifiers(self):
+        """Whatever becomes of the file of identifiers, none is given twice: the state says which are in use (I7)."""
+        self.run_daemon()
+        survivor = self.survivor(self.file)
+        given = [survivor.client, survivor.file, survivor.context, survivor.pin()]
+        contents = [b'%020d\n' % n for n in (0, 1, 2**62 + 1, 2**63 - 1, 2**64 - 1)]
+        for content in (None, b'', b'-5\n', b'0' * 19 + b'\n', b'%020d' % 7, b'%020d\n\n' % 7, b'\xff\0',
+                        b'9' * 30 + b'\n', *contents):
+            with self.subTest(content=content):
+                # the highest that was given is of something that is not there any more
+                given.append(survivor.pin(PAGE))
+                survivor.unpin([survivor.pins.pop()])
+                self.end_daemon()
+                os.unlink(self.path + '.ids')
+                if content is not None:
+                    with open(self.path + '.ids', 'wb') as f:
+                        f.write(content)
+                self.run_daemon()
+                self.expect_restored(1, 1, 1)
+                survivor.resume()
+                pin = survivor.pin(PAGE)
+                self.assertGreater(pin, max(given))
+                self.assertLess(pin, 2**62)
+                given.append(pin)
+                survivor.unpin([survivor.pins.pop()])
+        self.assertEqual(len(set(given)), len(given))
+
+    def test_damaged_identifiers(self):
+        """What has no identifier of ours is lost, and does not take another's place."""
+        self.run_daemon()
+        survivor = self.survivor(self.file)
+        survivor.pin()
+        self.end_daemon()
+        with open(self.state, encoding='utf-8') as f:
+            state = f.read()
+        for bad in ('0', '-5', str(2**63 - 1), str(2**64 + survivor.pins[0]), f'{survivor.pins[0]}x', ''):
+            with self.subTest(bad=bad):
+                self.write(self.state, state.replace(f'pin id={survivor.pins[0]} ', f'pin id={bad} '))
+                self.run_daemon()
+                self.expect_restored(0, 1, 1, lost=1)
+                self.daemon.wait_for_log('damaged line about a pin')
+                self.end_daemon()
+
     def test_kill_at_any_instant(self):
         """What a client was told of is there afterwards, and its lease has been there all the time."""
         rng = random.Random(os.environ.get('SEED', 'seed'))
