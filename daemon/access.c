@@ -2,7 +2,6 @@
 #include "access.h"
 
 #include <fcntl.h>
-#include <libmount/libmount.h>
 #include <limits.h>
 #include <linux/capability.h>
 #include <linux/stat.h>
@@ -14,6 +13,7 @@
 #include <sys/sysmacros.h>
 
 #include "macro.h"
+#include "mount.h"
 #include "protocol/utf8.h"
 
 /* On the calling thread alone: glibc has no wrapper for the system call, and needs none. */
@@ -88,31 +88,17 @@ static int refuse_file(struct refusal *ret, const char *cause, const struct prob
 	return REFUSED;
 }
 
-/* Mount ids of other mount namespaces are in no table but the client's own. */
-static int find_file_system(uint64_t mount_id, const struct process *client, struct probe *probe)
+/* Mount ids of other mount namespaces are in no table but the client's own; and even that lists no mount that its
+ * root hides, or that a descriptor from elsewhere is on. Then the file is asked, which can wait for whoever
+ * serves it, on a thread of the client's user. */
+static int find_file_system(int fd, uint64_t mount_id, const struct process *client,
+			    char *const *file_systems, struct probe *probe)
 {
-	struct libmnt_table *table;
-	struct libmnt_iter *iter;
-	struct libmnt_fs *fs;
-	char path[64];
-	int r = -ENOENT;
+	int r = mount_find(client, mount_id, probe->file_system, sizeof(probe->file_system));
 
-	snprintf(path, sizeof(path), "/proc/%d/mountinfo", client->pid);
-	table = mnt_new_table();
-	iter = mnt_new_iter(MNT_ITER_BACKWARD);
-	if (!table || !iter)
-		r = -ENOMEM;
-	else if (mnt_table_parse_file(table, path) == 0)
-		while (mnt_table_next_fs(table, iter, &fs) == 0)
-			if (mnt_fs_get_id(fs) == (int)mount_id) {
-				snprintf(probe->file_system, sizeof(probe->file_system), "%s",
-					 mnt_fs_get_fstype(fs));
-				r = 0;
-				break;
-			}
-	mnt_free_iter(iter);
-	mnt_unref_table(table);
-	return r < 0 || process_is_alive(client) ? r : -ESRCH;
+	if (r != -ENOENT || strncmp(probe->path, "/memfd:", 7) == 0)
+		return r;
+	return mount_find_of_file(fd, file_systems, probe->file_system, sizeof(probe->file_system));
 }
 
 static int find_path(int fd, struct probe *probe)
@@ -169,13 +155,14 @@ static int probe_file(int fd, const struct process *client, char *const *file_sy
 		return r;
 	if (!(stx.stx_mask & STATX_MNT_ID))
 		return -EOPNOTSUPP;
-	r = find_file_system(stx.stx_mnt_id, client, p);
+	r = find_file_system(fd, stx.stx_mnt_id, client, file_systems, p);
 	if (r == -ENOENT && strncmp(p->path, "/memfd:", 7) == 0)
 		return refuse_file(ret_refusal, "memfd", p,
 				   "Leases do not protect a memfd; seal it with F_SEAL_SHRINK.");
 	if (r == -ENOENT)
 		return refuse_file(ret_refusal, "mount", p,
-				   "The file's mount is not in the caller's mount table.");
+				   "The file's mount is not in the caller's mount table, and its file "
+				   "system is of no known type.");
 	if (r < 0)
 		return r;
 	if (!is_accepted(p, file_systems))

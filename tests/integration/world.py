@@ -253,17 +253,19 @@ def end_child(pid):
             os.waitpid(pid, 0)
 
 
-def fork_nobody(function):
-    """A process of uid 65534 that runs it: its pid, and where what it returns comes from, as JSON."""
+def fork_as(uid, function):
+    """A process that runs it, of that uid if it is not None: its pid, and where what it returns comes from, as
+    JSON."""
     result, end = os.pipe()
     pid = os.fork()
     if pid == 0:
         try:
-            os.setgroups([])
-            os.setresgid(NOBODY, NOBODY, NOBODY)
-            os.setresuid(NOBODY, NOBODY, NOBODY)
-            # as after an exec: others of the same uid may look into it
-            ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)  # PR_SET_DUMPABLE
+            if uid is not None:
+                os.setgroups([])
+                os.setresgid(uid, uid, uid)
+                os.setresuid(uid, uid, uid)
+                # as after an exec: others of the same uid may look into it
+                ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)  # PR_SET_DUMPABLE
             answer = {'result': function()}
         except BaseException:  # pylint: disable=broad-except
             answer = {'failure': traceback.format_exc()}
@@ -274,15 +276,23 @@ def fork_nobody(function):
     return pid, os.fdopen(result, encoding='utf-8')
 
 
-def as_nobody(function):
-    """Runs it in a process of uid 65534; what it returns."""
-    pid, result = fork_nobody(function)
+def fork_nobody(function):
+    return fork_as(NOBODY, function)
+
+
+def in_child(function, uid=None):
+    """Runs it in a process, of that uid if it is not None; what it returns."""
+    pid, result = fork_as(uid, function)
     with result:
         answer = json.loads(result.read())
     os.waitpid(pid, 0)
     if 'failure' in answer:
         raise AssertionError(answer['failure'])
     return answer['result']
+
+
+def as_nobody(function):
+    return in_child(function, NOBODY)
 
 
 class Case(unittest.TestCase):
