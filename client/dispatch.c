@@ -116,6 +116,16 @@ static void dispatch_lost(pinbroker *pb)
 	pthread_mutex_unlock(&pb->call_lock);
 }
 
+/* The other channel broke when the broker went, and waits for it to come back. */
+static void watch_attend(pinbroker *pb)
+{
+	if (!atomic_exchange(&pb->resumed, false))
+		return;
+	backoff_reset(&pb->watch_retry);
+	if (backoff_due(&pb->watch_retry))
+		watch_start(pb);
+}
+
 static int dispatch_locked(pinbroker *pb)
 {
 	eventfd_t value;
@@ -128,6 +138,7 @@ static int dispatch_locked(pinbroker *pb)
 		n = notices_deliver(pb);
 		dispatch_timers(pb);
 		request_attend(pb);
+		watch_attend(pb);
 	}
 	eventfd_read(pb->wake_fd, &value);
 	lost = atomic_load(&pb->lost);

@@ -76,6 +76,7 @@ struct pinbroker {
 	size_t n_features;
 	atomic_bool connected; /* once, and for good */
 	atomic_bool lost;      /* the broker has forgotten the client */
+	atomic_bool resumed; /* the broker is there again: what waits to try again may do so now */
 	atomic_bool attention; /* the dispatcher wants the lock, or there is something for it */
 
 	/* Touched by the dispatcher (and pinbroker_connect()) only. */
@@ -123,6 +124,7 @@ bool call_trylock(pinbroker *pb);
 void call_unlock(pinbroker *pb);
 void backoff_down(struct backoff *b); /* it broke or could not be restored: plan the next attempt */
 void backoff_up(struct backoff *b);
+void backoff_reset(struct backoff *b); /* an attempt that is planned is due now */
 
 /* dispatch.c */
 bool thread_stop(pinbroker *pb); /* false: this is the thread, which will free the handle */

@@ -64,7 +64,7 @@ void call_unlock(pinbroker *pb)
 	bool broken = !pb->request;
 
 	pthread_mutex_unlock(&pb->call_lock);
-	if (atomic_load(&pb->attention) || broken)
+	if (atomic_load(&pb->attention) || atomic_load(&pb->resumed) || broken)
 		wake(pb);
 }
 
@@ -85,6 +85,13 @@ void backoff_down(struct backoff *b)
 	b->up_since = 0;
 	b->at = now + b->next;
 	b->next = b->next * 2 < b->last ? b->next * 2 : b->last;
+}
+
+void backoff_reset(struct backoff *b)
+{
+	b->next = 0;
+	if (b->at != USEC_INFINITY)
+		b->at = 0;
 }
 
 /* ---- The handle ---- */
@@ -247,8 +254,9 @@ EXPORT int pinbroker_new(const char *name, const char *socket_path, pinbroker **
 		.call_lock = PTHREAD_MUTEX_INITIALIZER,
 		.dispatch_lock = PTHREAD_MUTEX_INITIALIZER,
 		.notice_lock = PTHREAD_MUTEX_INITIALIZER,
-		.watch_retry = {100 * USEC_PER_MSEC, 10 * USEC_PER_SEC, .at = USEC_INFINITY},
-		.request_retry = {100 * USEC_PER_MSEC, 10 * USEC_PER_SEC, .at = USEC_INFINITY},
+		/* a notice that waits for these uses up the grace, which may be short */
+		.watch_retry = {100 * USEC_PER_MSEC, USEC_PER_SEC, .at = USEC_INFINITY},
+		.request_retry = {100 * USEC_PER_MSEC, USEC_PER_SEC, .at = USEC_INFINITY},
 		.bus_retry = {USEC_PER_SEC / 2, 30 * USEC_PER_SEC, .at = USEC_INFINITY},
 	};
 	STAILQ_INIT(&pb->notices);

@@ -174,6 +174,7 @@ int request_restore(pinbroker *pb, uint64_t until_usec)
 	if (r < 0)
 		return error_transport(pb, METHOD_Resume, r);
 	TAKE_PTR(c);
+	atomic_store(&pb->resumed, true);
 	return 0;
 }
 
