@@ -130,9 +130,10 @@ struct client *client_free(struct client *client)
 
 void client_collect(struct client *client)
 {
+	bool awaited = client->restored && client->broker->resume_usec != 0;
 	struct context *context;
 
-	if (client->n_pins > 0 || (!client->dead && !LIST_EMPTY(&client->peers)))
+	if (client->n_pins > 0 || (!client->dead && (awaited || !LIST_EMPTY(&client->peers))))
 		return;
 	/* A job that is under way comes back to its context. */
 	LIST_FOREACH(context, &client->contexts, of_client)

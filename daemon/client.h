@@ -34,8 +34,10 @@ struct use {
 };
 
 /*
- * One holder. It lives as long as its process, whatever becomes of its connections, or, when that has
- * died, as long as its pins; without pins it ends with its last connection.
+ * One holder. It lives as long as its process, whatever becomes of its connections, or, when that
+ * has died, as long as its pins; without pins it ends with its last connection, after a restart not
+ * before all had time to resume (a Resume that nobody read in time may have been given up, and be
+ * tried again).
  */
 struct client {
 	uint64_t id;
@@ -46,6 +48,7 @@ struct client {
 	char *bus_name;         /* owned; NULL: none */
 	bool bus_name_verified; /* seen on the bus as this process's */
 	bool dead;              /* the process has ended */
+	bool restored; /* of the run before: without pins or connections it is waited for, too */
 	char token[CLIENT_TOKEN_SIZE];
 	LIST_HEAD(, use) uses;         /* owned */
 	LIST_HEAD(, context) contexts; /* owned */

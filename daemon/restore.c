@@ -311,6 +311,7 @@ static int restore_client(struct restorer *r, uint64_t id, const struct record *
 		process_clear(&process);
 		return error;
 	}
+	client->restored = true;
 	memcpy(client->token, token, CLIENT_TOKEN_SIZE);
 	error = copy_string(record, "name", &client->name);
 	return error < 0 ? error : copy_string(record, "bus-name", &client->bus_name);
@@ -395,7 +396,7 @@ static void describe(struct restorer *r, const struct context_ops *ops, int fd,
 {
 	struct context_description fresh = { .proof = PROOF_CLAIMED };
 
-	if (ops->describe && ops->describe(fd, &r->broker->config, &fresh) >= 0)
+	if (ops->describe && ops->describe(fd, r->broker->config, &fresh) >= 0)
 		*description = fresh;
 	description->number = context_device_number(fd);
 }

@@ -289,6 +289,32 @@ class Restart(Case):
         survivor.unpin()
         self.truncated(result)
 
+    def test_given_up_meanwhile(self):
+        """A client without pins that asks for too long, and then asks again, is known still."""
+        self.run_daemon()
+        survivor = self.survivor(self.file)
+        self.end_daemon()
+        survivor.connection.close()
+        for _ in range(2):
+            with contextlib.closing(Connection(self.path)) as impatient:
+                impatient.send('org.pinbroker.Resume',
+                               {'client': survivor.client, 'token': survivor.token})
+        self.run_daemon()
+        self.expect_restored(0, 1, 1)
+        self.assertEqual(survivor.resume(), [])
+        # its death is its end as ever
+        pid = os.fork()
+        if pid == 0:
+            try:
+                Survivor(self.path, self.make_file('other'))
+            finally:
+                os._exit(0)
+        os.waitpid(pid, 0)
+        with contextlib.closing(Connection(self.path)) as connection:
+            end = time.monotonic() + WAIT
+            while len(connection.list('org.pinbroker.ListClients')) > 1:
+                self.assertLess(time.monotonic(), end)
+
     def test_holder_died_meanwhile(self):
         self.run_daemon()
         pid = os.fork()
