@@ -192,8 +192,7 @@ int broker_new(sd_event *event, struct config *config, struct broker **ret)
 		return r;
 	}
 	add_devices(broker);
-	broker->config = *config;
-	*config = (struct config){};
+	broker->config = config;
 	*ret = broker;
 	return 0;
 }
@@ -225,10 +224,17 @@ struct broker *broker_free(struct broker *broker)
 	sd_event_source_disable_unref(broker->audit);
 	users_free(broker->users);
 	ids_close(&broker->ids);
-	config_clear(&broker->config);
+	config_unref(broker->config);
 	sd_event_unref(broker->event);
 	free(broker);
 	return NULL;
+}
+
+void broker_set_config(struct broker *broker, struct config *config)
+{
+	config_unref(broker->config);
+	broker->config = config;
+	users_set_maxima(broker->users, config->limits);
 }
 
 static int revoke_all(struct broker *broker)

@@ -41,7 +41,7 @@ RB_HEAD(revocation_ids, revocation);
 
 struct broker {
 	sd_event *event;
-	struct config config;
+	struct config *config; /* reference; the one that was read last */
 	struct users *users;
 	struct offload *offload;
 	struct watch *watch; /* inotify, for files without a lease */
@@ -75,8 +75,13 @@ struct broker {
 	void *stopped_userdata;
 };
 
+/* Takes the reference over on success. */
 int broker_new(sd_event *event, struct config *config, struct broker **ret);
 struct broker *broker_free(struct broker *broker);
+
+/* Goes by another configuration from now on; takes the reference over. What has begun goes on as it
+ * was planned. */
+void broker_set_config(struct broker *broker, struct config *config);
 
 /* Ids are of one series for all kinds. */
 uint64_t broker_next_id(struct broker *broker);

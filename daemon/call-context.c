@@ -12,6 +12,7 @@
 struct context_new_job {
 	struct job job;
 	struct peer *peer; /* reference */
+	struct config *config; /* reference */
 	int fd;            /* owned; -1: to be fetched */
 	int remote;        /* its number in the client */
 	char *label;
@@ -28,6 +29,7 @@ static void context_new_free(struct context_new_job *j)
 	process_clear(&j->process);
 	free(j->label);
 	peer_unref(j->peer);
+	config_unref(j->config);
 	free(j);
 }
 
@@ -55,8 +57,8 @@ static void context_new_run(struct job *job)
 
 	j->result = j->fd < 0 ? fetch_remote(j) : 0;
 	if (j->result == 0)
-		j->result = context_identify(j->fd, &j->peer->broker->config, &j->ops,
-					     &j->description, &j->refusal);
+		j->result = context_identify(
+			j->fd, j->config, &j->ops, &j->description, &j->refusal);
 }
 
 static void reply_context(struct peer *peer, const struct context *context)
@@ -149,6 +151,7 @@ int call_add_context(struct call *call, const union call_in *in)
 		return -ENOMEM;
 	}
 	j->peer = peer_ref(call->peer);
+	j->config = config_ref(client->broker->config);
 	j->fd = fd;
 	j->remote = add->remoteDescriptor != INT_NULL ? (int)add->remoteDescriptor : -1;
 	j->job.run = context_new_run;

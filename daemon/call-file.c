@@ -52,6 +52,7 @@ int call_open_file(struct call *call, const union call_in *in)
 struct preflight_job {
 	struct job job;
 	struct peer *peer; /* reference */
+	struct config *config; /* reference */
 	int fd;            /* owned */
 	enum access access;
 	struct probe probe; /* owned */
@@ -62,7 +63,7 @@ struct preflight_job {
 static void preflight_run(struct job *job)
 {
 	struct preflight_job *j = container_of(job, struct preflight_job, job);
-	const struct config *config = &j->peer->broker->config;
+	const struct config *config = j->config;
 	const struct process *process = &j->peer->process;
 
 	j->result = access_probe(j->fd, process, config->file_systems, &j->probe, &j->refusal);
@@ -110,6 +111,7 @@ static void preflight_done(struct job *job)
 	probe_clear(&j->probe);
 	offload_close(peer->broker->offload, peer->user, j->fd);
 	peer_unref(peer);
+	config_unref(j->config);
 	free(j);
 }
 
@@ -126,6 +128,7 @@ int call_preflight(struct call *call, const union call_in *in)
 	if (r == 0) {
 		j->access = (enum access)in->preflight.access;
 		j->peer = peer;
+		j->config = config_ref(peer->broker->config);
 		j->job.run = preflight_run;
 		j->job.done = preflight_done;
 		if (offload_submit(peer->broker->offload, peer->user, &j->job) < 0) {
@@ -134,6 +137,7 @@ int call_preflight(struct call *call, const union call_in *in)
 		}
 	}
 	if (r != 0) {
+		config_unref(j->config);
 		free(j);
 		return r;
 	}

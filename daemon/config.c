@@ -375,3 +375,36 @@ void config_clear(struct config *config)
 	list_free(config->file_systems);
 	config->file_systems = NULL;
 }
+
+int config_read(const char *path, struct config **ret)
+{
+	struct config *config;
+	int r;
+
+	config = malloc(sizeof(*config));
+	if (!config)
+		return -ENOMEM;
+	r = config_load(path, config);
+	if (r < 0) {
+		free(config);
+		return r;
+	}
+	config->n_refs = 1;
+	*ret = config;
+	return 0;
+}
+
+struct config *config_ref(struct config *config)
+{
+	config->n_refs++;
+	return config;
+}
+
+struct config *config_unref(struct config *config)
+{
+	if (!config || --config->n_refs > 0)
+		return NULL;
+	config_clear(config);
+	free(config);
+	return NULL;
+}

@@ -14,6 +14,8 @@ enum leases { LEASES_OWNER, LEASES_WRITERS };
 enum readers { READERS_WAIT, READERS_ADMIT };
 
 struct config {
+	unsigned n_refs; /* jobs on the pool read it: it is replaced as a whole, never changed */
+
 	/* [Revocation] */
 	uint64_t revoke_grace_usec; /* RevokeGraceSec=10s */
 	int signal_on_timeout;      /* SignalOnTimeout=SIGBUS, a signal's name, or "none": 0 */
@@ -42,3 +44,9 @@ struct config {
  */
 int config_load(const char *path, struct config *ret);
 void config_clear(struct config *config);
+
+/* The same, allocated, with one reference for the caller. References are taken and given on the
+ * loop alone. */
+int config_read(const char *path, struct config **ret);
+struct config *config_ref(struct config *config);
+struct config *config_unref(struct config *config); /* accepts NULL, returns NULL */

@@ -179,7 +179,7 @@ static void set_exposed(struct file *file)
 /* Where leases never settle, readers would wait for ever. */
 bool file_admits_readers(const struct broker *broker)
 {
-	return broker->config.readers == READERS_ADMIT || lease_break_usec() == USEC_INFINITY;
+	return broker->config->readers == READERS_ADMIT || lease_break_usec() == USEC_INFINITY;
 }
 
 /* Opening the file as a reader would: it provokes the break that settles a write lease, and later

@@ -29,6 +29,8 @@
 
 /* RestartKillSignal= of the unit */
 #define RESTART_SIGNAL SIGUSR1
+/* ExecReload= of the unit */
+#define RELOAD_SIGNAL SIGHUP
 
 #define SOCKET_PATH "/run/pinbroker/org.pinbroker"
 
@@ -41,6 +43,7 @@ struct options {
 struct service {
 	struct broker *broker;
 	struct notifier notifier;
+	const char *config; /* NULL: CONFIG_FILE */
 	const char *socket; /* made here, and to be removed; NULL: not ours */
 	struct stat socket_stat;
 	bool leaving; /* everything is left to the next run */
@@ -313,23 +316,59 @@ static int on_restart(sd_event_source *source, const struct signalfd_siginfo *si
 	return sd_event_exit(broker->event, 0);
 }
 
-static int add_signals(struct service *service)
+static void log_unreadable(const char *path, int error, const char *what_then)
 {
-	sd_event *event = service->broker->event;
-	sigset_t set;
+	log_errno(LOG_ERR, error, "Cannot read %s%s", path ? path : CONFIG_FILE, what_then);
+}
+
+static int on_reload(sd_event_source *source, const struct signalfd_siginfo *si, void *userdata)
+{
+	struct service *service = userdata;
+	struct config *config;
 	int r;
 
+	notifier_tell_reloading(&service->notifier);
+	r = config_read(service->config, &config);
+	if (r < 0) {
+		log_unreadable(service->config, r, ", going on with what was read before");
+	} else {
+		broker_set_config(service->broker, config);
+		log_notice("Read the configuration anew.");
+	}
+	notifier_tell_ready(&service->notifier);
+	return 0;
+}
+
+static const struct {
+	int signal;
+	sd_event_signal_handler_t handler;
+} signals[] = {
+	{SIGTERM, on_terminate},
+	{SIGINT, on_terminate},
+	{RESTART_SIGNAL, on_restart},
+	{RELOAD_SIGNAL, on_reload},
+};
+
+/* From the first moment on: each of them would end a process that does not know them yet. */
+static int block_signals(void)
+{
+	sigset_t set;
+
 	sigemptyset(&set);
-	sigaddset(&set, SIGTERM);
-	sigaddset(&set, SIGINT);
-	sigaddset(&set, RESTART_SIGNAL);
-	if (sigprocmask(SIG_BLOCK, &set, NULL) < 0)
-		return -errno;
+	for (size_t i = 0; i < ELEMENTS(signals); i++)
+		sigaddset(&set, signals[i].signal);
 	signal(SIGPIPE, SIG_IGN);
-	r = sd_event_add_signal(event, NULL, SIGTERM, on_terminate, service);
-	if (r >= 0)
-		r = sd_event_add_signal(event, NULL, SIGINT, on_terminate, service);
-	return r < 0 ? r : sd_event_add_signal(event, NULL, RESTART_SIGNAL, on_restart, service);
+	return sigprocmask(SIG_BLOCK, &set, NULL) < 0 ? -errno : 0;
+}
+
+static int add_signals(struct service *service)
+{
+	int r = 0;
+
+	for (size_t i = 0; i < ELEMENTS(signals) && r >= 0; i++)
+		r = sd_event_add_signal(service->broker->event, NULL, signals[i].signal,
+			signals[i].handler, service);
+	return r;
 }
 
 /* Every lease is a descriptor or two, and a queued signal. */
@@ -373,7 +412,7 @@ static int start(struct service *service, const struct options *options)
 int main(int argc, char *argv[])
 {
 	struct options options = {};
-	struct config config = {};
+	struct config *config = NULL;
 	struct service service = { .notifier = NOTIFIER_NULL };
 	sd_event *event = NULL;
 	int r;
@@ -381,6 +420,8 @@ int main(int argc, char *argv[])
 	r = parse_options(argc, argv, &options);
 	if (r != 0)
 		return r - 1;
+	if (block_signals() < 0)
+		return EX_OSERR;
 	raise_limits();
 	(void)mallopt(M_ARENA_MAX, 2); /* the threads allocate little: they share one */
 	r = log_open(LOG_INFO);
@@ -388,10 +429,10 @@ int main(int argc, char *argv[])
 		fprintf(stderr, "pinbrokerd: Cannot start logging: %s\n", strerror(-r));
 		return EX_OSERR;
 	}
-	r = config_load(options.config, &config);
+	service.config = options.config;
+	r = config_read(service.config, &config);
 	if (r < 0) {
-		log_errno(LOG_ERR, r, "Cannot read %s",
-			  options.config ? options.config : CONFIG_FILE);
+		log_unreadable(service.config, r, "");
 		log_close(1000);
 		return EX_CONFIG;
 	}
@@ -399,7 +440,9 @@ int main(int argc, char *argv[])
 	if (r >= 0)
 		r = log_attach(event);
 	if (r >= 0)
-		r = broker_new(event, &config, &service.broker);
+		r = broker_new(event, config, &service.broker);
+	if (r >= 0)
+		config = NULL; /* the broker's now */
 	if (r >= 0)
 		r = start(&service, &options);
 	if (r >= 0)
@@ -421,7 +464,7 @@ int main(int argc, char *argv[])
 		broker_free(service.broker);
 	}
 	notifier_stop(&service.notifier);
-	config_clear(&config);
+	config_unref(config);
 	log_detach();
 	sd_event_unref(event);
 	log_info("Ended.");

@@ -3,6 +3,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <inttypes.h>
 #include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -191,6 +192,22 @@ int notifier_start(struct notifier *n)
 		return r;
 	n->ready = true;
 	return on_notifier_timer(n->timer, 0, n);
+}
+
+/* Not as a part of the status, which may overtake what waits. */
+void notifier_tell_reloading(struct notifier *n)
+{
+	char text[64];
+
+	snprintf(text, sizeof(text), "RELOADING=1\nMONOTONIC_USEC=%" PRIu64, now_usec());
+	if (notifier_is_open(n))
+		(void)notifier_post(n, text, -1);
+}
+
+void notifier_tell_ready(struct notifier *n)
+{
+	if (notifier_is_open(n))
+		(void)notifier_post(n, "READY=1", -1);
 }
 
 void notifier_tell_stopping(struct notifier *n)

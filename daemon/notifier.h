@@ -48,5 +48,8 @@ int notifier_start(struct notifier *notifier);
 int notifier_post(struct notifier *notifier, const char *text, int fd);
 /* Does not tell it after all. False: it is too late for that. */
 bool notifier_cancel(struct notifier *notifier, const char *text);
+/* The configuration is being read anew; after that it is ready again. */
+void notifier_tell_reloading(struct notifier *notifier);
+void notifier_tell_ready(struct notifier *notifier);
 void notifier_tell_stopping(struct notifier *notifier);
 void notifier_stop(struct notifier *notifier);

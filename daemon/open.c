@@ -27,6 +27,7 @@ struct open_request {
 	struct job job;
 	struct broker *broker;
 	struct user *user;  /* reference */
+	struct config *config; /* reference; as it was when the call came */
 	uint64_t client_id; /* it may end meanwhile */
 	struct process process; /* a copy */
 	int fd;                 /* owned; what the client sent */
@@ -55,6 +56,7 @@ static void request_free(struct open_request *q)
 	probe_clear(&q->probe);
 	process_clear(&q->process);
 	user_unref(q->user);
+	config_unref(q->config);
 	free(q);
 }
 
@@ -88,7 +90,7 @@ static bool shares_description(const struct open_request *q)
 static void run(struct job *job)
 {
 	struct open_request *q = container_of(job, struct open_request, job);
-	const struct config *config = &q->broker->config; /* does not change */
+	const struct config *config = q->config;
 	struct refusal *refusal = &q->result.refusal;
 	int r = 0;
 
@@ -381,6 +383,7 @@ int open_start(struct client *client, int fd, enum access access,
 	}
 	q->broker = client->broker;
 	q->user = user_ref(client->user);
+	q->config = config_ref(client->broker->config);
 	q->client_id = client->id;
 	q->fd = fd;
 	q->leased_fd = q->client_fd = -1;

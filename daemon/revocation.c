@@ -67,13 +67,14 @@ static const char *revocation_path(const struct revocation *rev)
 /* The whole ladder has to fit before the kernel takes the lease. */
 static void plan(struct revocation *rev, uint64_t grace_usec, uint64_t broken_usec)
 {
-	const struct config *config = &rev->broker->config;
+	const struct config *config = rev->broker->config;
 	uint64_t later, total, budget = lease_break_usec();
 
 	if (grace_usec == UINT64_MAX)
 		grace_usec = config->revoke_grace_usec;
 	rev->detach_usec = DETACH_USEC;
-	rev->signal_usec = config->signal_on_timeout > 0 ? config->signal_grace_usec : 0;
+	rev->signal = config->signal_on_timeout;
+	rev->signal_usec = rev->signal > 0 ? config->signal_grace_usec : 0;
 	rev->kill_usec = KILL_USEC;
 	later = rev->detach_usec + rev->signal_usec + rev->kill_usec;
 	/* found late, after a restart */
@@ -230,7 +231,7 @@ static int rung_signal(const struct revocation *rev)
 {
 	if (rev->state == REVOCATION_DETACHING)
 		return 0;
-	return rev->state == REVOCATION_KILLED ? SIGKILL : rev->broker->config.signal_on_timeout;
+	return rev->state == REVOCATION_KILLED ? SIGKILL : rev->signal;
 }
 
 /* The jobs of the present rung: one for each context, or one for each client that has pins left. Without
@@ -335,7 +336,7 @@ static void step(struct revocation *rev, struct revocation_step step)
 	/* These may bring on the next event before they return, and free the revocation. */
 	if (actions & REVOKE_END)
 		end(rev);
-	else if (actions & REVOKE_SIGNAL && rev->broker->config.signal_on_timeout == 0)
+	else if (actions & REVOKE_SIGNAL && rev->signal == 0)
 		revocation_event(rev, REVOKE_UNREACHABLE);
 	else if (actions & (REVOKE_DETACH | REVOKE_SIGNAL | REVOKE_KILL))
 		start_jobs(rev);

@@ -61,6 +61,7 @@ struct revocation {
 	uint64_t start_usec, deadline_usec, end_usec;
 	uint64_t latest_usec; /* the deadline can be extended to this */
 	uint64_t detach_usec, signal_usec, kill_usec; /* how long each rung may take */
+	int signal;                                   /* that of its rung; 0: none */
 	sd_event_source *timer;
 	unsigned n_jobs;    /* of the present rung */
 	unsigned n_reached; /* processes that the present rung's signal reached */

@@ -219,7 +219,7 @@ static int on_connection(sd_event_source *source, int fd, uint32_t revents, void
 		if (r < 0) {
 			log_errno(LOG_NOTICE, r, "Refused a connection");
 			if (r == -EDQUOT)
-				refuse_connection(s, l->rpc->broker->config.limits[LIMIT_CLIENTS]);
+				refuse_connection(s, l->rpc->broker->config->limits[LIMIT_CLIENTS]);
 			/* it may have been sent descriptors already */
 			offload_close(l->rpc->broker->offload, NULL, s);
 		}

@@ -40,6 +40,11 @@ int users_new(const uint64_t maxima[LIMIT_COUNT], struct users **ret)
 	return 0;
 }
 
+void users_set_maxima(struct users *users, const uint64_t maxima[LIMIT_COUNT])
+{
+	memcpy(users->maxima, maxima, sizeof(users->maxima));
+}
+
 struct users *users_free(struct users *users)
 {
 	if (users)

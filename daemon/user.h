@@ -47,6 +47,9 @@ struct user *user_ref(struct user *user);
 struct user *user_unref(struct user *user); /* accepts NULL, returns NULL; frees with the last one,
 					       asserting that nothing is charged any more */
 
+/* Other maxima. Whoever is over one of them already keeps what there is. */
+void users_set_maxima(struct users *users, const uint64_t maxima[LIMIT_COUNT]);
+
 /* While they are not enforced, every charge goes through. */
 void users_enforce(struct users *users, bool on);
 

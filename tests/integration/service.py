@@ -13,6 +13,7 @@ import signal
 import socket
 import stat
 import subprocess
+import sys
 import threading
 import time
 import unittest
@@ -239,7 +240,20 @@ class Activation(Case):
         self.expect_refusal(daemon, UNAVAILABLE, 'no listening AF_UNIX stream socket')
 
 
-class Options(Case):
+class Configured(Case):
+    def grace(self):
+        """What a holder is given, in seconds."""
+        holder = self.hold()
+        pid, result = self.truncate()
+        begin = time.monotonic()
+        seconds = holder.notice()['deadlineUSec'] / 1e6 - begin
+        holder.release()
+        self.truncated(result)
+        self.assertEqual(os.waitpid(pid, 0)[1], 0)
+        return seconds
+
+
+class Options(Configured):
     def command(self, *arguments):
         return subprocess.run([DAEMON, *arguments], stdin=subprocess.DEVNULL, encoding='utf-8',
                               capture_output=True, timeout=WAIT, check=False)
@@ -265,17 +279,6 @@ class Options(Case):
                 self.assertEqual((result.returncode, result.stdout), (USAGE, ''))
                 self.assertIn(named, result.stderr.splitlines()[0])
                 self.assertIn('--socket=PATH', result.stderr)
-
-    def grace(self):
-        """What a holder is given, in seconds."""
-        holder = self.hold()
-        pid, result = self.truncate()
-        begin = time.monotonic()
-        seconds = holder.notice()['deadlineUSec'] / 1e6 - begin
-        holder.release()
-        self.truncated(result)
-        self.assertEqual(os.waitpid(pid, 0)[1], 0)
-        return seconds
 
     def test_wrong_settings(self):
         """They are named, and the default stands; those beside them count."""
@@ -382,6 +385,89 @@ class Options(Case):
         self.assertRegex(answer.stdout, r'^s "\d+\.\d+')
         self.expect_end(daemon)
         self.expect_end(bus)
+
+
+class Reload(Configured):
+    """SIGHUP: the configuration is read anew, and nothing else changes."""
+
+    def reload(self, daemon, log='Read the configuration anew'):
+        before = daemon.text().count(log)
+        daemon.kill(signal.SIGHUP)
+        self.manager.wait_for(re.compile(rb'^RELOADING=1\nMONOTONIC_USEC=\d+$', re.M))
+        self.manager.wait_for(READY)
+        daemon.wait_for_log(f'(?s)(?:{log}.*){{{before + 1}}}')
+
+    def test_reload(self):
+        daemon = self.start()
+        holder = self.hold(file=self.make_file('held'))
+        self.assertTrue(9 < self.grace() < 10.5)
+        self.write(self.config, '[Revocation]\nRevokeGraceSec=4s\nSignalOnTimeout=none\n'
+                                '[Files]\nFileSystems=ext4\n[Limits]\nMaxPinsPerUser=1\n')
+        self.reload(daemon)
+        with self.assertRaises(Refused) as refused:
+            holder.pin()
+        self.assertEqual(refused.exception.parameters['maximum'], 1)
+        with self.assertRaises(Refused) as refused:
+            open_file(holder.connection, self.file)
+        self.assertEqual(refused.exception.error, 'org.pinbroker.NotLeasable')
+        # what was pinned before is, and its holder has what the file says now
+        _, result = self.truncate(os.path.join(self.dir, 'held'))
+        seconds = holder.notice()['deadlineUSec'] / 1e6 - time.monotonic()
+        self.assertTrue(3 < seconds < 4.5, seconds)
+        self.assertFalse(is_readable(result, 0))
+        holder.release()
+        self.truncated(result)
+        self.expect_end(daemon)
+
+    def test_under_way(self):
+        """A revocation goes on as it was planned."""
+        self.write(self.config, '[Revocation]\nRevokeGraceSec=1s\nSignalOnTimeout=SIGUSR2\n'
+                                'SignalGraceSec=10s\n')
+        daemon = self.start()
+        heard = []
+        self.addCleanup(signal.signal, signal.SIGUSR2,
+                        signal.signal(signal.SIGUSR2, lambda sig, _: heard.append(sig)))
+        holder = self.hold()
+        _, result = self.truncate()
+        holder.notice()
+        self.write(self.config, '[Revocation]\nSignalOnTimeout=none\n')
+        self.reload(daemon)
+        end = time.monotonic() + WAIT
+        while not heard:
+            self.assertLess(time.monotonic(), end)
+            is_readable(result, 0.1)  # a signal interrupts nothing here
+        self.assertFalse(is_readable(result, 0))
+        holder.release()
+        self.truncated(result)
+        self.expect_end(daemon)
+
+    def test_unreadable(self):
+        """What was read before stands."""
+        self.write(self.config, '[Revocation]\nRevokeGraceSec=7s\n')
+        daemon = self.start()
+        os.unlink(self.config)
+        self.reload(daemon, 'Cannot read .*conf, going on with what was read before: No such file')
+        self.assertTrue(6 < self.grace() < 7.5)
+        self.expect_end(daemon)
+
+    def test_before_it_is_ready(self):
+        """It is no signal to die by, however early it comes."""
+        self.manager = self.make_manager(deaf=True)
+        read, write = os.pipe()
+        # becomes the daemon with the signal pending
+        program = ('import os, sys; '
+                   'os.read(int(sys.argv[1]), 1); os.execv(sys.argv[2], sys.argv[2:])')
+        daemon = self.spawn([sys.executable, '-ISc', program, str(read), DAEMON] +
+                            self.arguments(self.path), pass_fds=[read],
+                            env={'NOTIFY_SOCKET': self.manager.address},
+                            preexec_fn=lambda: signal.pthread_sigmask(0, [signal.SIGHUP]))
+        daemon.kill(signal.SIGHUP)
+        os.write(write, b'x')
+        os.close(read)
+        os.close(write)
+        self.manager.wait_for(READY)
+        daemon.wait_for_log('Read the configuration anew')
+        self.expect_end(daemon)
 
 
 class End(Case):
