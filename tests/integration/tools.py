@@ -4,6 +4,7 @@
 they do not have, and without root. They are run in a copy, which has nothing to build or to install.
 """
 
+import fcntl
 import glob
 import os
 import re
@@ -55,6 +56,38 @@ class Tools(unittest.TestCase):
                 self.assertEqual((result.returncode, result.stdout), (NOPERM, ''))
                 self.assertRegex(result.stderr, f'^tools/{name}: has to run as root: ')
                 self.assertEqual(result.stderr.count('\n'), 1)
+
+    @unittest.skipUnless(os.getuid() == 0 and shutil.which('apt-get'), 'installs on Debian and as root')
+    def test_locked(self):
+        """Somebody else has apt's lists: it says so, and waits. (What it installs from then on is nothing: these
+        lists are empty.)
+        """
+        for name in ('lists/partial', 'archives/partial', 'none'):
+            os.makedirs(f'{self.dir}/apt/{name}')
+        with open(self.dir + '/apt/conf', 'w', encoding='ascii') as f:
+            f.write(f'Dir::State "{self.dir}/apt"; Dir::State::Lists "{self.dir}/apt/lists";\n'
+                    f'Dir::State::Status "{self.dir}/apt/status"; Dir::Cache "{self.dir}/apt";\n'
+                    f'Dir::Etc "{self.dir}/apt/none"; Dir::Bin::dpkg "/bin/false";\n')
+        for name in ('status', 'wanted'):
+            with open(f'{self.dir}/apt/{name}', 'w', encoding='ascii') as f:
+                f.write('' if name == 'status' else 'pinbroker-no-such-package\n')
+        command = 'set -euo pipefail; lists=apt/wanted . tools/install-packages'
+        with open(self.dir + '/apt/lists/lock', 'wb') as lock:
+            fcntl.lockf(lock, fcntl.LOCK_EX)
+            waiting = subprocess.Popen(['bash', '-c', command], cwd=self.dir, stdin=subprocess.DEVNULL,
+                                       stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding='utf-8',
+                                       env={**os.environ, 'APT_CONFIG': self.dir + '/apt/conf'})
+            self.addCleanup(waiting.kill)
+            said = ''
+            while 'waiting' not in said:
+                line = waiting.stderr.readline()
+                self.assertTrue(line, said)
+                said += line
+            self.assertRegex(said, 'Could not get lock .*/lists/lock')
+        said = waiting.communicate(timeout=20)[1]
+        self.assertRegex(said, 'Unable to locate package pinbroker-no-such-package')
+        self.assertNotIn('Could not get lock', said)
+        self.assertNotEqual(waiting.returncode, 0)
 
     def test_lists(self):
         """A package whose name has a version is in one Debian alone."""
