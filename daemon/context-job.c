@@ -367,7 +367,7 @@ static void find_done(struct job *job)
 		reap_done(job);
 		return;
 	}
-	if (context->stored) {
+	if (store_has(&context->copy)) {
 		context_drop_copy(context);
 		j->barrier = store_barrier(&j->broker->store);
 	}
@@ -391,7 +391,7 @@ void context_start_reap(struct context *context)
 	LIST_FOREACH(pin, &context->pins, of_context)
 		if (!pin->over && !pin->on_demand)
 			j->n_pages += pin->length / (uint64_t)sysconf(_SC_PAGESIZE);
-	j->manager = context->stored ? getppid() : 0;
+	j->manager = store_has(&context->copy) ? getppid() : 0;
 	j->job.run = find_run;
 	j->job.done = find_done;
 	offload_submit_step(context->client->broker->offload, context->user, &j->job);

@@ -55,16 +55,17 @@ void context_keep(struct context *context)
 {
 	struct store *store = &context->client->broker->store;
 
-	if (store->notifier && !context->stored && context->fd >= 0 && context->remote < 0 &&
-	    context_may_be_kept(context->fd, context->ops))
-		context->stored = store_keep(store, STORE_CONTEXT, context->id, context->fd);
+	if (!store->notifier || store_has(&context->copy) || context->fd < 0 || context->remote >= 0 ||
+	    !context_may_be_kept(context->fd, context->ops))
+		return;
+	store_keep(store, &context->copy, STORE_CONTEXT, context->id, context->fd);
+	if (store_has(&context->copy) && store_name(&context->copy) != context->id)
+		state_context(context); /* it is to be found by another's name */
 }
 
 void context_drop_copy(struct context *context)
 {
-	if (context->stored)
-		store_drop(&context->client->broker->store, STORE_CONTEXT, context->id);
-	context->stored = false;
+	store_drop(&context->client->broker->store, &context->copy);
 }
 
 /* Its last reference: neither a client nor a job has it any more. */

@@ -12,6 +12,7 @@
 #include "process.h"
 #include "protocol/interface.h"
 #include "refusal.h"
+#include "store.h"
 
 struct broker;
 struct client;
@@ -107,7 +108,7 @@ struct context {
 	unsigned n_jobs;       /* jobs on the pool that use fd: it stays open meanwhile */
 	unsigned n_detaching;  /* of them, those that destroy handles */
 	int remote;            /* its number in the client, for kinds that cannot be sent; -1: it was sent */
-	bool stored;           /* the service manager has a copy of fd */
+	struct store_copy copy; /* the service manager's */
 	bool checking;         /* a job looks whether leaving pins are gone */
 	bool check_again;
 	bool ask; /* the next look may get in the way of the holder, who says that he is done */

@@ -37,9 +37,7 @@ static void set_fd(struct file *file, int fd)
 {
 	if (file->lease.fd >= 0)
 		broker_remove_lease_fd(file->broker, file);
-	if (file->stored)
-		store_drop(&file->broker->store, STORE_FILE, file->id);
-	file->stored = false;
+	store_drop(&file->broker->store, &file->copy);
 	file->lease.fd = fd;
 	bus_changed(file->broker->bus, &file->view);
 	if (fd >= 0)
@@ -48,9 +46,8 @@ static void set_fd(struct file *file, int fd)
 
 void file_keep(struct file *file)
 {
-	if (!file->stored && file->lease.fd >= 0)
-		file->stored = store_keep(&file->broker->store, STORE_FILE, file->id,
-					  file->lease.fd);
+	if (!store_has(&file->copy) && file->lease.fd >= 0)
+		store_keep(&file->broker->store, &file->copy, STORE_FILE, file->id, file->lease.fd);
 }
 
 /* The state has the lease as it is. */
@@ -468,7 +465,7 @@ void file_resume(struct file *file, const struct lease *lease)
 {
 	set_fd(file, lease->fd);
 	file->lease = *lease;
-	file->stored = true;
+	store_kept(&file->broker->store, &file->copy, STORE_FILE, file->id, lease->fd);
 	file->opening = false;
 }
 

@@ -13,6 +13,7 @@
 #include "lease.h"
 #include "pin.h"
 #include "protocol/interface.h"
+#include "store.h"
 
 struct broker;
 struct open_request;
@@ -51,7 +52,7 @@ struct file {
 	struct revocation *revocation; /* the one that a break of the lease has started, or NULL */
 	bool unguarded;                /* it has pins, but no lease */
 	bool exposed;                  /* … and some of them hold pages */
-	bool stored;                   /* the service manager has a copy of the description */
+	struct store_copy copy;        /* the service manager's, of the description */
 	struct lease recorded;         /* what was last written into the state */
 	uint64_t emergency_size;       /* unguarded: a shrink to this has been dealt with already */
 	bool settle_running;           /* a job opens the file as a reader would */

@@ -206,13 +206,11 @@ static void sort_kept(struct restorer *r)
 		qsort(r->kept, r->n_kept, sizeof(*r->kept), compare_kept);
 }
 
-static int take_kept(struct restorer *r, char kind, uint64_t id)
+static struct kept_descriptor *find_kept(struct restorer *r, char kind, uint64_t id)
 {
 	const struct kept_descriptor key = { .kind = kind, .id = id };
-	struct kept_descriptor *kept =
-		r->n_kept > 0 ? bsearch(&key, r->kept, r->n_kept, sizeof(key), compare_kept) : NULL;
 
-	return kept ? TAKE_FD(kept->fd) : -1;
+	return r->n_kept > 0 ? bsearch(&key, r->kept, r->n_kept, sizeof(key), compare_kept) : NULL;
 }
 
 static int read_enumeration(const struct record *record, const char *key,
@@ -319,7 +317,8 @@ static int restore_client(struct restorer *r, uint64_t id, const struct record *
 
 static int restore_file(struct restorer *r, uint64_t id, const struct record *record)
 {
-	_cleanup_(close_fdp) int fd = take_kept(r, STORE_FILE, id);
+	struct kept_descriptor *kept = find_kept(r, STORE_FILE, id);
+	int fd = kept ? kept->fd : -1;
 	const char *path = record_string(record, "path");
 	bool bad = !path;
 	struct lease lease = { .fd = -1 };
@@ -357,8 +356,7 @@ static int restore_file(struct restorer *r, uint64_t id, const struct record *re
 	error = file_new(r->broker, &probe, &file);
 	if (error < 0)
 		return error;
-	lease.fd = TAKE_FD(fd);
-	store_kept(&r->broker->store, STORE_FILE, id);
+	lease.fd = TAKE_FD(kept->fd);
 	file_resume(file, &lease);
 	return 0;
 }
@@ -379,11 +377,24 @@ static int restore_use(struct restorer *r, const struct entry *e, const struct r
 	return client_add_use(client, file, (enum access)access, writable, &use, &refusal);
 }
 
+/* Contexts of one description share what is kept of it. */
+static int take_context(struct restorer *r, uint64_t id, uint64_t name)
+{
+	struct kept_descriptor *kept = find_kept(r, STORE_CONTEXT, name);
+	const struct context *other =
+		kept && kept->fd < 0 ? broker_find_context(r->broker, kept->taken_by) : NULL;
+
+	if (!kept)
+		return -1;
+	kept->taken_by = id;
+	return other ? fcntl(other->fd, F_DUPFD_CLOEXEC, 3) : TAKE_FD(kept->fd);
+}
+
 /* From the store, or else from the client; -1: it is lost. */
-static int find_context(struct restorer *r, uint64_t id, const struct client *client,
+static int find_context(struct restorer *r, uint64_t id, uint64_t name, const struct client *client,
 			const struct context_ops *ops, int64_t remote)
 {
-	int fd = take_kept(r, STORE_CONTEXT, id);
+	int fd = take_context(r, id, name);
 
 	if (fd < 0 && ops && remote >= 0 && remote <= INT_MAX)
 		(void)context_fetch(client, (int)remote, ops, &fd);
@@ -414,6 +425,7 @@ static int restore_context(struct restorer *r, uint64_t id, const struct record 
 		broker_find_client(r->broker, record_unsigned(record, "client", 0, &bad));
 	bool closed = record_unsigned(record, "closed", 0, &bad);
 	int64_t remote = record_signed(record, "remote", -1, &bad);
+	uint64_t name = record_unsigned(record, "stored", id, &bad);
 	int error, fd;
 
 	description.forcible = record_unsigned(record, "forcible", 0, &bad);
@@ -423,7 +435,7 @@ static int restore_context(struct restorer *r, uint64_t id, const struct record 
 		return -EBADMSG;
 	if (!client)
 		return -ENOENT;
-	fd = closed ? -1 : find_context(r, id, client, ops, remote);
+	fd = closed ? -1 : find_context(r, id, name, client, ops, remote);
 	if (fd < 0 && !closed)
 		log_warning("Context %" PRIu64 " was not kept: nothing can be done through it.", id);
 	if (fd < 0 || !ops) {
@@ -443,9 +455,8 @@ static int restore_context(struct restorer *r, uint64_t id, const struct record 
 		return error;
 	}
 	context->remote = (int)remote;
-	context->stored = fd >= 0 && remote < 0;
-	if (context->stored)
-		store_kept(&r->broker->store, STORE_CONTEXT, id);
+	if (fd >= 0 && remote < 0)
+		store_kept(&r->broker->store, &context->copy, STORE_CONTEXT, name, fd);
 	return 0;
 }
 

@@ -8,7 +8,8 @@ struct broker;
 
 /* A descriptor from the manager's store. */
 struct kept_descriptor {
-	int fd; /* owned; -1: taken */
+	int fd; /* owned; -1: taken, … */
+	uint64_t taken_by; /* … by this object, or the last of several that share it */
 	const char *name;
 	char kind; /* as store.h has them; 0: a name of somebody else's */
 	uint64_t id;

@@ -140,6 +140,8 @@ static void write_context(struct record_buffer *b, const struct context *context
 		record_put(b, "detaching", true);
 	if (context->remote >= 0)
 		record_put(b, "remote", (uint64_t)context->remote);
+	if (store_has(&context->copy) && store_name(&context->copy) != context->id)
+		record_put(b, "stored", store_name(&context->copy));
 	record_put_string(b, "label", context->label);
 	record_end(b);
 }

@@ -6,6 +6,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <linux/kcmp.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include "log.h"
@@ -55,6 +57,70 @@ static void make_request(char text[static REQUEST_SIZE], const char *name)
 	snprintf(text, REQUEST_SIZE, "FDSTORE=1\nFDPOLL=0\nFDNAME=%s", name);
 }
 
+/* What the manager has of one description. */
+struct kept {
+	LIST_HEAD(, store_copy) copies; /* ours */
+	uint64_t id;                    /* in its name */
+	char kind;
+	RB_ENTRY(kept) by_description; /* store::kept */
+};
+
+/* As the manager compares them, too. Where the kernel does not let us they count as different. */
+static int compare_kept(const struct kept *a, const struct kept *b)
+{
+	long r = syscall(SYS_kcmp, getpid(), getpid(), KCMP_FILE, LIST_FIRST(&a->copies)->fd,
+			 LIST_FIRST(&b->copies)->fd);
+
+	if (r >= 0 && r <= 2)
+		return r == 2 ? 1 : -(int)r;
+	return a->id < b->id ? -1 : a->id > b->id;
+}
+
+TREE_GENERATE(kept_tree, kept, by_description, compare_kept)
+
+/* Joins what is kept of the same description; false: it is the first. -ENOMEM. */
+static int kept_join(struct store *store, struct store_copy *copy, char kind, uint64_t id, int fd)
+{
+	struct kept *kept, *other;
+
+	kept = calloc(1, sizeof(*kept));
+	if (!kept)
+		return -ENOMEM;
+	kept->id = id;
+	kept->kind = kind;
+	LIST_INIT(&kept->copies);
+	copy->fd = fd;
+	LIST_INSERT_HEAD(&kept->copies, copy, of_kept);
+	other = kept_tree_RB_INSERT(&store->kept, kept);
+	if (other) {
+		LIST_REMOVE(copy, of_kept);
+		LIST_INSERT_HEAD(&other->copies, copy, of_kept);
+		free(kept);
+	}
+	copy->kept = other ? other : kept;
+	return other != NULL;
+}
+
+/* Returns what is kept no more, to be freed, or NULL if there are other copies. */
+static struct kept *kept_leave(struct store *store, struct store_copy *copy)
+{
+	struct kept *kept = copy->kept;
+
+	copy->kept = NULL;
+	if (LIST_NEXT(LIST_FIRST(&kept->copies), of_kept)) {
+		LIST_REMOVE(copy, of_kept);
+		return NULL;
+	}
+	kept_tree_RB_REMOVE(&store->kept, kept);
+	LIST_REMOVE(copy, of_kept);
+	return kept;
+}
+
+uint64_t store_name(const struct store_copy *copy)
+{
+	return copy->kept->id;
+}
+
 static size_t maximum(void)
 {
 	const char *given = getenv("FDSTORE"); /* systemd 254 */
@@ -69,36 +135,45 @@ static void count(struct store *store, const char *name)
 	store->n_bytes += strlen(name) + 1;
 }
 
-bool store_keep(struct store *store, char kind, uint64_t id, int fd)
+static bool has_room(struct store *store)
+{
+	if (store->n_descriptors < maximum() && store->n_bytes + NAME_SIZE <= NAMES_MAX)
+		return true;
+	if (!store->full)
+		log_warning("The service manager's store is full with %zu descriptors: what else is "
+			    "pinned will not outlive a crash of this process.",
+			    store->n_descriptors);
+	store->full = true;
+	return false;
+}
+
+void store_keep(struct store *store, struct store_copy *copy, char kind, uint64_t id, int fd)
 {
 	char name[NAME_SIZE], text[REQUEST_SIZE];
 	int r;
 
 	if (!store->notifier)
-		return false;
-	make_name(name, kind, id);
-	if (store->n_descriptors >= maximum() || store->n_bytes + sizeof(name) > NAMES_MAX) {
-		if (!store->full)
-			log_warning("The service manager's store is full with %zu descriptors: what "
-				    "else is pinned will not outlive a crash of this process.",
-				    store->n_descriptors);
-		store->full = true;
-		return false;
+		return;
+	r = kept_join(store, copy, kind, id, fd);
+	if (r == 0) {
+		make_name(name, kind, id);
+		make_request(text, name);
+		r = has_room(store) ? notifier_post(store->notifier, text, fd) : 1;
+		if (r == 0)
+			count(store, name);
+		else
+			free(kept_leave(store, copy));
 	}
-	make_request(text, name);
-	r = notifier_post(store->notifier, text, fd);
-	if (r < 0) {
+	if (r < 0)
 		log_errno(LOG_WARNING, r, "Cannot have a descriptor kept by the service manager");
-		return false;
-	}
-	count(store, name);
-	return true;
 }
 
-void store_kept(struct store *store, char kind, uint64_t id)
+void store_kept(struct store *store, struct store_copy *copy, char kind, uint64_t id, int fd)
 {
 	char name[NAME_SIZE];
 
+	if (kept_join(store, copy, kind, id, fd) != 0)
+		return;
 	make_name(name, kind, id);
 	count(store, name);
 }
@@ -123,11 +198,15 @@ void store_drop_name(struct store *store, const char *name)
 			  name);
 }
 
-void store_drop(struct store *store, char kind, uint64_t id)
+void store_drop(struct store *store, struct store_copy *copy)
 {
 	char name[NAME_SIZE], request[REQUEST_SIZE];
+	struct kept *kept = copy->kept ? kept_leave(store, copy) : NULL;
 
-	make_name(name, kind, id);
+	if (!kept)
+		return;
+	make_name(name, kept->kind, kept->id);
+	free(kept);
 	make_request(request, name);
 	if (!notifier_cancel(store->notifier, request))
 		store_drop_name(store, name);

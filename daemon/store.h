@@ -4,8 +4,23 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <sys/queue.h>
+
+#include "tree.h"
 
 struct notifier;
+
+/*
+ * A descriptor of ours of which the manager has a copy. Of two that are alike it keeps one, under the name
+ * that it was told first: those that refer to one description share it.
+ */
+struct store_copy {
+	struct kept *kept; /* kept::copies; NULL: the manager has none */
+	int fd;            /* not owned: open as long as this is kept */
+	LIST_ENTRY(store_copy) of_kept;
+};
+
+RB_HEAD(kept_tree, kept);
 
 /*
  * What is to outlive the process, in the service manager's file descriptor store: the descriptions of data
@@ -13,6 +28,7 @@ struct notifier;
  */
 struct store {
 	struct notifier *notifier; /* NULL: nothing is kept */
+	struct kept_tree kept;     /* by description */
 	size_t n_descriptors, n_bytes; /* of names */
 	bool full;                     /* it has been said */
 	uint64_t dropped_usec;         /* when something was last dropped */
@@ -22,12 +38,19 @@ struct store {
 #define STORE_FILE    'f'
 #define STORE_CONTEXT 'c'
 
-/* Has a copy kept. False: it is not. */
-bool store_keep(struct store *store, char kind, uint64_t id, int fd);
-/* One that was passed by the manager is in the store. */
-void store_kept(struct store *store, char kind, uint64_t id);
-/* The copy is to be closed. The manager does so a moment later. */
-void store_drop(struct store *store, char kind, uint64_t id);
+static inline bool store_has(const struct store_copy *copy)
+{
+	return copy->kept;
+}
+
+/* Has a copy kept, by this name if the manager has none of the description yet. Where that fails it is logged. */
+void store_keep(struct store *store, struct store_copy *copy, char kind, uint64_t id, int fd);
+/* One that was passed by the manager, by this name, is in the store. */
+void store_kept(struct store *store, struct store_copy *copy, char kind, uint64_t id, int fd);
+/* The identifier in the name. */
+uint64_t store_name(const struct store_copy *copy);
+/* Is not of use any more. With the last of a description the manager closes its own, a moment later. */
+void store_drop(struct store *store, struct store_copy *copy);
 /* Was something dropped so recently that the manager may still have it? */
 bool store_is_busy(const struct store *store);
 /* Something of a name that means nothing to us. */

@@ -439,6 +439,41 @@ class Restart(Case):
             watch.close()
         survivor.context = ring
 
+    def test_context_added_twice(self):
+        """The manager keeps one of two that are alike: it is both contexts', and whose name it has may go first."""
+        self.run_daemon()
+        survivor, other = self.survivor(self.file), self.survivor(self.make_file('other'))
+        event = os.eventfd(0, os.EFD_CLOEXEC)
+        self.addCleanup(os.close, event)
+
+        def add(holder):
+            return holder.connection.call('org.pinbroker.AddContext', {'fileDescriptor': 0},
+                                          [event])['context']
+        first, second, third = add(survivor), add(survivor), add(other)
+        kept = {name('c', s.context) for s in (survivor, other)}
+        kept |= {name('f', s.file) for s in (survivor, other)} | {name('c', first)}
+        self.wait_for_kept(kept)
+        for gone in (None, first, second):
+            if gone:
+                survivor.connection.call('org.pinbroker.RemoveContext', {'context': gone})
+            for sig in (signal.SIGKILL, RESTART):
+                self.restart(sig)
+                self.expect_restored(0, 2, 2)
+                self.assertNotIn('was not kept', self.daemon.text())
+                survivor.resume()
+                other.resume()
+                self.wait_for_kept(kept)
+        other.context = third
+        pin = other.pin()
+        self.restart()
+        other.resume()
+        _, result = self.truncate(other.data)
+        self.assertFalse(is_readable(result, 0.1))
+        other.unpin([pin])
+        self.truncated(result)
+        other.connection.call('org.pinbroker.RemoveContext', {'context': third})
+        self.wait_for_kept(kept - {name('c', first)})
+
     def test_full_store(self):
         """What finds no room is served all the same, and said."""
         self.run_daemon(env={'FDSTORE': '2'})
