@@ -248,12 +248,25 @@ int access_check_descriptor(int fd, enum access access, struct refusal *ret_refu
 	return 0;
 }
 
+/* The kernel opens such a file for writing with O_APPEND alone, which faccessat2() does not know. */
+static int check_append_only(int fd)
+{
+	struct statx stx;
+
+	if (syscall(SYS_statx, fd, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC | AT_NO_AUTOMOUNT, 0,
+		    &stx) < 0)
+		return -errno;
+	return stx.stx_attributes & STATX_ATTR_APPEND ? -EPERM : 0;
+}
+
 int access_check_open(int fd, const struct process *client, enum access access,
 		      struct refusal *ret_refusal)
 {
 	int r;
 
 	r = check_as(fd, client, access == ACCESS_WRITE ? R_OK | W_OK : R_OK, ret_refusal);
+	if (r == 0 && access == ACCESS_WRITE)
+		r = check_append_only(fd);
 	if (r == -EACCES || r == -EROFS || r == -EPERM)
 		return refuse_open(ret_refusal, -r, access);
 	return r;

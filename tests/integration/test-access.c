@@ -4,12 +4,14 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <grp.h>
+#include <linux/fs.h>
 #include <poll.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
+#include <sys/ioctl.h>
 #include <sys/mount.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
@@ -165,6 +167,48 @@ static void test_read_only_mount(void **state)
 	world_stop();
 }
 
+static void set_flag(int fd, int flag, bool on)
+{
+	int flags;
+
+	assert_int_equal(ioctl(fd, FS_IOC_GETFLAGS, &flags), 0);
+	flags = on ? flags | flag : flags & ~flag;
+	assert_int_equal(ioctl(fd, FS_IOC_SETFLAGS, &flags), 0);
+}
+
+/* Of a file that is leased for writing the second gets a copy of what the first was given: only if the kernel would
+ * open it for him now, whatever has become of it since. */
+static void second_writer(const char *fs)
+{
+	static const int flags[] = { FS_APPEND_FL, FS_IMMUTABLE_FL };
+	pinbroker_file *file;
+	pinbroker *pb;
+
+	begin(fs, "");
+	own_file(0, 0, 0666);
+	pb = client();
+	assert_int_equal(pinbroker_open_file(pb, file_path, PINBROKER_WRITE, &file), 0);
+	for (size_t i = 0; i < sizeof(flags) / sizeof(flags[0]); i++) {
+		set_flag(pinbroker_file_get_fd(file), flags[i], true);
+		/* for reading, too: what there is is the writable one, until the lease has settled */
+		assert_int_equal(open_as(BOB, false, file_path, PINBROKER_WRITE), -EACCES);
+		assert_true(open_as(0, false, file_path, PINBROKER_WRITE) == -EACCES);
+		assert_true(open_as(0, false, file_path, PINBROKER_READ) == -EBUSY);
+		set_flag(pinbroker_file_get_fd(file), flags[i], false);
+		assert_int_equal(open_as(BOB, false, file_path, PINBROKER_WRITE), 0);
+	}
+	pinbroker_unref(pb);
+	world_stop();
+}
+
+static void test_flags(void **state)
+{
+	static const char *const file_systems[] = { "tmpfs", "ext4", "xfs", "btrfs" };
+
+	for (size_t i = 0; i < sizeof(file_systems) / sizeof(file_systems[0]); i++)
+		second_writer(file_systems[i]);
+}
+
 static int count_pin(const struct pinbroker_pin_info *info, void *userdata)
 {
 	++*(unsigned *)userdata;
@@ -270,6 +314,7 @@ int main(void)
 		cmocka_unit_test(test_group),
 		cmocka_unit_test(test_acl),
 		cmocka_unit_test(test_read_only_mount),
+		cmocka_unit_test(test_flags),
 		cmocka_unit_test(test_sharing),
 		cmocka_unit_test(test_unprivileged),
 	};
