@@ -2,13 +2,11 @@
 #include "broker.h"
 
 #include <assert.h>
-#include <inttypes.h>
-#include <signal.h>
 #include <string.h>
-#include <sys/signalfd.h>
 
 #include "blame.h"
 #include "device-monitor.h"
+#include "hearing.h"
 #include "log.h"
 #include "macro.h"
 #include "state.h"
@@ -18,57 +16,6 @@
  * description can redirect them. Orphaned contexts are looked at again, too. */
 #define AUDIT_USEC      (5 * USEC_PER_SEC)
 #define AUDIT_SOON_USEC (100 * USEC_PER_MSEC)
-
-#define SWEEP_FILES_PER_TURN 1024
-
-static int on_lease_signal(sd_event_source *source, const struct signalfd_siginfo *si,
-			   void *userdata)
-{
-	struct broker *broker = userdata;
-	/* si_fd can be stale: it is a hint where to look, nothing more. */
-	struct file *file = broker_find_lease_fd(broker, si->ssi_fd);
-
-	if (file)
-		file_update(file);
-	if (broker->stale_signals)
-		broker_sweep(broker);
-	return 0;
-}
-
-static int on_overflow(sd_event_source *source, const struct signalfd_siginfo *si, void *userdata)
-{
-	struct broker *broker = userdata;
-
-	broker->n_overflows++;
-	log_warning("The signal queue overflowed (%" PRIu64 " times so far): looking at every lease.",
-		    broker->n_overflows);
-	broker_sweep(broker);
-	return 0;
-}
-
-static int on_sweep(sd_event_source *source, void *userdata)
-{
-	struct broker *broker = userdata;
-
-	for (unsigned n = 0; n < SWEEP_FILES_PER_TURN; n++) {
-		struct file *file = broker_next_file(broker, broker->sweep_after);
-
-		if (!file)
-			return sd_event_source_set_enabled(source, SD_EVENT_OFF);
-		broker->sweep_after = file->id;
-		if (file->n_pins > 0)
-			file_keep(file);
-		file_update(file);
-	}
-	return 0;
-}
-
-void broker_sweep(struct broker *broker)
-{
-	/* one that is under way begins anew: it may have passed the file already */
-	broker->sweep_after = 0;
-	(void)sd_event_source_set_enabled(broker->sweep, SD_EVENT_ON);
-}
 
 static void reap_orphans(struct broker *broker)
 {
@@ -112,7 +59,7 @@ static int on_audit(sd_event_source *source, uint64_t usec, void *userdata)
 	r = sd_event_source_set_time(source, now_usec() + AUDIT_USEC);
 	if (r >= 0)
 		r = sd_event_source_set_enabled(source, SD_EVENT_ONESHOT);
-	broker_sweep(broker);
+	hearing_sweep(broker->hearing);
 	reap_orphans(broker);
 	forget_absent(broker);
 	state_touch(broker);
@@ -124,16 +71,6 @@ void broker_audit_soon(struct broker *broker)
 	(void)sd_event_source_set_time(broker->audit, now_usec() + AUDIT_SOON_USEC);
 }
 
-static int block_signals(void)
-{
-	sigset_t set;
-
-	sigemptyset(&set);
-	sigaddset(&set, LEASE_SIGNAL);
-	sigaddset(&set, SIGIO);
-	return sigprocmask(SIG_BLOCK, &set, NULL) < 0 ? -errno : 0;
-}
-
 /* It has to work without: in a container there are no devices to be removed. */
 static void add_devices(struct broker *broker)
 {
@@ -141,30 +78,6 @@ static void add_devices(struct broker *broker)
 
 	if (r < 0)
 		log_errno(LOG_WARNING, r, "Cannot listen for devices that are being removed");
-}
-
-static int add_sources(struct broker *broker)
-{
-	int r;
-
-	r = block_signals();
-	if (r >= 0)
-		r = sd_event_add_signal(broker->event, &broker->lease_signal, LEASE_SIGNAL,
-					on_lease_signal, broker);
-	/* somebody is held up by what it tells of */
-	if (r >= 0)
-		r = sd_event_source_set_priority(broker->lease_signal, SD_EVENT_PRIORITY_IMPORTANT);
-	if (r >= 0)
-		r = sd_event_add_signal(broker->event, &broker->overflow_signal, SIGIO, on_overflow,
-					broker);
-	if (r >= 0)
-		r = sd_event_add_defer(broker->event, &broker->sweep, on_sweep, broker);
-	if (r >= 0)
-		r = sd_event_source_set_enabled(broker->sweep, SD_EVENT_OFF);
-	if (r >= 0)
-		r = sd_event_add_time(broker->event, &broker->audit, CLOCK_MONOTONIC,
-				      now_usec() + AUDIT_USEC, USEC_PER_SEC, on_audit, broker);
-	return r;
 }
 
 int broker_new(sd_event *event, struct config *config, struct broker **ret)
@@ -180,7 +93,10 @@ int broker_new(sd_event *event, struct config *config, struct broker **ret)
 	broker->ids.fd = -1;
 	r = users_new(config->limits, &broker->users);
 	if (r >= 0)
-		r = add_sources(broker);
+		r = hearing_new(broker, &broker->hearing);
+	if (r >= 0)
+		r = sd_event_add_time(broker->event, &broker->audit, CLOCK_MONOTONIC,
+				      now_usec() + AUDIT_USEC, USEC_PER_SEC, on_audit, broker);
 	if (r >= 0)
 		r = offload_new(event, NULL, &broker->offload);
 	if (r >= 0)
@@ -218,9 +134,7 @@ struct broker *broker_free(struct broker *broker)
 	blame_free(broker->blame);
 	watch_free(broker->watch);
 	sd_device_monitor_unref(broker->devices);
-	sd_event_source_disable_unref(broker->lease_signal);
-	sd_event_source_disable_unref(broker->overflow_signal);
-	sd_event_source_disable_unref(broker->sweep);
+	hearing_free(broker->hearing);
 	sd_event_source_disable_unref(broker->audit);
 	users_free(broker->users);
 	ids_close(&broker->ids);

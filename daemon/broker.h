@@ -27,6 +27,7 @@
 
 struct blame;
 struct bus;
+struct hearing;
 struct rpc;
 struct state;
 struct watch;
@@ -44,6 +45,7 @@ struct broker {
 	struct config *config; /* reference; the one that was read last */
 	struct users *users;
 	struct offload *offload;
+	struct hearing *hearing; /* hears of breaks of leases */
 	struct watch *watch; /* inotify, for files without a lease */
 	sd_device_monitor *devices; /* whose removal is heard of; NULL: none */
 	struct blame *blame; /* finds out who broke a lease */
@@ -67,8 +69,7 @@ struct broker {
 	struct state *state;  /* NULL: nothing outlives this process */
 	uint64_t resume_usec; /* holders of the run before are waited for until then; 0: no more */
 	uint64_t n_overflows; /* of the signal queue */
-	uint64_t sweep_after; /* a sweep is under way, and has come to this file */
-	sd_event_source *sweep, *audit, *lease_signal, *overflow_signal;
+	sd_event_source *audit;
 	bool stale_signals; /* of leases that the run before took: si_fd is as it was there */
 	bool stopping;
 	void (*stopped)(void *userdata); /* called once everything has been let go */
@@ -121,7 +122,5 @@ void broker_remove_revocation(struct broker *broker, struct revocation *revocati
 /* It has ended: remembered from now on, the oldest forgotten. */
 void broker_retire_revocation(struct broker *broker, struct revocation *revocation);
 
-/* Looks at the lease of every file, some each turn of the loop. */
-void broker_sweep(struct broker *broker);
 /* Brings the next audit forward, which tries again what could not be done. */
 void broker_audit_soon(struct broker *broker);

@@ -7,16 +7,44 @@
 
 #include "macro.h"
 
+static pid_t sentinel_group; /* 0: there is no sentinel */
+
+void lease_set_sentinel(pid_t group)
+{
+	sentinel_group = group;
+}
+
+static struct f_owner_ex lease_owner(const struct lease *lease)
+{
+	return lease_is_shared(lease) && sentinel_group > 0
+		       ? (struct f_owner_ex){ F_OWNER_PGRP, sentinel_group }
+		       : (struct f_owner_ex){ F_OWNER_PID, getpid() };
+}
+
+int lease_own(const struct lease *lease)
+{
+	const struct f_owner_ex owner = lease_owner(lease);
+
+	return fcntl(lease->fd, F_SETOWN_EX, &owner) < 0 ||
+			       fcntl(lease->fd, F_SETSIG, LEASE_SIGNAL) < 0
+		       ? -errno
+		       : 0;
+}
+
 int lease_take(struct lease *lease)
 {
+	int r;
+
 	assert(lease->state == LEASE_NONE);
 
 	/* The owner would be the calling thread otherwise; and F_UNLCK clears F_SETSIG. */
-	if (fcntl(lease->fd, F_SETOWN, getpid()) < 0 ||
-	    fcntl(lease->fd, F_SETSIG, LEASE_SIGNAL) < 0 ||
-	    fcntl(lease->fd, F_SETLEASE, lease->access == ACCESS_WRITE ? F_WRLCK : F_RDLCK) < 0)
+	r = lease_own(lease);
+	if (r < 0)
+		return r;
+	if (fcntl(lease->fd, F_SETLEASE, lease->access == ACCESS_WRITE ? F_WRLCK : F_RDLCK) < 0)
 		return -errno;
 	lease->state = lease->access == ACCESS_WRITE ? LEASE_WRITE : LEASE_READ;
+	lease->unheard = false;
 	return 0;
 }
 
@@ -25,8 +53,7 @@ int lease_resume(struct lease *lease, uint64_t since_usec)
 	int type;
 
 	/* a process that has ended can be signalled no more */
-	(void)fcntl(lease->fd, F_SETOWN, getpid());
-	(void)fcntl(lease->fd, F_SETSIG, LEASE_SIGNAL);
+	(void)lease_own(lease);
 	if (lease->state == LEASE_NONE) /* it may have been killed on the way here */
 		(void)fcntl(lease->fd, F_SETLEASE, F_UNLCK);
 	if (!lease_is_held(lease))
@@ -56,9 +83,21 @@ enum lease_event lease_look(struct lease *lease)
 	if (type == F_UNLCK || type < 0) {
 		lease->state = LEASE_BREAKING;
 		lease->broken_usec = now_usec();
+		lease->unheard = true;
 		return LEASE_WRITER;
 	}
-	return lease->state == LEASE_WRITE && type == F_RDLCK ? LEASE_READER : LEASE_INTACT;
+	if (lease->state != LEASE_WRITE || type != F_RDLCK)
+		return LEASE_INTACT;
+	lease->unheard = true;
+	return LEASE_READER;
+}
+
+bool lease_hear(struct lease *lease)
+{
+	bool unheard = lease->unheard;
+
+	lease->unheard = false;
+	return unheard;
 }
 
 void lease_settle(struct lease *lease, uint64_t break_usec)

@@ -3,6 +3,7 @@
 
 #include <stdbool.h>
 #include <stdint.h>
+#include <sys/types.h>
 
 #include "protocol/interface.h"
 
@@ -17,6 +18,7 @@ struct lease {
 	enum lease_state state;
 	uint64_t settled_usec; /* LEASE_SETTLING: when the kernel will have turned it into a read lease */
 	uint64_t broken_usec;  /* LEASE_BREAKING: when the break was seen */
+	bool unheard;          /* a break was seen, whose signal has not been heard */
 };
 
 enum lease_event {
@@ -27,6 +29,11 @@ enum lease_event {
 
 /* A break is signalled with this and, in si_fd, the lease's descriptor; SIGIO if the queue is full. */
 #define LEASE_SIGNAL SIGRTMIN
+
+/* The process group that hears of the breaks of shared ones (sentinel.h), in this process's place; 0: none. */
+void lease_set_sentinel(pid_t group);
+/* Says again who hears of a break, and by which signal. */
+int lease_own(const struct lease *lease);
 
 /* Puts the lease on: F_RDLCK or F_WRLCK as `access` has it. -EAGAIN: others have the file open;
  * -EACCES: it takes CAP_LEASE; -EINVAL: the file system has no leases. On the loop's process only. */
@@ -40,6 +47,9 @@ int lease_resume(struct lease *lease, uint64_t since_usec);
 /* Looks (F_GETLEASE) and moves to LEASE_BREAKING if a writer broke it. */
 enum lease_event lease_look(struct lease *lease);
 
+/* A signal names the lease: true if it is that of a break, which lease_look() has seen. Once for each. */
+bool lease_hear(struct lease *lease);
+
 /* After LEASE_READER: let the kernel's time run out, after which it leaves a read lease. */
 void lease_settle(struct lease *lease, uint64_t lease_break_usec);
 /* A reader was seen to get in: it has settled. */
@@ -51,6 +61,12 @@ int lease_give(struct lease *lease);
 static inline bool lease_is_held(const struct lease *lease)
 {
 	return lease->state != LEASE_NONE && lease->state != LEASE_BREAKING;
+}
+
+/* Clients have the same description: there can be only one under a write lease. */
+static inline bool lease_is_shared(const struct lease *lease)
+{
+	return lease->access == ACCESS_WRITE;
 }
 
 /* /proc/sys/fs/lease-break-time, in microseconds; USEC_INFINITY where it is 0: the kernel then never takes a

@@ -19,6 +19,7 @@
 
 #include "broker.h"
 #include "bus.h"
+#include "hearing.h"
 #include "log.h"
 #include "macro.h"
 #include "notifier.h"
@@ -414,8 +415,9 @@ int main(int argc, char *argv[])
 	struct options options = {};
 	struct config *config = NULL;
 	struct service service = { .notifier = NOTIFIER_NULL };
+	struct sentinel sentinel;
 	sd_event *event = NULL;
-	int r;
+	int r, sentinel_error;
 
 	r = parse_options(argc, argv, &options);
 	if (r != 0)
@@ -423,6 +425,8 @@ int main(int argc, char *argv[])
 	if (block_signals() < 0)
 		return EX_OSERR;
 	raise_limits();
+	/* before there are threads */
+	sentinel_error = sentinel_start(&sentinel);
 	(void)mallopt(M_ARENA_MAX, 2); /* the threads allocate little: they share one */
 	r = log_open(LOG_INFO);
 	if (r < 0) {
@@ -443,6 +447,8 @@ int main(int argc, char *argv[])
 		r = broker_new(event, config, &service.broker);
 	if (r >= 0)
 		config = NULL; /* the broker's now */
+	if (r >= 0)
+		r = hearing_add_sentinel(service.broker->hearing, &sentinel, sentinel_error);
 	if (r >= 0)
 		r = start(&service, &options);
 	if (r >= 0)

@@ -228,7 +228,7 @@ static void test_exposed(void **state)
 	world_stop();
 }
 
-/* --- 64 breaks at once, and room for 8 signals --- */
+/* --- 64 breaks at once of leases that nobody shares, and room for 8 signals --- */
 
 static void unpin_all(pinbroker *pb, const struct pinbroker_notice *n, void *userdata)
 {
@@ -258,8 +258,8 @@ static void hold_many(int ready)
 		uint64_t pin;
 
 		snprintf(path, sizeof(path), "%s/%d", mount_point, i);
-		if (pinbroker_open_file(pb, path, PINBROKER_WRITE, &file) < 0 ||
-		    pinbroker_pin(pb, file, context, &range, 1, PINBROKER_WRITE, NULL, &pin) < 0)
+		if (pinbroker_open_file(pb, path, PINBROKER_READ, &file) < 0 ||
+		    pinbroker_pin(pb, file, context, &range, 1, PINBROKER_READ, NULL, &pin) < 0)
 			_exit(2);
 	}
 	(void)!write(ready, "r", 1);
