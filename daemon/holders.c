@@ -64,19 +64,31 @@ static void standstill_put(struct standstill *s, int pidfd)
 	pthread_mutex_unlock(&lock);
 }
 
+/* The rule of kill(2): what the client could do itself hurts nobody. */
+static bool may_stop(const struct holders *holders, pid_t pid)
+{
+	struct uids u;
+
+	return holders->uid == 0 ||
+	       (process_uids(pid, &u) == 0 && (u.real == holders->uid || u.saved == holders->uid));
+}
+
 /* Stops it unless it is stopped, and waits until it is. */
-static int holder_stop(struct holder *h, uint64_t end_usec)
+static int holder_stop(const struct holders *holders, struct holder *h)
 {
 	int r;
 
 	pthread_mutex_lock(&lock);
 	r = process_is_stopped(h->pid);
+	/* Looking at its threads can take long, and it may have become another user meanwhile. */
+	if (r == 0 && !may_stop(holders, h->pid))
+		r = pidfd_send_signal(h->pidfd, 0, NULL, 0) < 0 ? -errno : -EPERM;
 	if (r == 0) {
 		r = pidfd_send_signal(h->pidfd, SIGSTOP, NULL, 0) < 0 ? -errno : 0;
 		h->standstill->by_us |= r == 0;
 	}
 	pthread_mutex_unlock(&lock);
-	return r != 0 ? r : process_wait_stopped(h->pid, end_usec);
+	return r != 0 ? r : process_wait_stopped(h->pid, holders->end_usec);
 }
 
 /* Takes pidfd over. */
@@ -97,20 +109,11 @@ static int add(struct holders *holders, pid_t pid, int pidfd)
 	if (!h.standstill)
 		goto no_memory;
 	holders->list[holders->n++] = h;
-	return holder_stop(&h, holders->end_usec);
+	return holder_stop(holders, &h);
 
 no_memory:
 	safe_close(pidfd);
 	return -ENOMEM;
-}
-
-/* The rule of kill(2): what the client could do itself hurts nobody. */
-static bool may_stop(const struct holders *holders, pid_t pid)
-{
-	struct uids u;
-
-	return holders->uid == 0 ||
-	       (process_uids(pid, &u) == 0 && (u.real == holders->uid || u.saved == holders->uid));
 }
 
 static bool is_listed(const struct holders *holders, pid_t pid)
@@ -146,7 +149,7 @@ static int on_holder(pid_t pid, void *userdata)
 
 	/* The service manager cannot be stopped, and need not be: it stores descriptors, and uses
 	 * none. */
-	if (pid == 1 || is_listed(holders, pid))
+	if (process_is_manager(pid) || is_listed(holders, pid))
 		return 0;
 	r = stop_process(holders, pid);
 	if (r == -ESRCH)
@@ -166,6 +169,8 @@ int holders_stop(int fd, const struct process *client, bool client_alive, uint64
 		.uid = client->uid,
 		.end_usec = now_usec() + timeout_usec,
 	};
+	if (client_alive && process_is_manager(client->pid))
+		return -EPERM;
 	if (client_alive) {
 		int pidfd = fcntl(client->pidfd, F_DUPFD_CLOEXEC, 3);
 
@@ -201,7 +206,7 @@ static int continue_left(pid_t pid, void *userdata)
 	const struct holders *holders = userdata;
 	int pidfd = pidfd_open(pid, 0);
 
-	if (pidfd >= 0 && pid != 1 && process_is_stopped(pid) > 0 && may_stop(holders, pid))
+	if (pidfd >= 0 && !process_is_manager(pid) && process_is_stopped(pid) > 0 && may_stop(holders, pid))
 		(void)pidfd_send_signal(pidfd, SIGCONT, NULL, 0);
 	safe_close(pidfd);
 	return 0;

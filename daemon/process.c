@@ -256,11 +256,21 @@ bool process_is_same(const struct process *p)
 	uint64_t start_time;
 	struct uids u;
 
-	if (process_uids(p->pid, &u) < 0)
+	if (process_stat(p, &start_time) < 0 || start_time != p->start_time)
 		return false;
-	if (u.real != p->uid || u.effective != p->uid || u.saved != p->uid || u.fs != p->uid)
-		return false;
-	return process_stat(p, &start_time) >= 0 && start_time == p->start_time;
+	/* last, as these can change at any time */
+	return process_uids(p->pid, &u) >= 0 && u.real == p->uid && u.effective == p->uid &&
+	       u.saved == p->uid && u.fs == p->uid;
+}
+
+bool process_is_manager(pid_t pid)
+{
+	const char *started = getenv("SYSTEMD_EXEC_PID"), *manager = getenv("MANAGERPID");
+
+	if (pid == 1)
+		return true;
+	return pid == getppid() && ((started && atoi(started) == getpid()) ||
+				    (manager && atoi(manager) == pid));
 }
 
 static int kcmp_file(pid_t pid1, pid_t pid2, int fd1, int fd2)

@@ -46,6 +46,10 @@ int process_uids(pid_t pid, struct uids *ret);
  * connect: it has not become a setuid program. (scan) */
 bool process_is_same(const struct process *p);
 
+/* The service manager, of the system or of a user, is never stopped or sent a signal, whatever it holds: it
+ * stores descriptors for others, and connects for them (OpenFile=). */
+bool process_is_manager(pid_t pid);
+
 /* True if one of the process's descriptors is the same open file description as our fd (kcmp).
  * (scan) */
 bool process_holds(pid_t pid, int fd);

@@ -31,12 +31,13 @@ static void signal_run(struct job *job)
 {
 	struct signal_job *j = container_of(job, struct signal_job, job);
 
-	/* Only who connected, as whom it connected, and only if it has the context still. */
-	if (!process_is_same(&j->process))
+	if (process_is_manager(j->process.pid))
 		return;
 	for (size_t i = 0; i < j->n_fds; i++)
 		if (process_holds(j->process.pid, j->fds[i].fd)) {
-			j->reached = pidfd_send_signal(j->process.pidfd, j->signal, NULL, 0) >= 0;
+			/* The holder can make the search long, and meanwhile become another user. */
+			j->reached = process_is_same(&j->process) &&
+				     pidfd_send_signal(j->process.pidfd, j->signal, NULL, 0) >= 0;
 			return;
 		}
 }
@@ -58,7 +59,8 @@ static void signal_done(struct job *job)
 	else
 		log_event(LOG_WARNING, MESSAGE_REVOKE_ESCALATED, &fields,
 			  "%s (pid %d) did not let go of its pins, and was sent no signal: it is not "
-			  "the process that connected any more, or does not hold the context.",
+			  "the process that connected any more, does not hold the context, or is the "
+			  "service manager.",
 			  j->process.comm, j->process.pid);
 	for (size_t i = 0; i < j->n_fds; i++)
 		context_release(j->fds[i].context, j->broker);
