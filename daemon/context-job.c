@@ -344,8 +344,7 @@ static void reap_done(struct job *job)
 			context_keep(context); /* the copy was dropped too early */
 		}
 		client = broker_find_client(j->broker, client_id);
-		if (!j->closed)
-			revocation_check_reachable(j->broker);
+		revocation_check_reachable(j->broker);
 		if (!j->closed && client && (client->dead || revocation == 0))
 			check_later(context);
 		if (revocation != 0 && !(client && !j->closed && detach_now(context, revocation)))

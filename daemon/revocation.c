@@ -47,7 +47,7 @@ void conflict_message(const struct conflict *conflict, struct msg_conflict *ret)
 	};
 }
 
-static struct log_fields revocation_fields(const struct revocation *rev)
+struct log_fields revocation_fields(const struct revocation *rev)
 {
 	return (struct log_fields){
 		.revocation = rev->id,
@@ -59,7 +59,7 @@ static struct log_fields revocation_fields(const struct revocation *rev)
 	};
 }
 
-static const char *revocation_path(const struct revocation *rev)
+const char *revocation_path(const struct revocation *rev)
 {
 	return rev->path ? rev->path : "several files";
 }
@@ -146,12 +146,6 @@ static void arm(struct revocation *rev, unsigned actions)
 	set_timer(rev, usec);
 }
 
-/* The pin, unless it is gone, or need not go. */
-static struct pin *awaited_pin(const struct target *target)
-{
-	return target->on_demand ? NULL : target->pin;
-}
-
 /* Forgets the targets: what is still pinned stays so. */
 static void drop_targets(struct revocation *rev)
 {
@@ -175,7 +169,7 @@ static void log_remaining(struct revocation *rev)
 	const struct client *last = NULL;
 
 	for (size_t i = 0; i < rev->n_targets; i++) {
-		struct pin *pin = awaited_pin(&rev->targets[i]);
+		struct pin *pin = revocation_awaited_pin(&rev->targets[i]);
 		struct log_fields fields = revocation_fields(rev);
 		struct client *client;
 
@@ -252,7 +246,7 @@ static void start_jobs(struct revocation *rev)
 		struct context *context;
 		int r = 0;
 
-		if (!awaited_pin(target))
+		if (!revocation_awaited_pin(target))
 			continue;
 		context = target->pin->context;
 		if (sig == 0 && context->detached_by != rev->id) {
@@ -275,17 +269,6 @@ static void start_jobs(struct revocation *rev)
 		revocation_job_done(rev->broker, rev->id, rev->state, false);
 }
 
-static bool is_reaping(const struct revocation *rev)
-{
-	for (size_t i = 0; i < rev->n_targets; i++) {
-		const struct pin *pin = awaited_pin(&rev->targets[i]);
-
-		if (pin && pin->context->reaping)
-			return true;
-	}
-	return false;
-}
-
 void revocation_job_done(struct broker *broker, uint64_t id, enum revocation_state rung,
 			 bool reached)
 {
@@ -299,8 +282,8 @@ void revocation_job_done(struct broker *broker, uint64_t id, enum revocation_sta
 		return;
 	if (rev->state == REVOCATION_DETACHING)
 		revocation_event(rev, REVOKE_DETACHED);
-	else if (rev->n_reached == 0 && !is_reaping(rev))
-		revocation_event(rev, REVOKE_UNREACHABLE);
+	else if (rev->n_reached == 0 && !revocation_is_reaping(rev))
+		revocation_search(rev);
 }
 
 static void announce(struct revocation *rev)
@@ -324,7 +307,7 @@ static void step(struct revocation *rev, struct revocation_step step)
 
 	rev->state = step.state;
 	bus_changed(rev->broker->bus, &rev->view);
-	rev->short_of_memory = false;
+	rev->short_of_memory = rev->searching = false;
 	if (actions & REVOKE_ARM)
 		arm(rev, actions);
 	if (actions & REVOKE_DISARM)
@@ -497,70 +480,6 @@ void revocation_target_gone(struct target *target, enum proof proof)
 		revocation_event(rev, REVOKE_GONE);
 }
 
-static bool is_holder(const struct revocation *rev, pid_t pid)
-{
-	for (size_t i = 0; i < rev->n_targets; i++) {
-		const struct pin *pin = awaited_pin(&rev->targets[i]);
-
-		if (pin && pin->context->client->process.pid == pid)
-			return true;
-	}
-	return false;
-}
-
-void revocation_blame(struct revocation *rev, const struct conflict *who, const pid_t *breakers,
-		      size_t n_breakers)
-{
-	struct log_fields fields;
-	char size[40] = "";
-
-	if (!revocation_is_running(rev) || rev->conflict.pid != 0)
-		return;
-	rev->conflict = *who;
-	bus_changed(rev->broker->bus, &rev->view);
-	fields = revocation_fields(rev);
-	if (who->size != INT_NULL)
-		snprintf(size, sizeof(size), " to %" PRIi64 " bytes", who->size);
-	log_event(LOG_NOTICE, MESSAGE_REVOKE_BLAMED, &fields,
-		  "Revocation %" PRIu64 " of %s is on behalf of %s (pid %d) (%s%s).", rev->id,
-		  revocation_path(rev), who->comm, who->pid, fields.cause, size);
-	notice_send(rev);
-
-	/* One that waits for itself cannot answer a notice. */
-	for (size_t i = 0; i < n_breakers; i++)
-		if (is_holder(rev, breakers[i])) {
-			revocation_event(rev, REVOKE_FORCE);
-			return;
-		}
-}
-
-static bool has_living(const struct revocation *rev)
-{
-	for (size_t i = 0; i < rev->n_targets; i++) {
-		const struct pin *pin = awaited_pin(&rev->targets[i]);
-
-		if (pin && !pin->context->client->dead)
-			return true;
-	}
-	return false;
-}
-
-void revocation_check_reachable(struct broker *broker)
-{
-	uint64_t after = 0;
-	struct revocation *rev;
-
-	while ((rev = broker_next_revocation(broker, after))) {
-		after = rev->id;
-		if (!revocation_is_running(rev) || has_living(rev) || is_reaping(rev))
-			continue;
-		if (rev->state == REVOCATION_NOTIFIED)
-			revocation_event(rev, REVOKE_FORCE);
-		else
-			revocation_event(rev, REVOKE_UNREACHABLE);
-	}
-}
-
 int revocation_extend(struct revocation *rev, const struct client *client, uint64_t by_usec,
 		      uint64_t *ret_deadline_usec, struct refusal *ret_refusal)
 {
@@ -568,7 +487,7 @@ int revocation_extend(struct revocation *rev, const struct client *client, uint6
 	bool takes_part = false;
 
 	for (size_t i = 0; i < rev->n_targets && !takes_part && rev->targets; i++) {
-		const struct pin *pin = awaited_pin(&rev->targets[i]);
+		const struct pin *pin = revocation_awaited_pin(&rev->targets[i]);
 
 		takes_part = pin && pin->context->client == client;
 	}

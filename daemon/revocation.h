@@ -9,6 +9,7 @@
 #include <systemd/sd-event.h>
 
 #include "bus-view.h"
+#include "log.h"
 #include "protocol/interface.h"
 #include "refusal.h"
 #include "revocation-table.h"
@@ -66,6 +67,7 @@ struct revocation {
 	unsigned n_jobs;    /* of the present rung */
 	unsigned n_reached; /* processes that the present rung's signal reached */
 	bool short_of_memory; /* the present rung has to be tried again */
+	bool searching; /* its signal reached nobody: it is looked who has the contexts */
 
 	struct bus_view view; /* bus's */
 	RB_ENTRY(revocation) by_id;
@@ -88,12 +90,6 @@ struct revocation *revocation_free(struct revocation *revocation);
 
 void revocation_event(struct revocation *revocation, enum revocation_event event);
 
-/* It has been found out who is behind it: the first of those who wait for the lease, what it does,
- * and all of them. */
-#define BREAKERS_MAX 8
-void revocation_blame(struct revocation *revocation, const struct conflict *who,
-		      const pid_t *breakers, size_t n_breakers);
-
 /* A pin has ended; called by pin_end() for each of the pin's targets. */
 void revocation_target_gone(struct target *target, enum proof proof);
 
@@ -105,7 +101,19 @@ int revocation_signal(struct revocation *revocation, struct client *client, int 
 void revocation_job_done(struct broker *broker, uint64_t id, enum revocation_state rung,
 			 bool reached);
 
-/* A dead holder's context was found with another process: is there anybody left to turn to? */
+/* revocation-holder.c: it has been found out who is behind it: the first of those who wait for the lease, what
+ * it does, and all of them. */
+#define BREAKERS_MAX 8
+void revocation_blame(struct revocation *revocation, const struct conflict *who,
+		      const pid_t *breakers, size_t n_breakers);
+/* Is it being looked who has the context of one of its pins? */
+bool revocation_is_reaping(const struct revocation *revocation);
+/*
+ * The rung's signal reached nobody, which proves nothing: the holder may be dying of another revocation's, with
+ * its descriptors closed already. Looks who has the contexts; revocation_check_reachable() follows.
+ */
+void revocation_search(struct revocation *revocation);
+/* It has been looked who has a context: is there anybody left to turn to? */
 void revocation_check_reachable(struct broker *broker);
 
 /* REFUSED if it is not running, or the client has no pin in it. */
@@ -114,6 +122,15 @@ int revocation_extend(struct revocation *revocation, const struct client *client
 
 void revocation_info(const struct revocation *revocation, struct msg_revocation_info *ret);
 void conflict_message(const struct conflict *conflict, struct msg_conflict *ret);
+
+struct log_fields revocation_fields(const struct revocation *revocation);
+const char *revocation_path(const struct revocation *revocation);
+
+/* The pin, unless it is gone, or need not go. */
+static inline struct pin *revocation_awaited_pin(const struct target *target)
+{
+	return target->on_demand ? NULL : target->pin;
+}
 
 static inline bool revocation_is_running(const struct revocation *revocation)
 {
