@@ -107,6 +107,8 @@ enum pinbroker_cause {
 	PINBROKER_CAUSE_ADMIN,    /* an administrator's word */
 	PINBROKER_CAUSE_DEVICE,   /* the context's device is going away */
 	PINBROKER_CAUSE_SHUTDOWN, /* the broker is ending */
+	PINBROKER_CAUSE_LOST,     /* nobody's: a restart of the broker lost these pins, or the file, which
+				     nothing protects any more: let go at once, and open it anew */
 };
 
 enum pinbroker_lease_state {
@@ -345,8 +347,8 @@ int pinbroker_set_bus_address(pinbroker *pb, const char *address);
 int pinbroker_set_thread(pinbroker *pb, bool thread);
 
 /*
- * Called by pinbroker_dispatch() for every notice: let go of notice->pins with pinbroker_unpin() by
- * the deadline, here or later. There is no other acknowledgement. Without a callback notices are
+ * Called by pinbroker_dispatch() for every notice: let go of notice->pins (there may be none) with
+ * pinbroker_unpin() by the deadline, here or later. There is no other acknowledgement. Without a callback notices are
  * thrown away. userdata is the caller's. May be changed at any time by the thread that dispatches.
  */
 typedef void (*pinbroker_revoke_callback)(

@@ -205,6 +205,24 @@ int client_add_use(struct client *client, struct file *file, enum access access,
 	return 0;
 }
 
+int client_add_lost_use(struct client *client, uint64_t file_id, uint64_t lost, const char *path)
+{
+	struct use *use = calloc(1, sizeof(*use));
+
+	if (use && path)
+		use->path = strdup(path);
+	if (!use || (path && !use->path)) {
+		free(use);
+		return -ENOMEM;
+	}
+	user_charge_force(client->user, LIMIT_FILES, 1);
+	use->client = client;
+	use->file_id = file_id;
+	use->lost = use->revocation = lost;
+	LIST_INSERT_HEAD(&client->uses, use, of_client);
+	return 0;
+}
+
 /* Takes it out of its file. */
 static void leave_file(struct use *use)
 {
@@ -229,8 +247,11 @@ struct use *use_free(struct use *use)
 	file = use->file;
 	if (file)
 		leave_file(use);
+	else if (use->lost != 0)
+		state_unuse(use);
 	LIST_REMOVE(use, of_client);
 	user_discharge(use->client->user, LIMIT_FILES, 1);
+	free(use->path);
 	free(use);
 	if (file)
 		file_collect(file);
@@ -422,7 +443,7 @@ int client_unpin(struct client *client, const int64_t *ids, size_t n_ids, int64_
 
 		if (!pin)
 			continue;
-		if (pin->over || pin->destroyed)
+		if (pin->destroyed || (pin->over && !pin->lost))
 			ret_ended[n_ended++] = ids[i];
 		if (pin->over)
 			pin_free(pin);

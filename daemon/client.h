@@ -23,11 +23,13 @@ struct user;
 /* A client's hold on a file. */
 struct use {
 	struct client *client; /* client::uses, which owns it */
-	struct file *file;     /* file::uses; NULL: withdrawn, and kept only to tell the client */
+	struct file *file;     /* file::uses; NULL: withdrawn or lost, and kept only to tell the client */
 	uint64_t file_id;
 	uint64_t revocation;   /* withdrawn: on whose word */
 	enum access access;    /* what was asked for */
 	bool writable;         /* the client was given a descriptor that can write */
+	uint64_t lost; /* a restart has lost it, or some of its pins, and tells so by this number; 0: none */
+	char *path;    /* owned; of a file that was lost */
 	unsigned n_pins;       /* not over */
 	LIST_ENTRY(use) of_client;
 	LIST_ENTRY(use) of_file;
@@ -78,6 +80,8 @@ struct use *client_find_use_of(struct client *client, int64_t file_id, struct re
 /* REFUSED if a limit of the user is reached. */
 int client_add_use(struct client *client, struct file *file, enum access access, bool writable,
 		   struct use **ret, struct refusal *ret_refusal);
+/* On a file that a restart has lost, to tell the client so by this number. Charges past the limit. */
+int client_add_lost_use(struct client *client, uint64_t file_id, uint64_t lost, const char *path);
 struct use *use_free(struct use *use);
 /* Its file is being withdrawn by a revocation: takes it away from the client. */
 void use_withdraw(struct use *use, uint64_t revocation);

@@ -136,6 +136,92 @@ static int tell_again(struct client *client,
 	return r;
 }
 
+static int compare_lost(const void *a, const void *b)
+{
+	const struct pin *pa = *(struct pin *const *)a, *pb = *(struct pin *const *)b;
+
+	if (pa->revocation != pb->revocation)
+		return pa->revocation < pb->revocation ? -1 : 1;
+	return pa->id < pb->id ? -1 : pa->id > pb->id;
+}
+
+/* Those that a restart has lost, in the order of use::lost. */
+static int find_lost(struct client *client, struct pin ***ret, size_t *ret_n)
+{
+	struct context *context;
+	struct pin **pins, *pin;
+	size_t n = 0;
+
+	LIST_FOREACH(context, &client->contexts, of_client)
+		LIST_FOREACH(pin, &context->pins, of_context)
+			n += pin->lost;
+	pins = calloc(n + 1, sizeof(*pins));
+	if (!pins)
+		return -ENOMEM;
+	n = 0;
+	LIST_FOREACH(context, &client->contexts, of_client)
+		LIST_FOREACH(pin, &context->pins, of_context)
+			if (pin->lost)
+				pins[n++] = pin;
+	qsort(pins, n, sizeof(*pins), compare_lost);
+	*ret = pins;
+	*ret_n = n;
+	return 0;
+}
+
+/* What of it a restart has lost; nothing, if the file is there and such pins have been let go of. */
+static int tell_lost_use(const struct use *use, struct pin **pins, size_t n_pins, int64_t *ids,
+			 int (*f)(const struct msg_notice *notice, void *userdata), void *userdata)
+{
+	const struct conflict conflict = conflict_new(CAUSE_LOST);
+	const char *path = use->file ? use->file->path : use->path;
+	struct msg_notice notice = {
+		.revocation = (int64_t)use->lost,
+		.client = (int64_t)use->client->id,
+		.file = (int64_t)use->file_id,
+		.path = path ? path : "",
+		.deadlineUSec = (int64_t)now_usec(),
+	};
+	size_t first = 0, n = n_pins;
+
+	while (first < n) {
+		size_t middle = first + (n - first) / 2;
+
+		if (pins[middle]->revocation < use->lost)
+			first = middle + 1;
+		else
+			n = middle;
+	}
+	for (n = 0; first + n < n_pins && pins[first + n]->revocation == use->lost; n++)
+		ids[n] = (int64_t)pins[first + n]->id;
+	if (use->file && n == 0)
+		return 0;
+	notice.pins = (struct ints){ ids, n };
+	conflict_message(&conflict, &notice.conflict);
+	return f(&notice, userdata);
+}
+
+static int tell_lost(struct client *client,
+		     int (*f)(const struct msg_notice *notice, void *userdata), void *userdata)
+{
+	_cleanup_(freep) struct pin **pins = NULL;
+	_cleanup_(freep) int64_t *ids = NULL;
+	struct use *use;
+	size_t n;
+	int r;
+
+	r = find_lost(client, &pins, &n);
+	if (r < 0)
+		return r;
+	ids = calloc(n + 1, sizeof(*ids));
+	if (!ids)
+		return -ENOMEM;
+	LIST_FOREACH(use, &client->uses, of_client)
+		if (r >= 0 && use->lost != 0)
+			r = tell_lost_use(use, pins, n, ids, f, userdata);
+	return r;
+}
+
 int notice_for_each(struct client *client,
 		    int (*f)(const struct msg_notice *notice, void *userdata), void *userdata)
 {
@@ -162,6 +248,8 @@ int notice_for_each(struct client *client,
 	}
 	if (r >= 0)
 		r = tell_again(client, f, userdata);
+	if (r >= 0 && client->restored)
+		r = tell_lost(client, f, userdata);
 	return r < 0 ? r : 0;
 }
 

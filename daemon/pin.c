@@ -46,6 +46,7 @@ static int pin_make(struct context *context, struct use *use, const struct pin_p
 	pin->on_demand = past->on_demand;
 	pin->state = past->state;
 	pin->over = past->over;
+	pin->lost = past->lost;
 	pin->destroyed = past->destroyed;
 	pin->revocation = past->revocation;
 	pin->handle = past->handle;

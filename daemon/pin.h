@@ -40,13 +40,14 @@ struct pin {
 	enum access access : 8;
 	enum pin_state state : 8;
 	bool over : 1;
+	bool lost : 1; /* over: by a restart, see use::lost; its handle is the holder's still */
 	bool destroyed : 1; /* its handle was, by force, though it has not ended: see Unpin */
 	bool on_demand : 1; /* it holds no pages: its holder is told of conflicts, and nobody waits for it */
 	uint32_t left_msec; /* leaving: since when, CLOCK_MONOTONIC */
 	int64_t handle; /* INT_NULL: not bound */
 	struct handle_identity identity;
 	struct label *label; /* shared by the pins of one call; NULL: none */
-	uint64_t revocation; /* over: the one that ended it; on demand: the last one told of since Bind */
+	uint64_t revocation; /* over: the one that ended it, or use::lost; on demand: the last one told of since Bind */
 	LIST_HEAD(, target) targets; /* revocation::targets, one for each that wants it gone */
 
 	uint64_t subtree_end; /* the interval tree's: the furthest end below this node */
@@ -80,7 +81,7 @@ struct pin_past {
 	uint64_t offset, length;
 	enum access access;
 	enum pin_state state;
-	bool on_demand, over, destroyed;
+	bool on_demand, over, lost, destroyed;
 	uint64_t revocation;
 	int64_t handle;
 	struct handle_identity identity;

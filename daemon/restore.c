@@ -29,6 +29,7 @@
 struct entry {
 	uint64_t key[2];
 	char *line;
+	const char *path; /* of a file; NULL: it has none */
 	UT_hash_handle hh;
 };
 
@@ -333,6 +334,7 @@ static int restore_file(struct restorer *r, uint64_t id, const struct record *re
 	struct stat st;
 	int error;
 
+	find_entry(r, (const uint64_t[2]){ id })->path = path;
 	probe.backing.kind = (enum backing_kind)read_enumeration(record, "backing",
 								 &enumeration_backing_kind, &bad);
 	COPY(probe.backing.device, record, "block-device");
@@ -346,8 +348,9 @@ static int restore_file(struct restorer *r, uint64_t id, const struct record *re
 	lease.broken_usec = record_unsigned(record, "broken", r->since_usec, &bad);
 	if (bad)
 		return -EBADMSG;
+	/* It was being opened, and nobody was told of it; or, if somebody uses it, it is lost to those. */
 	if (fd < 0)
-		return -EBADF; /* one that was being opened, or that found no room in the store */
+		return 0;
 	if (fstat(fd, &st) < 0)
 		return -errno;
 	if (st.st_dev != probe.device || st.st_ino != probe.inode)
@@ -361,20 +364,63 @@ static int restore_file(struct restorer *r, uint64_t id, const struct record *re
 	return 0;
 }
 
+static void log_lost(struct restorer *r, const struct client *client, const char *what, uint64_t id,
+		     const char *path)
+{
+	struct log_fields fields = {
+		.client = client->id,
+		.pid = client->process.pid,
+		.uid = &client->process.uid,
+		.unit = client->process.unit,
+		.path = path,
+	};
+
+	r->n_lost++;
+	log_event(LOG_CRIT, MESSAGE_LEASE_LOST, &fields,
+		  "%s %" PRIu64 " of %s (pid %d) was lost by the restart: nothing protects %s any more.", what,
+		  id, client->process.comm, client->process.pid, path ? path : "it");
+}
+
+/* The client is told when it resumes, and whenever it does so, until it has let go. */
+static int lose_use(struct restorer *r, struct client *client, uint64_t file_id,
+		    const struct record *record)
+{
+	const struct entry *file = find_entry(r, (const uint64_t[2]){ file_id });
+	const char *path = record_string(record, "path");
+	bool bad = false;
+	uint64_t lost = record_unsigned(record, "lost", 0, &bad);
+
+	if (!path && file)
+		path = file->path;
+	if (lost == 0 || lost > IDS_MAX || bad) {
+		lost = broker_next_id(r->broker);
+		log_lost(r, client, "File", file_id, path);
+	}
+	ids_pass(&r->broker->ids, lost);
+	return client_add_lost_use(client, file_id, lost, path);
+}
+
 static int restore_use(struct restorer *r, const struct entry *e, const struct record *record)
 {
 	struct client *client = broker_find_client(r->broker, e->key[0]);
 	struct file *file = broker_find_file(r->broker, e->key[1]);
 	struct refusal refusal;
 	bool bad = false, writable = record_unsigned(record, "writable", 0, &bad);
-	int access = read_enumeration(record, "access", &enumeration_access, &bad);
+	int error, access = read_enumeration(record, "access", &enumeration_access, &bad);
+	uint64_t lost = record_unsigned(record, "lost", 0, &bad);
 	struct use *use;
 
-	if (bad)
-		return -EBADMSG;
-	if (!client || !file)
+	if (!client)
 		return -ENOENT;
-	return client_add_use(client, file, (enum access)access, writable, &use, &refusal);
+	if (!file)
+		return lose_use(r, client, e->key[1], record);
+	if (bad || lost > IDS_MAX)
+		return -EBADMSG;
+	ids_pass(&r->broker->ids, lost);
+	error = client_add_use(client, file, (enum access)access, writable, &use, &refusal);
+	if (error == 0)
+		use->lost = lost;
+	return error;
 }
 
 /* Contexts of one description share what is kept of it. */
@@ -472,19 +518,35 @@ static int set_label(struct restorer *r, const char *text)
 	return text && !r->label ? -ENOMEM : 0;
 }
 
+/* Its file has not been taken up, or nobody can read what it was: it is kept to tell its holder so. */
+static int lose_pin(struct restorer *r, uint64_t id, struct context *context, struct use *use)
+{
+	struct pin_past past = { .over = true, .lost = true, .handle = INT_NULL };
+	const char *path = use->file ? use->file->path : use->path;
+
+	if (use->lost == 0)
+		use->lost = broker_next_id(r->broker);
+	past.revocation = use->lost;
+	log_lost(r, context->client, "Pin", id, path);
+	ids_give(&r->broker->ids, id);
+	return pin_resume(context, NULL, &past, NULL);
+}
+
 static int restore_pin(struct restorer *r, uint64_t id, const struct record *record)
 {
 	bool bad = false, over = record_string(record, "over");
 	struct context *context =
 		broker_find_context(r->broker, record_unsigned(record, "context", 0, &bad));
-	struct file *file = broker_find_file(r->broker, record_unsigned(record, "file", 0, &bad));
-	struct use *use = context && file ? client_find_use(context->client, file) : NULL;
+	uint64_t file = record_unsigned(record, "file", 0, &bad);
+	struct refusal refusal;
+	struct use *use = context ? client_find_use_of(context->client, (int64_t)file, &refusal) : NULL;
 	int access = read_enumeration(record, "access", &enumeration_access, &bad);
 	struct pin_past past = {
 		.offset = record_unsigned(record, "offset", 0, &bad),
 		.length = record_unsigned(record, "length", 0, &bad),
 		.on_demand = record_unsigned(record, "on-demand", 0, &bad),
 		.over = over,
+		.lost = record_unsigned(record, "lost", 0, &bad),
 		.destroyed = record_unsigned(record, "destroyed", 0, &bad),
 		.revocation = record_unsigned(record, over ? "over" : "told", 0, &bad),
 		.handle = record_signed(record, "handle", INT_NULL, &bad),
@@ -500,8 +562,12 @@ static int restore_pin(struct restorer *r, uint64_t id, const struct record *rec
 	if (!over)
 		past.state = (enum pin_state)read_enumeration(record, "state", &enumeration_pin_state,
 							      &bad);
-	if (bad || past.length == 0 || past.offset > INT64_MAX ||
-	    past.length > INT64_MAX - past.offset || past.revocation > IDS_MAX)
+	bad |= past.revocation > IDS_MAX;
+	bad |= !past.lost && (past.length == 0 || past.offset > INT64_MAX ||
+			      past.length > INT64_MAX - past.offset);
+	if (use && (bad || !use->file) && !over)
+		return lose_pin(r, id, context, use);
+	if (bad)
 		return -EBADMSG;
 	ids_pass(&r->broker->ids, past.revocation);
 	if (!context || (!over && !use))

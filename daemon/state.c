@@ -122,6 +122,9 @@ static void write_use(struct record_buffer *b, const struct use *use)
 	record_put(b, "file", use->file_id);
 	record_put_string(b, "access", access_name(use->access));
 	record_put(b, "writable", use->writable);
+	if (use->lost != 0)
+		record_put(b, "lost", use->lost);
+	record_put_string(b, "path", use->path);
 	record_end(b);
 }
 
@@ -162,6 +165,8 @@ static void write_pin(struct record_buffer *b, const struct pin *pin)
 		record_put(b, "destroyed", true);
 	if (pin->over) {
 		record_put(b, "over", pin->revocation);
+		if (pin->lost)
+			record_put(b, "lost", true);
 	} else {
 		record_put(b, "file", pin->use->file->id);
 		record_put_string(b, "state",
@@ -274,7 +279,7 @@ static bool write_next(struct state *state, struct record_buffer *b)
 
 		write_client(b, client);
 		LIST_FOREACH(use, &client->uses, of_client)
-			if (use->file)
+			if (use->file || use->lost != 0)
 				write_use(b, use);
 	} else if (file && file->id == id) {
 		write_file(b, file);

@@ -20,6 +20,7 @@ enum cause {
 	CAUSE_ADMIN,
 	CAUSE_DEVICE,
 	CAUSE_SHUTDOWN,
+	CAUSE_LOST,
 };
 enum lease_state {
 	LEASE_NONE,
@@ -51,7 +52,8 @@ enum revocation_state {
 #define INTERFACE_ENUMERATIONS(E)                                                              \
 	E(access, Access, "read", "write")                                                     \
 	E(proof, Proof, "provable", "claimed", "presumed")                                     \
-	E(cause, Cause, "modify", "truncate", "open", "shrink", "admin", "device", "shutdown") \
+	E(cause, Cause, "modify", "truncate", "open", "shrink", "admin", "device", "shutdown", \
+		"lost")                                                                        \
 	E(lease_state, LeaseState, "none", "read", "write", "settling", "settled", "breaking") \
 	E(backing_kind, BackingKind, "pageCache", "tmpfs", "hugetlbfs", "fsdax", "deviceDax")  \
 	E(pinnable, Pinnable, "no", "yes", "unknown")                                          \

@@ -439,6 +439,126 @@ class Restart(Case):
             watch.close()
         survivor.context = ring
 
+    def lose(self, survivors):
+        """The daemon ends in a way after which nothing of these files is kept."""
+        self.end_daemon()
+        for survivor in survivors:
+            os.close(self.store.kept.pop(name('f', survivor.file)))
+
+    def test_lost(self):
+        """Who resumes is told what nothing protects any more, until he has let go of it, and however often
+        the daemon ends meanwhile.
+        """
+        self.run_daemon()
+        survivor, other = self.survivor(self.file), self.survivor(self.make_file('other'))
+        idle = self.survivor(self.make_file('idle'))
+        pins = [survivor.pin(i * PAGE) for i in range(3)]
+        other.pin()
+        survivor.connection.call('org.pinbroker.Bind', {'pin': pins[1], 'handle': 7})
+        self.lose([survivor, idle])
+        self.run_daemon()
+        self.expect_restored(1, 1, 3, 5)
+        for pin in pins:
+            self.daemon.wait_for_log(f'Pin {pin} of .* was lost .* nothing protects {self.file} any more')
+        self.assertEqual(other.resume(), [])
+        for sig in (signal.SIGKILL, RESTART, None):
+            (notice,) = survivor.resume()
+            self.assertEqual((notice['conflict']['cause'], notice['file'], notice['path'], notice['pins']),
+                             ('lost', survivor.file, self.file, pins))
+            (told,) = idle.resume()
+            self.assertEqual((told['conflict']['cause'], told['file'], told['path'], told['pins']),
+                             ('lost', idle.file, idle.data, []))
+            watch = survivor.watch()
+            self.assertEqual(watch.reply('org.pinbroker.Watch')[0]['notice']['pins'], pins)
+            watch.close()
+            if sig:
+                self.restart(sig)
+                self.expect_restored(1, 1, 3)  # that it was lost has been said
+        self.assertNotEqual(notice['revocation'], told['revocation'])
+        self.assertEqual(survivor.listed()[0], [])
+        for call in (lambda: survivor.pin(),
+                     lambda: survivor.connection.call('org.pinbroker.Bind', {'pin': pins[0], 'handle': 1})):
+            with self.assertRaises(Refused) as refused:
+                call()
+            self.assertEqual(refused.exception.error, 'org.pinbroker.Revoked')
+        # nobody has touched what was registered: it is for the holder to deregister
+        self.assertEqual(survivor.unpin(pins[:2]), [])
+        self.restart()
+        self.assertEqual([n['pins'] for n in survivor.resume()], [pins[2:]])
+        self.assertEqual(survivor.unpin(pins[2:]), [])
+        self.assertEqual([n['pins'] for n in survivor.resume()], [[]])
+        survivor.connection.call('org.pinbroker.CloseFile', {'file': survivor.file})
+        self.assertEqual(survivor.resume(), [])
+        self.restart()
+        self.assertEqual(survivor.resume(), [])
+        # and the file can be opened again, and pinned
+        os.close(survivor.fd)
+        survivor.open()
+        survivor.pin()
+        _, result = self.truncate()
+        self.assertFalse(is_readable(result, 0.1))
+        survivor.unpin(survivor.pins[-1:])
+        self.truncated(result)
+
+    def test_lost_by_the_library(self):
+        """A program's callback hears of it."""
+        self.run_daemon()
+        ctl = os.path.join(os.environ['BUILD_ROOT'], 'client', 'pinbrokerctl')
+        holder = self.spawn([ctl, '--socket', self.path, 'hold', '--access', 'write', self.file],
+                            env={'PINBROKER_BUS': self.address})
+        self.assertRegex(holder.process.stdout.readline(), f'^holding {self.file} pin ')
+        self.end_daemon()
+        for kept in [n for n in self.store.kept if n[0] == 'f']:
+            os.close(self.store.kept.pop(kept))
+        self.run_daemon()
+        self.assertRegex(holder.process.stdout.readline(), f'^revoked {self.file} pins .* cause lost')
+        self.assertRegex(holder.process.stdout.readline(), f'^released {self.file} pin ')
+        self.assertEqual(holder.wait(), 0)
+
+    def test_lost_in_part(self):
+        """Of a file that is there a pin that cannot be read is lost."""
+        self.run_daemon()
+        survivor = self.survivor(self.file)
+        lost, pin = survivor.pin(), survivor.pin(PAGE)
+        self.end_daemon()
+        with open(self.state, encoding='utf-8') as f:
+            state = f.read()
+        self.write(self.state, re.sub(rf'(?m)^(pin id={lost} .* offset=)\d+', r'\1nowhere', state))
+        self.run_daemon()
+        self.expect_restored(1, 1, 1, 1)
+        for _ in range(2):
+            (notice,) = survivor.resume()
+            self.assertEqual((notice['conflict']['cause'], notice['file'], notice['pins']),
+                             ('lost', survivor.file, [lost]))
+            self.restart()
+        survivor.resume()
+        self.assertEqual(survivor.unpin([lost, pin]), [])
+        self.assertEqual(survivor.resume(), [])
+
+    def test_killed_while_opening(self):
+        """What nobody had been told of is not lost."""
+        self.run_daemon()
+        survivor = self.survivor(self.file)
+        blocked = self.make_file('blocked')
+        fd = os.open(blocked, os.O_RDWR)
+        path = os.open(blocked, os.O_PATH)
+        connection = self.connect()
+        connection.call('org.pinbroker.Hello')
+        # the lease cannot be had while that is open: it tries for a while
+        connection.send('org.pinbroker.OpenFile', {'fileDescriptor': 0, 'access': 'write'}, [path])
+        end = time.monotonic() + WAIT
+        while True:
+            with open(self.state, encoding='utf-8') as f:
+                if blocked in f.read():
+                    break
+            self.assertLess(time.monotonic(), end)
+        self.end_daemon()
+        os.close(fd)
+        os.close(path)
+        self.run_daemon()
+        self.expect_restored(0, 1, 2)
+        self.assertEqual(survivor.resume(), [])
+
     def test_context_added_twice(self):
         """The manager keeps one of two that are alike: it is both contexts', and whose name it has may go first."""
         self.run_daemon()
@@ -540,7 +660,7 @@ class Restart(Case):
         run(good + f'pin id={pin} context\n'.encode(), r'Cannot take up pin .*Bad message')
         run(good.replace(b'device=', b'device=1'), r'Cannot take up file .*Stale file handle')
         run(good.replace(b'token=', b'token=x'), r'Cannot take up client')
-        run(good.replace(b'length=', b'length=9999999999999999999'), r'Cannot take up pin')
+        run(good.replace(b'length=', b'length=9999999999999999999'), r'Pin \d+ of .* was lost')
         run(good.replace(b'kind=opaque', b'kind=quantum'), everything)
         self.store.wait_until(lambda: True)
         for data in (b'', b'pinbroker-state 2\n', b'\0' * 4096, b'x' * 100000, os.urandom(10000)):

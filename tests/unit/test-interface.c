@@ -426,6 +426,7 @@ static void constants_index_the_members(void **state)
 		{&enumeration_cause, CAUSE_ADMIN, "admin"},
 		{&enumeration_cause, CAUSE_DEVICE, "device"},
 		{&enumeration_cause, CAUSE_SHUTDOWN, "shutdown"},
+		{&enumeration_cause, CAUSE_LOST, "lost"},
 		{&enumeration_lease_state, LEASE_NONE, "none"},
 		{&enumeration_lease_state, LEASE_READ, "read"},
 		{&enumeration_lease_state, LEASE_WRITE, "write"},
