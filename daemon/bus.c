@@ -2,6 +2,7 @@
 #include "bus.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <inttypes.h>
 #include <stdlib.h>
 #include <string.h>
@@ -179,6 +180,19 @@ static int on_changes(sd_event_source *source, uint64_t usec, void *userdata)
 	return 0;
 }
 
+/* Until Linux 6.10 whoever closes an AF_UNIX socket collects the garbage, too: sockets that hold nothing but each
+ * other, and what strangers have put into them. */
+static void close_elsewhere(struct bus *bus)
+{
+	int fd = sd_bus_get_fd(bus->bus);
+
+	if (fd >= 0)
+		fd = fcntl(fd, F_DUPFD_CLOEXEC, 3);
+	bus->bus = sd_bus_close_unref(bus->bus);
+	if (fd >= 0)
+		offload_close_connection(bus->broker->offload, NULL, fd);
+}
+
 static void drop(struct bus *bus)
 {
 	send_news(bus);
@@ -188,7 +202,7 @@ static void drop(struct bus *bus)
 		return;
 	bus->authorization = bus_authorization_free(bus->authorization);
 	sd_bus_detach_event(bus->bus);
-	bus->bus = sd_bus_close_unref(bus->bus);
+	close_elsewhere(bus);
 }
 
 /* Names of the old connection mean nothing on the new one. */

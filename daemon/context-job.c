@@ -299,7 +299,7 @@ static void close_run(struct job *job)
 		return;
 	}
 	pin_counter_start(&counter);
-	close(j->fd);
+	interruptible_close(j->fd);
 	j->closed = true;
 	if (j->ops->frees_usec > 0)
 		pin_counter_wait(&counter, j->n_pages, j->ops->frees_usec);
@@ -372,7 +372,7 @@ static void find_done(struct job *job)
 	}
 	j->job.run = close_run;
 	j->job.done = reap_done;
-	offload_submit_step(j->broker->offload, context->user, &j->job);
+	offload_submit_reap(j->broker->offload, context->user, &j->job);
 }
 
 void context_start_reap(struct context *context)

@@ -12,7 +12,7 @@
 #include <sys/syscall.h>
 #include <sys/sysmacros.h>
 
-#include "client.h"
+#include "broker.h"
 #include "macro.h"
 
 /* What a descriptor is, and what can be done through it. */
@@ -151,15 +151,20 @@ int context_identify_at_once(int fd, const struct context_ops **ret,
 
 bool context_fetch(const struct client *client, int number, const struct context_ops *ops, int *ret_fd)
 {
-	_cleanup_(close_fdp) int fd = -1;
 	char link[PATH_MAX];
+	int fd;
 
 	if (!process_is_same(&client->process))
 		return false;
 	fd = pidfd_getfd(client->process.pidfd, number, 0);
-	if (fd < 0 || read_link(fd, link) < 0 || !ops->identify(fd, link))
+	if (fd < 0)
 		return false;
-	*ret_fd = TAKE_FD(fd);
+	if (read_link(fd, link) < 0 || !ops->identify(fd, link)) {
+		/* It is another by now, whose closing may hang. */
+		offload_close(client->broker->offload, client->user, fd);
+		return false;
+	}
+	*ret_fd = fd;
 	return true;
 }
 

@@ -199,7 +199,6 @@ static void settle_run(struct job *job)
 	fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC | O_NOCTTY);
 	j->opened = fd >= 0;
 	safe_close(fd);
-	j->fd = safe_close(j->fd);
 }
 
 static void settle_done(struct job *job)
@@ -207,7 +206,8 @@ static void settle_done(struct job *job)
 	struct settle_job *j = container_of(job, struct settle_job, job);
 	struct file *file = broker_find_file(j->broker, j->file);
 
-	safe_close(j->fd);
+	/* It may be the last of a large file that has no name any more. */
+	offload_close(j->broker->offload, NULL, j->fd);
 	if (file) {
 		file->settle_running = false;
 		if (j->opened && file->lease.state == LEASE_SETTLING) {

@@ -7,6 +7,7 @@
 #include <signal.h>
 #include <sys/eventfd.h>
 
+#include "closer.h"
 #include "log.h"
 #include "macro.h"
 #include "user.h"
@@ -15,22 +16,6 @@
 #define IDLE_SEC      10
 #define RETRY_USEC    (100 * USEC_PER_MSEC)
 #define DONE_PER_TURN 64U
-#define SPARE_CLOSES  16U
-
-struct close_job {
-	struct job job;
-	int fd;
-	bool spare;
-	bool taken; /* of a spare one */
-};
-
-enum {
-	LANE_CLIENTS,
-	LANE_STEPS,
-	LANE_SYSTEM,
-	LANE_COUNT,
-};
-
 struct lane;
 
 #define END_WAIT_USEC (200 * USEC_PER_MSEC)
@@ -47,6 +32,7 @@ struct lane {
 	pthread_cond_t work;
 	TAILQ_HEAD(, offload_queue) ready; /* queues with a job that may start, in turn */
 	unsigned n_running_max;            /* of a queue */
+	bool closes;                       /* its threads' closes are interrupted */
 	struct thread *threads; /* offload::threads */
 	unsigned n_threads_max;
 	unsigned n_threads;
@@ -58,9 +44,10 @@ struct lane {
 struct offload {
 	pthread_mutex_t lock; /* all down to `closed` */
 	unsigned n_refs;      /* the loop's, and each thread's */
-	struct lane lanes[LANE_COUNT];
-	struct thread threads[OFFLOAD_CLIENT_THREADS + OFFLOAD_STEP_THREADS + OFFLOAD_SYSTEM_THREADS];
-	struct offload_queue system; /* the broker's own */
+	struct lane lanes[OFFLOAD_LANES];
+	struct thread *threads; /* owned */
+	unsigned n_threads;
+	struct offload_queue own[OFFLOAD_LANES]; /* the broker's */
 	struct job_list
 		completed; /* ran, done() not called; done_fd is readable while there are any */
 	int done_fd;
@@ -74,7 +61,7 @@ struct offload {
 	sd_event_source *done_source;
 	sd_event_source *retry_source;
 	unsigned n_unfinished;
-	struct close_job spares[SPARE_CLOSES];
+	struct closer *closer; /* owned */
 };
 
 static void offload_unlock_and_unref(struct offload *o)
@@ -85,9 +72,11 @@ static void offload_unlock_and_unref(struct offload *o)
 	if (!last)
 		return;
 	pthread_attr_destroy(&o->attributes);
-	for (size_t i = 0; i < LANE_COUNT; i++)
+	for (size_t i = 0; i < OFFLOAD_LANES; i++)
 		pthread_cond_destroy(&o->lanes[i].work);
 	pthread_mutex_destroy(&o->lock);
+	closer_free(o->closer);
+	free(o->threads);
 	free(o);
 }
 
@@ -150,9 +139,12 @@ static void *thread_main(void *userdata)
 	struct thread *thread = userdata;
 	struct offload *o = thread->offload;
 	struct lane *lane = thread->lane;
+	bool closes = lane->closes; /* the lane may have gone at the end */
 
-	if (lane == &o->lanes[LANE_CLIENTS] && o->thread_init && o->thread_init() < 0)
+	if (lane == &o->lanes[OFFLOAD_CLIENTS] && o->thread_init && o->thread_init() < 0)
 		abort();
+	if (closes)
+		interrupter_start();
 
 	pthread_mutex_lock(&o->lock);
 	do {
@@ -172,6 +164,8 @@ static void *thread_main(void *userdata)
 	thread->taken = false;
 	lane->n_threads--;
 	offload_unlock_and_unref(o);
+	if (closes)
+		interrupter_stop();
 	return NULL;
 }
 
@@ -231,7 +225,7 @@ static int retry_dispatch(sd_event_source *source, uint64_t usec, void *userdata
 	bool again = false;
 
 	pthread_mutex_lock(&o->lock);
-	for (size_t i = 0; i < LANE_COUNT; i++)
+	for (size_t i = 0; i < OFFLOAD_LANES; i++)
 		again |= lane_retry(o, &o->lanes[i]);
 	pthread_mutex_unlock(&o->lock);
 	return again ? retry_arm(o) : 0;
@@ -248,14 +242,14 @@ static bool queue_may_start_last(const struct lane *lane, const struct offload_q
 	return true;
 }
 
-static void job_queue(struct offload *o, struct lane *lane, struct offload_queue *q,
-		      struct user *user, struct job *job)
+static void job_submit(struct offload *o, enum offload_lane l, struct user *user, struct job *job)
 {
+	struct offload_queue *q = user ? &user->queues[l] : &o->own[l];
+	struct lane *lane = &o->lanes[l];
 	int r = 0;
 
 	job->user = user ? user_ref(user) : NULL;
 	job->queue = q;
-	o->n_unfinished++;
 
 	pthread_mutex_lock(&o->lock);
 	if (o->closed) {
@@ -276,12 +270,21 @@ static void job_queue(struct offload *o, struct lane *lane, struct offload_queue
 	}
 }
 
-static void job_submit(struct offload *o, struct user *user, struct job *job)
+/* With the user's limit charged already. */
+static void job_submit_charged(struct offload *o, enum offload_lane lane, struct user *user,
+			       struct job *job)
+{
+	job->charged = true;
+	o->n_unfinished++;
+	job_submit(o, lane, user, job);
+}
+
+static void job_submit_force(struct offload *o, enum offload_lane lane, struct user *user,
+			     struct job *job)
 {
 	if (user)
-		job_queue(o, &o->lanes[LANE_CLIENTS], &user->queue, user, job);
-	else
-		job_queue(o, &o->lanes[LANE_SYSTEM], &o->system, NULL, job);
+		user_charge_force(user, LIMIT_UNFINISHED, 1);
+	job_submit_charged(o, lane, user, job);
 }
 
 int offload_submit(struct offload *o, struct user *user, struct job *job)
@@ -292,71 +295,50 @@ int offload_submit(struct offload *o, struct user *user, struct job *job)
 		if (r < 0)
 			return r;
 	}
-	job_submit(o, user, job);
+	job_submit_charged(o, user ? OFFLOAD_CLIENTS : OFFLOAD_SYSTEM, user, job);
 	return 0;
 }
 
 void offload_submit_force(struct offload *o, struct user *user, struct job *job)
 {
-	if (user)
-		user_charge_force(user, LIMIT_UNFINISHED, 1);
-	job_submit(o, user, job);
+	job_submit_force(o, user ? OFFLOAD_CLIENTS : OFFLOAD_SYSTEM, user, job);
 }
 
 void offload_submit_step(struct offload *o, struct user *user, struct job *job)
 {
-	user_charge_force(user, LIMIT_UNFINISHED, 1);
-	job_queue(o, &o->lanes[LANE_STEPS], &user->steps, user, job);
+	job_submit_force(o, OFFLOAD_STEPS, user, job);
+}
+
+void offload_submit_reap(struct offload *o, struct user *user, struct job *job)
+{
+	job_submit_force(o, OFFLOAD_REAPS, user, job);
+}
+
+void offload_submit_signal(struct offload *o, struct user *user, struct job *job)
+{
+	job_submit_force(o, OFFLOAD_SIGNALS, user, job);
+}
+
+void offload_submit_uncharged(struct offload *o, enum offload_lane lane, struct user *user,
+			      struct job *job)
+{
+	job->charged = false;
+	job_submit(o, lane, user, job);
+}
+
+bool offload_is_closed(const struct offload *o)
+{
+	return o->closed; /* written by the loop alone */
+}
+
+struct closer *offload_get_closer(struct offload *o)
+{
+	return o->closer;
 }
 
 unsigned offload_unfinished(const struct offload *o)
 {
-	return o->n_unfinished;
-}
-
-static void close_run(struct job *job)
-{
-	close(container_of(job, struct close_job, job)->fd);
-}
-
-/* When the pool ends before the job began, the descriptor is left to the process's exit: closing it
- * here could wait. */
-static void close_done(struct job *job)
-{
-	struct close_job *c = container_of(job, struct close_job, job);
-
-	if (c->spare)
-		c->taken = false;
-	else
-		free(c);
-}
-
-static struct close_job *close_job_new(struct offload *o)
-{
-	struct close_job *c = calloc(1, sizeof(*c));
-
-	for (size_t i = 0; !c && i < SPARE_CLOSES; i++)
-		if (!o->spares[i].taken) {
-			c = &o->spares[i];
-			c->spare = c->taken = true;
-		}
-	return c;
-}
-
-int offload_close(struct offload *o, struct user *user, int fd)
-{
-	struct close_job *c;
-
-	if (fd < 0)
-		return -1;
-	c = close_job_new(o);
-	if (!c)
-		return safe_close(fd);
-	c->fd = fd;
-	c->job.run = close_run;
-	c->job.done = close_done;
-	offload_submit_force(o, user, &c->job);
-	return -1;
+	return o->n_unfinished + closer_unfinished(o->closer);
 }
 
 static bool job_finish_next(struct offload *o)
@@ -380,9 +362,11 @@ static bool job_finish_next(struct offload *o)
 
 	/* Not charged any more when done() runs: it may want to submit the next. */
 	user = TAKE_PTR(job->user);
-	if (user)
-		user_discharge(user, LIMIT_UNFINISHED, 1);
-	o->n_unfinished--;
+	if (job->charged) {
+		if (user)
+			user_discharge(user, LIMIT_UNFINISHED, 1);
+		o->n_unfinished--;
+	}
 	job->done(job);
 	user_unref(user);
 	return true;
@@ -397,27 +381,42 @@ static int done_dispatch(sd_event_source *source, int fd, uint32_t revents, void
 	return 0;
 }
 
-static void lanes_init(struct offload *o)
-{
-	static const struct {
-		unsigned n_threads, n_running;
-	} sizes[LANE_COUNT] = {
-		[LANE_CLIENTS] = { OFFLOAD_CLIENT_THREADS, OFFLOAD_RUNNING_PER_USER },
-		[LANE_STEPS] = { OFFLOAD_STEP_THREADS, OFFLOAD_RUNNING_PER_USER },
-		[LANE_SYSTEM] = { OFFLOAD_SYSTEM_THREADS, OFFLOAD_SYSTEM_THREADS },
-	};
-	struct thread *threads = o->threads;
+/* Those in which strangers' work can hang are so large that it takes 32 users, or 64, to fill one. */
+static const struct {
+	unsigned n_threads, n_running;
+	bool closes;
+} lanes[OFFLOAD_LANES] = {
+	[OFFLOAD_CLIENTS] = { OFFLOAD_CLIENT_THREADS, OFFLOAD_RUNNING_PER_USER },
+	[OFFLOAD_STEPS] = { 128, OFFLOAD_RUNNING_PER_USER },
+	[OFFLOAD_REAPS] = { 128, OFFLOAD_RUNNING_PER_USER, true },
+	[OFFLOAD_SIGNALS] = { 64, OFFLOAD_RUNNING_PER_USER },
+	[OFFLOAD_CLOSES] = { 128, OFFLOAD_CLOSES_PER_USER, true },
+	[OFFLOAD_CONNECTIONS] = { 32, OFFLOAD_CLOSES_PER_USER, true },
+	[OFFLOAD_FILES] = { 4, 4, true },
+	[OFFLOAD_SYSTEM] = { 4, 4 },
+};
 
-	for (size_t i = 0; i < LANE_COUNT; i++) {
+static int lanes_init(struct offload *o)
+{
+	struct thread *threads;
+
+	for (size_t i = 0; i < OFFLOAD_LANES; i++)
+		o->n_threads += lanes[i].n_threads;
+	threads = o->threads = calloc(o->n_threads, sizeof(*threads));
+	if (!threads)
+		return -ENOMEM;
+	for (size_t i = 0; i < OFFLOAD_LANES; i++) {
 		struct lane *lane = &o->lanes[i];
 
 		pthread_cond_init(&lane->work, NULL);
 		TAILQ_INIT(&lane->ready);
-		lane->n_running_max = sizes[i].n_running;
-		lane->n_threads_max = sizes[i].n_threads;
+		lane->n_running_max = lanes[i].n_running;
+		lane->closes = lanes[i].closes;
+		lane->n_threads_max = lanes[i].n_threads;
 		lane->threads = threads;
-		threads += sizes[i].n_threads;
+		threads += lanes[i].n_threads;
 	}
+	return 0;
 }
 
 static int attributes_init(pthread_attr_t *attributes)
@@ -451,10 +450,13 @@ int offload_new(sd_event *event, int (*thread_init)(void), struct offload **ret)
 	o->done_fd = -1;
 	pthread_mutex_init(&o->lock, NULL);
 	pthread_attr_init(&o->attributes);
-	lanes_init(o);
 	STAILQ_INIT(&o->completed);
 
-	r = attributes_init(&o->attributes);
+	r = lanes_init(o);
+	if (r >= 0)
+		r = attributes_init(&o->attributes);
+	if (r >= 0)
+		r = closer_new(event, o, &o->closer);
 	if (r < 0)
 		return r;
 	o->done_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
@@ -479,7 +481,7 @@ static unsigned drop_waiting(struct offload *o)
 {
 	unsigned n_left = 0;
 
-	for (size_t i = 0; i < LANE_COUNT; i++) {
+	for (size_t i = 0; i < OFFLOAD_LANES; i++) {
 		struct offload_queue *q;
 
 		while ((q = TAILQ_FIRST(&o->lanes[i].ready))) {
@@ -488,7 +490,7 @@ static unsigned drop_waiting(struct offload *o)
 			STAILQ_CONCAT(&o->completed, &q->jobs);
 		}
 	}
-	for (size_t i = 0; i < ELEMENTS(o->threads); i++)
+	for (size_t i = 0; i < o->n_threads; i++)
 		if (o->threads[i].running) {
 			STAILQ_CONCAT(&o->completed, &o->threads[i].running->queue->jobs);
 			n_left++;
@@ -501,7 +503,7 @@ static bool is_running(struct offload *o)
 	bool running = false;
 
 	pthread_mutex_lock(&o->lock);
-	for (size_t i = 0; i < ELEMENTS(o->threads); i++)
+	for (size_t i = 0; i < o->n_threads; i++)
 		running |= o->threads[i].running != NULL;
 	pthread_mutex_unlock(&o->lock);
 	return running;
@@ -520,6 +522,7 @@ static void wait_for_running(struct offload *o)
 			(void)eventfd_read(o->done_fd, &value);
 		while (job_finish_next(o))
 			;
+		closer_collect(o->closer);
 	}
 }
 
@@ -535,13 +538,14 @@ unsigned offload_free(struct offload *o)
 
 	pthread_mutex_lock(&o->lock);
 	o->closed = true;
-	for (size_t i = 0; i < LANE_COUNT; i++)
+	for (size_t i = 0; i < OFFLOAD_LANES; i++)
 		pthread_cond_broadcast(&o->lanes[i].work);
 	n_left = drop_waiting(o);
 	pthread_mutex_unlock(&o->lock);
 
 	while (job_finish_next(o))
 		;
+	closer_detach(o->closer);
 
 	pthread_mutex_lock(&o->lock);
 	o->done_fd = safe_close(o->done_fd);

@@ -9,17 +9,29 @@
  * The pool of threads for everything that can wait: opens, closing what clients sent, scans of
  * /proc, io_uring unregistration. The loop itself never blocks.
  *
- * Each user has a queue of its own, and at most OFFLOAD_RUNNING_PER_USER of its jobs run at once, so
- * a user whose jobs hang (closing a file of a dead FUSE server) holds up nobody else. The steps that
- * end a user's pins have a second queue, and threads, of their own: they never stand behind his hanging
- * closes. The broker's own jobs (user NULL) have theirs.
+ * Work of a kind has a lane of its own: threads that nothing else waits for. In each lane a user has a queue
+ * of its own, and only so many of its jobs run at once, so a user whose jobs hang (closing a file of a
+ * dead FUSE server) holds up nobody else, and itself nowhere else. Threads are started on demand, and ended
+ * after 10 s without work.
  */
 
-#define OFFLOAD_RUNNING_PER_USER 4U
-#define OFFLOAD_CLIENT_THREADS   32U /* started on demand, ended after 10 s without work */
-#define OFFLOAD_STEP_THREADS     16U
-#define OFFLOAD_SYSTEM_THREADS   4U
+enum offload_lane {
+	OFFLOAD_CLIENTS,     /* what users ask for */
+	OFFLOAD_STEPS,       /* towards the end of their pins: looking, detaching */
+	OFFLOAD_REAPS,       /* the last closes of contexts, with which their pins end */
+	OFFLOAD_SIGNALS,     /* to their processes */
+	OFFLOAD_CLOSES,      /* of other descriptors that they sent: these may hang for ever */
+	OFFLOAD_CONNECTIONS, /* of their connections, with what lies unread in them */
+	OFFLOAD_FILES,       /* closes of data files */
+	OFFLOAD_SYSTEM,      /* what else the broker does */
+	OFFLOAD_LANES,
+};
 
+#define OFFLOAD_RUNNING_PER_USER 4U /* at most, in a lane */
+#define OFFLOAD_CLOSES_PER_USER 2U
+#define OFFLOAD_CLIENT_THREADS   128U
+
+struct closer;
 struct user;
 struct offload;
 struct offload_queue;
@@ -28,15 +40,15 @@ struct offload_queue;
 struct job {
 	void (*run)(struct job *job);  /* on a thread of the pool; touches nothing but the job */
 	void (*done)(struct job *job); /* on the loop, afterwards; the job is the callee's again */
-	struct user *user;             /* offload's: a reference, and one LIMIT_UNFINISHED */
+	struct user *user;             /* offload's: a reference, and one LIMIT_UNFINISHED if charged */
+	bool charged;                  /* offload's */
 	struct offload_queue *queue;   /* offload's */
 	STAILQ_ENTRY(job) link;        /* offload's */
 };
 
 STAILQ_HEAD(job_list, job);
 
-/* Embedded in struct user, one for what it asks for and one for the steps against its pins; all zero to
- * begin with. Owned by offload. */
+/* Embedded in struct user, one for each lane; all zero to begin with. Owned by offload. */
 struct offload_queue {
 	struct job_list jobs;
 	unsigned n_running;
@@ -69,13 +81,18 @@ void offload_submit_force(struct offload *o, struct user *user, struct job *job)
 
 /* A step towards the end of the user's pins: whatever the limit says, and whatever else of his hangs. */
 void offload_submit_step(struct offload *o, struct user *user, struct job *job);
+/* The same for a job that closes a context for good, by interruptible_close(). */
+void offload_submit_reap(struct offload *o, struct user *user, struct job *job);
+/* The same for a signal to a process of the user's. */
+void offload_submit_signal(struct offload *o, struct user *user, struct job *job);
 
-/*
- * Closes a descriptor on the pool. Always accepted: charged to the user past the limit if need be;
- * with no memory one of a few spare jobs serves, and when these are used up it is closed here and
- * now. fd < 0 is ignored. Returns -1, for `x->fd = offload_close(…)`.
- */
-int offload_close(struct offload *o, struct user *user, int fd);
+/* Any lane, charged with nothing. */
+void offload_submit_uncharged(struct offload *o, enum offload_lane lane, struct user *user,
+			      struct job *job);
+/* It is being freed: a job that is submitted now is done without having run. */
+bool offload_is_closed(const struct offload *o);
 
-/* Jobs queued or running, of all users and the broker. */
+struct closer *offload_get_closer(struct offload *o);
+
+/* Jobs queued or running, and descriptors to be closed, of all users and the broker. */
 unsigned offload_unfinished(const struct offload *o);

@@ -2,9 +2,11 @@
 #include "peer.h"
 
 #include <assert.h>
+#include <inttypes.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/epoll.h>
+#include <sys/socket.h>
 
 #include "broker.h"
 #include "bus.h"
@@ -26,8 +28,12 @@ struct peer_private {
 static void close_fd(int fd, void *userdata)
 {
 	struct peer *peer = userdata;
+	struct offload *offload = peer->broker->offload;
 
-	offload_close(peer->broker->offload, peer->user, fd);
+	if (fd == connection_get_fd(peer->connection))
+		offload_close_connection(offload, peer->user, fd);
+	else
+		offload_close(offload, peer->user, fd);
 }
 
 struct peer *peer_ref(struct peer *peer)
@@ -42,7 +48,6 @@ struct peer *peer_unref(struct peer *peer)
 		return NULL;
 	assert(!peer->connection && !peer->client);
 	process_clear(&peer->process);
-	user_discharge(peer->user, LIMIT_CLIENTS, 1);
 	user_unref(peer->user);
 	free(container_of(peer, struct peer_private, peer));
 	return NULL;
@@ -238,8 +243,12 @@ void peer_done(struct peer *peer)
 
 static int peer_start(struct peer *peer, int fd)
 {
-	int r;
+	int r, on = 1;
 
+	/* Else the kernel would drop bytes that were sent out of band, and the descriptors with them, while the
+	 * loop reads. */
+	if (setsockopt(fd, SOL_SOCKET, SO_OOBINLINE, &on, sizeof(on)) < 0)
+		return -errno;
 	r = sd_event_add_io(peer->broker->event, &peer->io, fd, EPOLLIN, on_io, peer);
 	if (r >= 0)
 		r = sd_event_add_defer(peer->broker->event, &peer->later, on_later, peer);
@@ -250,8 +259,31 @@ static int peer_start(struct peer *peer, int fd)
 	return r;
 }
 
+/* Over the limit nothing is kept of it: all it gets is a reason. */
+static void tell_limit(int fd, uint64_t maximum)
+{
+	char reply[200];
+	int n;
+
+	n = snprintf(reply, sizeof(reply),
+		     "{\"error\":\"" INTERFACE_NAME ".LimitExceeded\",\"parameters\":{\"limit\":"
+		     "\"%s\",\"maximum\":%" PRIu64 ",\"used\":%" PRIu64 "}}",
+		     limit_name(LIMIT_CLIENTS), maximum, maximum);
+	(void)send(fd, reply, (size_t)n + 1, MSG_DONTWAIT | MSG_NOSIGNAL);
+}
+
+/* Returns 0, or -EDQUOT: it is charged all the same, until it is closed, and nothing is read from it. */
+static int charge_connection(struct user *user, int fd)
+{
+	if (user_charge(user, LIMIT_CLIENTS, 1) >= 0)
+		return 0;
+	user_charge_force(user, LIMIT_CLIENTS, 1);
+	tell_limit(fd, user_maximum(user, LIMIT_CLIENTS));
+	return -EDQUOT;
+}
+
 int peer_new(struct rpc *rpc, struct broker *broker, struct peer_list *peers, int fd,
-	     peer_handler handler, struct peer **ret)
+	     peer_handler handler)
 {
 	struct process process;
 	struct peer_private *p;
@@ -260,19 +292,22 @@ int peer_new(struct rpc *rpc, struct broker *broker, struct peer_list *peers, in
 	int r;
 
 	r = process_from_socket(fd, &process);
-	if (r < 0)
-		return r;
-	p = calloc(1, sizeof(*p));
-	if (!p || user_get(broker->users, process.uid, &user) < 0) {
-		process_clear(&process);
-		free(p);
-		return -ENOMEM;
+	if (r >= 0) {
+		r = user_get(broker->users, process.uid, &user);
+		if (r < 0)
+			process_clear(&process);
 	}
-	if (user_charge(user, LIMIT_CLIENTS, 1) < 0) {
+	if (r < 0) {
+		offload_close_connection(broker->offload, NULL, fd);
+		return r;
+	}
+	r = charge_connection(user, fd);
+	p = r >= 0 ? calloc(1, sizeof(*p)) : NULL;
+	if (!p) {
+		offload_close_connection(broker->offload, user, fd);
 		process_clear(&process);
 		user_unref(user);
-		free(p);
-		return -EDQUOT;
+		return r < 0 ? r : -ENOMEM;
 	}
 	p->handler = handler;
 	peer = &p->peer;
@@ -285,11 +320,11 @@ int peer_new(struct rpc *rpc, struct broker *broker, struct peer_list *peers, in
 	if (r < 0) {
 		peer->io = sd_event_source_disable_unref(peer->io);
 		peer->later = sd_event_source_disable_unref(peer->later);
+		offload_close_connection(broker->offload, user, fd);
 		peer_unref(peer);
 		return r;
 	}
 	LIST_INSERT_HEAD(peers, peer, of_rpc);
-	*ret = peer;
 	return 0;
 }
 

@@ -23,7 +23,7 @@ struct user;
 struct peer {
 	struct rpc *rpc; /* rpc::peers */
 	struct broker *broker;
-	struct user *user;             /* reference; one LIMIT_CLIENTS */
+	struct user *user;             /* reference; one LIMIT_CLIENTS, until the connection is closed */
 	struct process process;        /* owned; who connected */
 	struct connection *connection; /* owned; NULL: closed, kept for a job's sake */
 	sd_event_source *io, *later;   /* later: more to do without waiting for the socket */
@@ -47,9 +47,10 @@ LIST_HEAD(peer_list, peer);
 /* What handles calls: returns negative errno if the connection must end. */
 typedef int (*peer_handler)(struct peer *peer, json_object *message, struct fds *fds);
 
-/* Takes the accepted descriptor over, on success. */
+/* Takes the accepted descriptor over, whatever it returns: it may have been sent others already, and is closed
+ * on the pool. */
 int peer_new(struct rpc *rpc, struct broker *broker, struct peer_list *peers, int fd,
-	     peer_handler handler, struct peer **ret);
+	     peer_handler handler);
 struct peer *peer_ref(struct peer *peer);
 struct peer *peer_unref(struct peer *peer);
 /* Ends the connection, at once. The caller's reference, if it has one, stays. */

@@ -497,7 +497,7 @@ static int restore_context(struct restorer *r, uint64_t id, const struct record 
 	error = context_new(client, ops, &description, fd, record_string(record, "label"), &context,
 			    &refusal);
 	if (error != 0) {
-		safe_close(fd);
+		offload_close(r->broker->offload, client->user, fd);
 		return error;
 	}
 	context->remote = (int)remote;

@@ -91,6 +91,6 @@ int revocation_signal(struct revocation *rev, struct client *client, int sig)
 								 context->fd };
 	j->job.run = signal_run;
 	j->job.done = signal_done;
-	offload_submit_force(rev->broker->offload, NULL, &j->job);
+	offload_submit_signal(rev->broker->offload, client->user, &j->job);
 	return 1;
 }

@@ -187,26 +187,12 @@ static void pause_accepting(struct listener *l)
 	(void)sd_event_source_set_enabled(l->pause, SD_EVENT_ONESHOT);
 }
 
-/* Over the limit nothing is kept of it: all it gets is a reason. */
-static void refuse_connection(int fd, uint64_t maximum)
-{
-	char reply[200];
-	int n;
-
-	n = snprintf(reply, sizeof(reply),
-		     "{\"error\":\"" INTERFACE_NAME ".LimitExceeded\",\"parameters\":{\"limit\":"
-		     "\"%s\",\"maximum\":%" PRIu64 ",\"used\":%" PRIu64 "}}",
-		     limit_name(LIMIT_CLIENTS), maximum, maximum);
-	(void)send(fd, reply, (size_t)n + 1, MSG_DONTWAIT | MSG_NOSIGNAL);
-}
-
 static int on_connection(sd_event_source *source, int fd, uint32_t revents, void *userdata)
 {
 	struct listener *l = userdata;
 
 	for (unsigned n = 0; n < ACCEPTS_PER_TURN; n++) {
 		int r, s = accept4(fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
-		struct peer *peer;
 
 		if (s < 0 && (errno == EMFILE || errno == ENFILE || errno == ENOBUFS ||
 			      errno == ENOMEM)) {
@@ -215,14 +201,9 @@ static int on_connection(sd_event_source *source, int fd, uint32_t revents, void
 		}
 		if (s < 0)
 			break;
-		r = peer_new(l->rpc, l->rpc->broker, &l->rpc->peers, s, on_message, &peer);
-		if (r < 0) {
+		r = peer_new(l->rpc, l->rpc->broker, &l->rpc->peers, s, on_message);
+		if (r < 0)
 			log_errno(LOG_NOTICE, r, "Refused a connection");
-			if (r == -EDQUOT)
-				refuse_connection(s, l->rpc->broker->config->limits[LIMIT_CLIENTS]);
-			/* it may have been sent descriptors already */
-			offload_close(l->rpc->broker->offload, NULL, s);
-		}
 	}
 	return 0;
 }
@@ -233,7 +214,8 @@ static struct listener *listener_free(struct listener *l)
 		return NULL;
 	sd_event_source_disable_unref(l->io);
 	sd_event_source_disable_unref(l->pause);
-	safe_close(l->fd);
+	/* Connections that wait in it may carry descriptors. */
+	offload_close_connection(l->rpc->broker->offload, NULL, l->fd);
 	free(l);
 	return NULL;
 }

@@ -6,6 +6,7 @@
 #include <sys/types.h>
 #include <uthash.h>
 
+#include "closer.h"
 #include "offload.h"
 
 /*
@@ -30,7 +31,8 @@ struct user {
 	unsigned n_refs;
 	uint64_t used[LIMIT_COUNT];
 	struct users *users;
-	struct offload_queue queue, steps; /* offload's */
+	struct offload_queue queues[OFFLOAD_LANES];   /* offload's */
+	struct closer_queue closers[CLOSER_KINDS]; /* closer's */
 	UT_hash_handle hh;          /* users */
 };
 

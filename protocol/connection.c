@@ -34,7 +34,6 @@ struct arrival {
 
 struct connection {
 	int fd;
-	bool ended; /* the other side sends no more, and all of it has been read */
 	void (*close_fd)(int fd, void *userdata);
 	void *userdata;
 	json_tokener *tokener;
@@ -113,11 +112,7 @@ struct connection *connection_free(struct connection *c)
 	}
 	json_tokener_free(c->tokener);
 	free(c->input);
-	/* At the end of the stream nothing is left in the socket, so that closing it cannot wait. */
-	if (c->ended)
-		close(c->fd);
-	else
-		connection_close_fd(c, c->fd);
+	connection_close_fd(c, c->fd);
 	free(c);
 	return NULL;
 }
@@ -218,10 +213,8 @@ int connection_read(struct connection *c)
 	n = recvmsg(c->fd, &mh, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
 	if (n < 0)
 		return errno == EINTR ? -EAGAIN : -errno;
-	if (n == 0) {
-		c->ended = true;
+	if (n == 0)
 		return 0;
-	}
 	if (mh.msg_controllen > 0 || mh.msg_flags & MSG_CTRUNC) {
 		r = connection_take_fds(c, &mh, (size_t)n);
 		if (r < 0)
@@ -371,7 +364,7 @@ static void connection_sent(struct connection *c, size_t n)
 		size_t part = n < s->end - s->start ? n : s->end - s->start;
 
 		while (s->fds.n_fds > 0)
-			safe_close(s->fds.fds[--s->fds.n_fds]);
+			connection_close_fd(c, s->fds.fds[--s->fds.n_fds]);
 		s->start += part;
 		n -= part;
 		if (s->start < s->end)

@@ -31,8 +31,8 @@ struct fds {
 
 /*
  * Takes the descriptor over, on success. close_fd, if not NULL, is called in place of close() for
- * every descriptor that the connection gets rid of: those received and never handed out, and, last
- * of all, its own (which may carry unread descriptors; but not at the end of the stream). fd_userdata is passed to it.
+ * every descriptor that the connection gets rid of: those received and never handed out, those that were sent,
+ * and, last of all, its own (which may carry unread descriptors). userdata is passed to it.
  */
 int connection_new(
 	int fd, void (*close_fd)(int fd, void *userdata), void *userdata, struct connection **ret);

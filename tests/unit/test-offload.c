@@ -3,7 +3,6 @@
 #include "daemon/offload.h"
 #include "daemon/user.h"
 
-#include <arpa/inet.h>
 #include <dirent.h>
 #include <fcntl.h>
 #include <pthread.h>
@@ -13,7 +12,6 @@
 #include <stdatomic.h>
 #include <stddef.h>
 #include <stdint.h>
-#include <sys/socket.h>
 
 #include <cmocka.h>
 
@@ -22,12 +20,9 @@
 static const uint64_t maxima[LIMIT_COUNT] = {[LIMIT_UNFINISHED] = MAX_UNFINISHED};
 
 /* What a test makes fail. */
-static bool allocations_fail;
 static unsigned n_threads_to_fail;
 static atomic_bool waits_expire;
 
-void *__real_calloc(size_t n, size_t size);
-void *__wrap_calloc(size_t n, size_t size);
 int __real_pthread_create(
 	pthread_t *id, const pthread_attr_t *attributes, void *(*main)(void *), void *userdata);
 int __wrap_pthread_create(
@@ -36,11 +31,6 @@ int __real_pthread_cond_clockwait(
 	pthread_cond_t *c, pthread_mutex_t *m, clockid_t clock, const struct timespec *until);
 int __wrap_pthread_cond_clockwait(
 	pthread_cond_t *c, pthread_mutex_t *m, clockid_t clock, const struct timespec *until);
-
-void *__wrap_calloc(size_t n, size_t size)
-{
-	return allocations_fail ? NULL : __real_calloc(n, size);
-}
 
 struct thread {
 	void *(*main)(void *);
@@ -253,19 +243,23 @@ static void test_hanging_job(void **state)
 		job_clear(&hanging[i]);
 }
 
-/* I6: even when every job that the clients' threads can run hangs, the broker's own run. */
 /* I3: what ends a user's pins does not stand behind what else of his hangs. */
 static void test_steps_pass_by(void **state)
 {
 	struct test_job hanging[OFFLOAD_RUNNING_PER_USER + 1], step = quick_job();
+	struct test_job reap = quick_job(), sig = quick_job();
 
 	for (size_t i = 0; i < ELEMENTS(hanging); i++) {
 		hanging[i] = hanging_job();
 		assert_int_equal(offload_submit(offload, alice, &hanging[i].job), 0);
 	}
 	offload_submit_step(offload, alice, &step.job);
-	assert_int_equal(alice->used[LIMIT_UNFINISHED], ELEMENTS(hanging) + 1);
+	offload_submit_reap(offload, alice, &reap.job);
+	offload_submit_signal(offload, alice, &sig.job);
+	assert_int_equal(alice->used[LIMIT_UNFINISHED], ELEMENTS(hanging) + 3);
 	run_until_done(&step);
+	run_until_done(&reap);
+	run_until_done(&sig);
 	for (size_t i = 0; i < ELEMENTS(hanging); i++) {
 		assert_false(hanging[i].done);
 		release(&hanging[i]);
@@ -275,6 +269,7 @@ static void test_steps_pass_by(void **state)
 		job_clear(&hanging[i]);
 }
 
+/* I6: even when every job that the clients' threads can run hangs, the broker's own run. */
 static void test_all_client_threads_hang(void **state)
 {
 	enum { N_USERS = OFFLOAD_CLIENT_THREADS / OFFLOAD_RUNNING_PER_USER };
@@ -429,100 +424,6 @@ static void test_submit_from_done(void **state)
 	assert_int_equal(n_done, ELEMENTS(chains));
 }
 
-static bool at_end_of_file(int fd)
-{
-	char c;
-	ssize_t n = read(fd, &c, 1);
-
-	assert_true(n == 0 || errno == EAGAIN);
-	return n == 0;
-}
-
-static void test_close(void **state)
-{
-	int fds[2];
-	char c;
-
-	assert_int_equal(offload_close(offload, alice, -1), -1);
-	assert_int_equal(offload_unfinished(offload), 0);
-	assert_int_equal(pipe2(fds, O_CLOEXEC), 0);
-	fds[1] = offload_close(offload, alice, fds[1]);
-	assert_int_equal(fds[1], -1);
-	assert_int_equal(read(fds[0], &c, 1), 0);
-	run_until_finished();
-	close(fds[0]);
-}
-
-/* Without memory 16 wait their turn, and only then is one closed on the loop. */
-static void test_close_without_memory(void **state)
-{
-	struct test_job hanging[OFFLOAD_RUNNING_PER_USER];
-	int fds[17][2];
-
-	for (size_t i = 0; i < ELEMENTS(hanging); i++) {
-		hanging[i] = hanging_job();
-		assert_int_equal(offload_submit(offload, alice, &hanging[i].job), 0);
-	}
-	bytes_read(started[0], ELEMENTS(hanging));
-	for (int round = 0; round < 2; round++) {
-		for (size_t i = 0; i < ELEMENTS(fds); i++) {
-			assert_int_equal(pipe2(fds[i], O_CLOEXEC | O_NONBLOCK), 0);
-			allocations_fail = true;
-			offload_close(offload, alice, fds[i][1]);
-			allocations_fail = false;
-			if (round == 0)
-				assert_int_equal(at_end_of_file(fds[i][0]), i == 16);
-		}
-		if (round == 0)
-			for (size_t i = 0; i < ELEMENTS(hanging); i++)
-				release(&hanging[i]);
-		run_until_finished();
-		for (size_t i = 0; i < ELEMENTS(fds); i++) {
-			assert_true(at_end_of_file(fds[i][0]));
-			close(fds[i][0]);
-		}
-	}
-	for (size_t i = 0; i < ELEMENTS(hanging); i++)
-		job_clear(&hanging[i]);
-}
-
-/* I6: the close of a socket with SO_LINGER and unsent data waits; the loop turns meanwhile. */
-static void test_close_that_waits(void **state)
-{
-	struct sockaddr_in address = {.sin_family = AF_INET};
-	socklen_t length = sizeof(address);
-	struct linger linger = {.l_onoff = 1, .l_linger = 60};
-	struct test_job other = quick_job(), own = quick_job();
-	static char data[65536];
-	int listener, client, server, small = 2048;
-
-	address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-	listener = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-	assert_int_equal(setsockopt(listener, SOL_SOCKET, SO_RCVBUF, &small, sizeof(small)), 0);
-	assert_int_equal(bind(listener, (struct sockaddr *)&address, sizeof(address)), 0);
-	assert_int_equal(listen(listener, 1), 0);
-	assert_int_equal(getsockname(listener, (struct sockaddr *)&address, &length), 0);
-	client = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-	assert_int_equal(connect(client, (struct sockaddr *)&address, sizeof(address)), 0);
-	server = accept4(listener, NULL, NULL, SOCK_CLOEXEC);
-	assert_true(server >= 0);
-	assert_int_equal(setsockopt(client, SOL_SOCKET, SO_LINGER, &linger, sizeof(linger)), 0);
-	while (send(client, data, sizeof(data), MSG_DONTWAIT) > 0)
-		;
-	assert_int_equal(errno, EAGAIN);
-
-	offload_close(offload, alice, client);
-	assert_int_equal(offload_submit(offload, alice, &other.job), 0);
-	assert_int_equal(offload_submit(offload, NULL, &own.job), 0);
-	run_until_done(&other);
-	run_until_done(&own);
-	assert_int_equal(offload_unfinished(offload), 1);
-
-	close(server); /* with data unread: a reset, which ends the wait */
-	run_until_finished();
-	close(listener);
-}
-
 /* Jobs that hang are left behind without their done(); those that wait are dropped with it. */
 static void test_free_while_hanging(void **state)
 {
@@ -617,9 +518,6 @@ int main(void)
 		TEST(test_unfinished_limit),
 		TEST(test_done),
 		TEST(test_submit_from_done),
-		TEST(test_close),
-		TEST(test_close_without_memory),
-		TEST(test_close_that_waits),
 		TEST(test_free_while_hanging),
 		TEST(test_free_idle),
 		TEST(test_idle_threads_end),
