@@ -75,7 +75,7 @@ int file_new(struct broker *broker, const struct probe *probe, struct file **ret
 	file->key = (struct inode_key){ probe->device, probe->inode };
 	file->lease.fd = -1;
 	file->opening = true;
-	file->watch = -1;
+	file->watch = FILE_NOT_WATCHED;
 	STAILQ_INIT(&file->waiting);
 	RB_INIT(&file->pins);
 	LIST_INIT(&file->uses);
@@ -255,6 +255,7 @@ static void retry_later(struct file *file)
 	file->retry_usec = file->retry_usec == 0 ? RETRY_FIRST_USEC : file->retry_usec * 2;
 	if (file->retry_usec > last)
 		file->retry_usec = last;
+	watch_add(file->broker->watch, file);
 	arm(file, now_usec() + file->retry_usec);
 }
 

@@ -26,6 +26,10 @@ struct inode_key {
 	uint64_t device, inode;
 };
 
+/* file::watch */
+#define FILE_NOT_WATCHED  (-1)
+#define FILE_WATCH_FAILED (-2) /* which has been said, and is tried again */
+
 /*
  * A data file: one inode, the broker's own description of it, and the lease on that. It lives while
  * somebody uses it. file_update() is the one place that decides what becomes of the lease.
@@ -56,7 +60,7 @@ struct file {
 	struct lease recorded;         /* what was last written into the state */
 	uint64_t emergency_size;       /* unguarded: a shrink to this has been dealt with already */
 	bool settle_running;           /* a job opens the file as a reader would */
-	int watch;                     /* inotify's watch descriptor while there is no lease, or -1 */
+	int watch;                     /* inotify's while there is no lease, or FILE_… */
 	uint64_t retry_usec;           /* the present back-off */
 	sd_event_source *timer;        /* settling, or taking the lease again */
 

@@ -3,6 +3,7 @@
 #include "log.h"
 
 #include <assert.h>
+#include <fcntl.h>
 #include <inttypes.h>
 #include <pthread.h>
 #include <signal.h>
@@ -11,6 +12,7 @@
 #include <stdio.h>
 #include <string.h>
 #include <sys/queue.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/uio.h>
 #include <systemd/sd-journal.h>
@@ -386,16 +388,86 @@ void log_event(int priority, const char *message_id, const struct log_fields *fi
 	va_end(ap);
 }
 
+static void add_sysctl(char *text, size_t size, const char *name)
+{
+	_cleanup_(close_fdp) int fd = -1;
+	char path[64], value[32] = "";
+	ssize_t n;
+
+	snprintf(path, sizeof(path), "/proc/sys/%s", name);
+	fd = open(path, O_RDONLY | O_CLOEXEC);
+	n = fd >= 0 ? read(fd, value, sizeof(value) - 1) : 0;
+	value[n > 0 ? strcspn(value, " \t\n") : 0] = 0;
+	snprintf(text, size, " (the limit is %s%s%s)", path, *value ? ": " : "", value);
+}
+
+static void add_rlimit(char *text, size_t size, int resource, const char *name)
+{
+	struct rlimit limit;
+
+	if (getrlimit(resource, &limit) >= 0 && limit.rlim_cur != RLIM_INFINITY)
+		snprintf(text, size, " (the limit is RLIMIT_%s, Limit%s=: %ju)", name, name,
+			(uintmax_t)limit.rlim_cur);
+}
+
+/* inotify_init1() says EMFILE for both. */
+static bool may_open_more(void)
+{
+	_cleanup_(close_fdp) int fd = fcntl(STDERR_FILENO, F_DUPFD_CLOEXEC, 3);
+
+	return fd >= 0 || errno == EBADF;
+}
+
+/* The limit that an error comes from, for people; "": it says enough by itself. */
+static void find_limit(int error, enum log_resource resource, char *text, size_t size)
+{
+	*text = 0;
+	if (error == EMFILE && resource == LOG_RESOURCE_INOTIFY && may_open_more())
+		add_sysctl(text, size, "fs/inotify/max_user_instances");
+	else if (error == EMFILE)
+		add_rlimit(text, size, RLIMIT_NOFILE, "NOFILE");
+	else if (error == ENFILE)
+		add_sysctl(text, size, "fs/file-max");
+	else if (error == EFBIG)
+		add_rlimit(text, size, RLIMIT_FSIZE, "FSIZE");
+	else if (error == ENOSPC && resource == LOG_RESOURCE_INOTIFY)
+		add_sysctl(text, size, "fs/inotify/max_user_watches");
+	else if (error == ENOSPC && resource == LOG_RESOURCE_EVENT)
+		add_sysctl(text, size, "fs/epoll/max_user_watches");
+	else if (error == EAGAIN && resource == LOG_RESOURCE_THREAD)
+		snprintf(text, size,
+			" (the limit is TasksMax=, RLIMIT_NPROC or /proc/sys/kernel/threads-max)");
+}
+
+static void __attribute__((format(printf, 4, 0)))
+log_errnov(int priority, int error, enum log_resource resource, const char *format, va_list ap)
+{
+	char message[MESSAGE_MAX], reason[128], limit[128];
+
+	vsnprintf(message, sizeof(message), format, ap);
+	find_limit(error, resource, limit, sizeof(limit));
+	log_event(priority, NULL, &(struct log_fields){.error = error}, "%s: %s%s", message,
+		strerror_r(error, reason, sizeof(reason)), limit);
+}
+
 int log_errno(int priority, int error, const char *format, ...)
 {
-	char message[MESSAGE_MAX], reason[128];
 	va_list ap;
 
 	error = abs(error);
 	va_start(ap, format);
-	vsnprintf(message, sizeof(message), format, ap);
+	log_errnov(priority, error, LOG_RESOURCE_OTHER, format, ap);
 	va_end(ap);
-	log_event(priority, NULL, &(struct log_fields){.error = error}, "%s: %s", message,
-		strerror_r(error, reason, sizeof(reason)));
+	return -error;
+}
+
+int log_errno_limit(int priority, int error, enum log_resource resource, const char *format, ...)
+{
+	va_list ap;
+
+	error = abs(error);
+	va_start(ap, format);
+	log_errnov(priority, error, resource, format, ap);
+	va_end(ap);
 	return -error;
 }

@@ -70,6 +70,19 @@ void log_event(int priority, const char *message_id, const struct log_fields *fi
 #define log_notice(...)  log_event(LOG_NOTICE, NULL, NULL, __VA_ARGS__)
 #define log_warning(...) log_event(LOG_WARNING, NULL, NULL, __VA_ARGS__)
 #define log_error(...)   log_event(LOG_ERR, NULL, NULL, __VA_ARGS__)
-/* Adds ": strerror(error)" and returns -abs(error). */
+/* Adds ": strerror(error)", and the limit of the process that it comes from, and returns
+ * -abs(error). */
 int log_errno(int priority, int error, const char *format, ...)
 	__attribute__((format(printf, 3, 4)));
+
+/* What was wanted of the kernel, where the error alone does not tell which limit was in the way. */
+enum log_resource {
+	LOG_RESOURCE_OTHER,
+	LOG_RESOURCE_EVENT,   /* a descriptor to wait for, in epoll */
+	LOG_RESOURCE_INOTIFY, /* an instance of inotify, or a watch */
+	LOG_RESOURCE_THREAD,
+};
+
+/* As log_errno(). */
+int log_errno_limit(int priority, int error, enum log_resource resource, const char *format, ...)
+	__attribute__((format(printf, 4, 5)));

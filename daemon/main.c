@@ -372,21 +372,18 @@ static int add_signals(struct service *service)
 	return r;
 }
 
-/* Every lease is a descriptor or two, and a queued signal. */
+/* Every lease is a descriptor or two. Signals that limits send would end it; a write that fails is
+ * logged. */
 static void raise_limits(void)
 {
 	struct rlimit limit;
 
-	for (size_t i = 0; i < 2; i++) {
-		int resource = i == 0 ? RLIMIT_NOFILE : RLIMIT_SIGPENDING;
-
-		if (getrlimit(resource, &limit) < 0 || limit.rlim_cur == limit.rlim_max)
-			continue;
-		if (resource == RLIMIT_SIGPENDING)
-			continue; /* whoever lowered it meant it */
-		limit.rlim_cur = limit.rlim_max;
-		(void)setrlimit(resource, &limit);
-	}
+	signal(SIGXCPU, SIG_IGN);
+	signal(SIGXFSZ, SIG_IGN);
+	if (getrlimit(RLIMIT_NOFILE, &limit) < 0 || limit.rlim_cur == limit.rlim_max)
+		return;
+	limit.rlim_cur = limit.rlim_max;
+	(void)setrlimit(RLIMIT_NOFILE, &limit);
 }
 
 static int start(struct service *service, const struct options *options)
@@ -430,7 +427,8 @@ int main(int argc, char *argv[])
 	(void)mallopt(M_ARENA_MAX, 2); /* the threads allocate little: they share one */
 	r = log_open(LOG_INFO);
 	if (r < 0) {
-		fprintf(stderr, "pinbrokerd: Cannot start logging: %s\n", strerror(-r));
+		log_errno_limit(
+			LOG_ERR, r, LOG_RESOURCE_THREAD, "Cannot start the thread that logs");
 		return EX_OSERR;
 	}
 	service.config = options.config;
@@ -454,7 +452,7 @@ int main(int argc, char *argv[])
 	if (r >= 0)
 		r = turn_loop(event);
 	else
-		log_errno(LOG_ERR, r, "Cannot start");
+		log_errno_limit(LOG_ERR, r, LOG_RESOURCE_EVENT, "Cannot start");
 
 	remove_socket(&service);
 	if (service.leaving) {

@@ -265,7 +265,8 @@ static void job_submit(struct offload *o, enum offload_lane l, struct user *user
 	pthread_mutex_unlock(&o->lock);
 
 	if (r < 0 && sd_event_source_get_enabled(o->retry_source, NULL) <= 0) {
-		log_errno(LOG_WARNING, r, "Cannot start a thread, trying again");
+		log_errno_limit(
+			LOG_WARNING, r, LOG_RESOURCE_THREAD, "Cannot start a thread, trying again");
 		(void)retry_arm(o);
 	}
 }

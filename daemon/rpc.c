@@ -203,7 +203,7 @@ static int on_connection(sd_event_source *source, int fd, uint32_t revents, void
 			break;
 		r = peer_new(l->rpc, l->rpc->broker, &l->rpc->peers, s, on_message);
 		if (r < 0)
-			log_errno(LOG_NOTICE, r, "Refused a connection");
+			log_errno_limit(LOG_NOTICE, r, LOG_RESOURCE_EVENT, "Refused a connection");
 	}
 	return 0;
 }

@@ -21,9 +21,13 @@ static int compare_watch(const struct file *a, const struct file *b)
 
 TREE_GENERATE(watched, file, by_watch, compare_watch)
 
+#define RETRY_USEC USEC_PER_SEC
+
 struct watch {
 	struct broker *broker;
-	int fd;
+	int fd;              /* -1: no instance of inotify was to be had */
+	uint64_t retry_usec; /* not before this */
+	bool failed;         /* which has been said */
 	struct watched files;
 	sd_event_source *source;
 };
@@ -56,23 +60,56 @@ static int on_event(sd_event_source *source, int fd, uint32_t revents, void *use
 	return 0;
 }
 
+static void watch_close(struct watch *watch)
+{
+	watch->source = sd_event_source_disable_unref(watch->source);
+	watch->fd = safe_close(watch->fd);
+}
+
+/* Once, until there is one again. */
+static void tell_no_instance(struct watch *watch, int error)
+{
+	if (!watch->failed)
+		log_errno_limit(LOG_WARNING, error, LOG_RESOURCE_INOTIFY,
+			"Cannot watch files that have no lease, looking at each every second "
+			"instead");
+	watch->failed = true;
+}
+
+static int watch_open(struct watch *watch)
+{
+	int r;
+
+	if (watch->fd >= 0)
+		return 0;
+	if (now_usec() < watch->retry_usec)
+		return -EAGAIN;
+	watch->retry_usec = now_usec() + RETRY_USEC;
+	watch->fd = inotify_init1(IN_CLOEXEC | IN_NONBLOCK);
+	r = watch->fd < 0 ? -errno
+			  : sd_event_add_io(watch->broker->event, &watch->source, watch->fd,
+				    EPOLLIN, on_event, watch);
+	if (r < 0) {
+		watch_close(watch);
+		tell_no_instance(watch, r);
+		return r;
+	}
+	if (watch->failed)
+		log_info("Files that have no lease can be watched again.");
+	watch->failed = false;
+	return 0;
+}
+
 int watch_new(struct broker *broker, struct watch **ret)
 {
 	struct watch *watch;
-	int r;
 
 	watch = calloc(1, sizeof(*watch));
 	if (!watch)
 		return -ENOMEM;
 	watch->broker = broker;
-	watch->fd = inotify_init1(IN_CLOEXEC | IN_NONBLOCK);
-	r = watch->fd < 0 ? -errno
-			  : sd_event_add_io(broker->event, &watch->source, watch->fd, EPOLLIN,
-					    on_event, watch);
-	if (r < 0) {
-		watch_free(watch);
-		return r;
-	}
+	watch->fd = -1;
+	(void)watch_open(watch);
 	*ret = watch;
 	return 0;
 }
@@ -81,8 +118,7 @@ struct watch *watch_free(struct watch *watch)
 {
 	if (!watch)
 		return NULL;
-	sd_event_source_disable_unref(watch->source);
-	safe_close(watch->fd);
+	watch_close(watch);
 	free(watch);
 	return NULL;
 }
@@ -90,23 +126,28 @@ struct watch *watch_free(struct watch *watch)
 void watch_add(struct watch *watch, struct file *file)
 {
 	char path[64];
+	int r;
 
-	if (file->watch >= 0)
+	if (file->watch >= 0 || watch_open(watch) < 0)
 		return;
 	snprintf(path, sizeof(path), "/proc/self/fd/%d", file->lease.fd);
-	file->watch = inotify_add_watch(watch->fd, path, IN_CLOSE | IN_MODIFY | IN_ATTRIB);
-	if (file->watch < 0)
-		log_errno(LOG_WARNING, errno, "Cannot watch %s, looking at it from time to time",
-			  file->path);
-	else
+	r = inotify_add_watch(watch->fd, path, IN_CLOSE | IN_MODIFY | IN_ATTRIB);
+	if (r >= 0) {
+		file->watch = r;
 		watched_RB_INSERT(&watch->files, file);
+		return;
+	}
+	if (file->watch != FILE_WATCH_FAILED)
+		log_errno_limit(LOG_WARNING, errno, LOG_RESOURCE_INOTIFY,
+			"Cannot watch %s, looking at it every second instead", file->path);
+	file->watch = FILE_WATCH_FAILED;
 }
 
 void watch_remove(struct watch *watch, struct file *file)
 {
-	if (file->watch < 0)
-		return;
-	watched_RB_REMOVE(&watch->files, file);
-	(void)inotify_rm_watch(watch->fd, file->watch);
-	file->watch = -1;
+	if (file->watch >= 0) {
+		watched_RB_REMOVE(&watch->files, file);
+		(void)inotify_rm_watch(watch->fd, file->watch);
+	}
+	file->watch = FILE_NOT_WATCHED;
 }

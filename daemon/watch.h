@@ -3,7 +3,9 @@
 
 #include <systemd/sd-event.h>
 
-/* inotify on files whose lease cannot be held: who closes them, and what is done to them meanwhile. */
+/* inotify on files whose lease cannot be held: who closes them, and what is done to them meanwhile.
+ * The limits of inotify are the user's, so others can have used them up: it goes on without, and
+ * keeps trying. */
 
 struct broker;
 struct file;

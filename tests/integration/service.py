@@ -5,9 +5,12 @@ configuration, how it ends, and without root.
 """
 
 import contextlib
+import ctypes
 import glob
+import json
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -19,8 +22,8 @@ import time
 import unittest
 
 from client import PAGE, WAIT, Connection, Refused, is_readable
-from world import (CONFIG, Case, DAEMON, Holder, NOBODY, READY, STOPPING,
-                   TEMPFAIL, UNAVAILABLE, USAGE, WATCHDOG, as_nobody, open_file)
+from world import (CONFIG, Case, DAEMON, Holder, NOBODY, OSERR, READY, STOPPING, TEMPFAIL, UNAVAILABLE,
+                   USAGE, WATCHDOG, as_nobody, end_child, fork_as, open_file)
 
 
 class Notification(Case):
@@ -529,27 +532,153 @@ class End(Case):
         self.assertEqual(daemon.wait(), 0, daemon.text())
 
 
-class Unprivileged(Case):
-    @unittest.skipUnless(os.getuid() == 0, 'needs root to become somebody else')
-    def test_nobody(self):
+class UserCase(Case):
+    """The daemon of another user than root, who can have limits, and use them up."""
+
+    def setUp(self):
+        super().setUp()
         os.chmod(self.dir, 0o755)
-        home = os.path.join(self.dir, 'home')
-        os.mkdir(home)
-        path, own = os.path.join(home, 'socket'), self.make_file('home/own')
-        for name in (home, own):
-            os.chown(name, NOBODY, NOBODY)
-        foreign = self.make_file('foreign')
-        os.chmod(foreign, 0o666)
+        self.home = os.path.join(self.dir, 'home')
+        os.mkdir(self.home)
+        self.path = os.path.join(self.home, 'socket')
+        self.own, self.other = self.make_file('home/own'), self.make_file('home/other')
+
+    def spawn_as(self, uid, **kwargs):
+        for name in (self.home, self.own, self.other):
+            os.chown(name, uid, uid)
         self.manager = self.make_manager()
         os.chmod(self.manager.address, 0o666)
         # the build tree may be where nobody can go
         fd = os.open(DAEMON, os.O_RDONLY)
         self.addCleanup(os.close, fd)
-        daemon = self.spawn(['pinbrokerd'] + self.arguments(path),
-                            executable=f'/proc/self/fd/{fd}', pass_fds=[fd],
-                            env={'NOTIFY_SOCKET': self.manager.address},
-                            user=NOBODY, group=NOBODY, extra_groups=[])
+        return self.spawn(['pinbrokerd'] + self.arguments(self.path),
+                          executable=f'/proc/self/fd/{fd}', pass_fds=[fd],
+                          env={'NOTIFY_SOCKET': self.manager.address},
+                          user=uid, group=uid, extra_groups=[], **kwargs)
+
+    def start_as(self, uid, **kwargs):
+        daemon = self.spawn_as(uid, **kwargs)
         self.manager.wait_for(READY)
+        return daemon
+
+
+@unittest.skipUnless(os.getuid() == 0, 'needs root to become somebody else')
+class Limits(UserCase):
+    """What other programs of its user have left: it goes on without, or says which limit is in the way."""
+
+    UID = 61803  # nobody else's, who would feel the limits, too
+
+    def use_up_inotify(self):
+        """A process that has all instances there are; returns what ends it."""
+        ready, end = os.pipe()
+
+        def use_up():
+            while ctypes.CDLL(None).inotify_init1(os.O_CLOEXEC) >= 0:
+                pass
+            os.write(end, b'x')
+            signal.pause()
+
+        pid, result = fork_as(self.UID, use_up)
+        self.addCleanup(end_child, pid)
+        result.close()
+        os.close(end)
+        self.assertEqual(os.read(ready, 1), b'x')
+        os.close(ready)
+        return lambda: (os.kill(pid, signal.SIGKILL), os.waitpid(pid, 0))
+
+    def hold_as(self, file=None):
+        """A holder that lets go when told, and ends; a function that waits for that, and says what was told."""
+        ready, end = os.pipe()
+
+        def hold():
+            with contextlib.closing(Holder(self.path, file or self.own)) as holder:
+                os.write(end, b'x')
+                notice = holder.notice()
+                holder.release()
+                return notice['conflict']['cause']
+
+        def told():
+            os.waitpid(pid, 0)
+            return json.load(result)['result']
+
+        pid, result = fork_as(self.UID, hold)
+        self.addCleanup(end_child, pid)
+        self.addCleanup(result.close)
+        os.close(end)
+        self.assertTrue(os.read(ready, 1) or self.fail(result.read()))
+        os.close(ready)
+        return told
+
+    def test_inotify(self):
+        """A truncate of a file that is exposed is seen all the same, and is watched for once that can be (I1)."""
+        give_back = self.use_up_inotify()
+        self.write(self.config, '[Files]\nReaders=admit\n')
+        daemon = self.start_as(self.UID)
+        daemon.wait_for_log('Cannot watch files that have no lease, .*: Too many open files '
+                            r'\(the limit is /proc/sys/fs/inotify/max_user_instances: \d+\)')
+        self.hold_as()
+        with open(self.own, 'rb'):
+            daemon.wait_for_log(f'{self.own} is exposed')
+            os.truncate(self.own, PAGE)
+            daemon.wait_for_log(f'{self.own} was truncated to {PAGE} bytes while it was exposed')
+        self.hold_as(self.other)
+        with open(self.other, 'rb'):
+            daemon.wait_for_log(f'{self.other} is exposed')
+            give_back()
+            daemon.wait_for_log('Files that have no lease can be watched again')
+            self.assertEqual(daemon.text().count('Cannot watch'), 1)
+            self.assertIn('inotify wd:', self.descriptions(daemon.pid))
+            os.truncate(self.other, 0)
+            daemon.wait_for_log(f'{self.other} was truncated to 0 bytes while it was exposed')
+        self.expect_end(daemon)
+
+    def descriptions(self, pid):
+        text = ''
+        for path in glob.glob(f'/proc/{pid}/fdinfo/*'):
+            with contextlib.suppress(OSError), open(path, encoding='utf-8') as f:
+                text += f.read()
+        return text
+
+    def limited(self, which, value):
+        return self.spawn_as(self.UID, preexec_fn=lambda: resource.setrlimit(which, (value, value)))
+
+    def test_file_size(self):
+        daemon = self.limited(resource.RLIMIT_FSIZE, 0)
+        self.manager.wait_for(READY)
+        for what in ('record which identifiers are in use', f'write {self.path}.state: what is pinned would not'):
+            daemon.wait_for_log(f'Cannot {what}.*: File too large '
+                                r'\(the limit is RLIMIT_FSIZE, LimitFSIZE=: 0\)')
+        told = self.hold_as()
+        _, result = self.truncate(self.own)
+        self.truncated(result)
+        self.assertEqual(told(), 'modify')
+        self.expect_end(daemon)
+
+    def test_queued_signals(self):
+        """The kernel then tells that it could not tell."""
+        daemon = self.limited(resource.RLIMIT_SIGPENDING, 0)
+        self.manager.wait_for(READY)
+        told = self.hold_as()
+        _, result = self.truncate(self.own)
+        self.truncated(result)
+        self.assertEqual(told(), 'modify')
+        self.expect_end(daemon)
+
+    def test_threads_and_descriptors(self):
+        self.expect_refusal(self.limited(resource.RLIMIT_NPROC, 1), OSERR,
+                            'Cannot start the thread that logs: .*the limit is TasksMax=, RLIMIT_NPROC or')
+        for maximum in (8, 12):
+            self.expect_refusal(self.limited(resource.RLIMIT_NOFILE, maximum), UNAVAILABLE, 'Cannot start: .*'
+                                rf'the limit is RLIMIT_NOFILE, LimitNOFILE=: {maximum}\)')
+
+
+@unittest.skipUnless(os.getuid() == 0, 'needs root to become somebody else')
+class Unprivileged(UserCase):
+    def test_nobody(self):
+        path, own = self.path, self.own
+        foreign = self.make_file('foreign')
+        os.chmod(foreign, 0o666)
+        daemon = self.start_as(NOBODY)
         daemon.wait_for_log(f'Running as uid {NOBODY}: serving this user.s own files only')
 
         ready, end = os.pipe()

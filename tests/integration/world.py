@@ -27,7 +27,7 @@ from client import PAGE, WAIT, Connection, is_readable, truncate_in_child
 DAEMON = os.environ['PINBROKERD']
 NOBODY = 65534
 SIZE = 16 * PAGE
-USAGE, UNAVAILABLE, TEMPFAIL, CONFIG = 64, 69, 75, 78  # sysexits.h
+USAGE, UNAVAILABLE, OSERR, TEMPFAIL, CONFIG = 64, 69, 71, 75, 78  # sysexits.h
 READY = re.compile(rb'^READY=1$', re.M)
 WATCHDOG = re.compile(rb'^WATCHDOG=1$', re.M)
 STOPPING = re.compile(rb'^STOPPING=1$', re.M)

@@ -13,6 +13,7 @@
 #include <stdint.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/uio.h>
 #include <systemd/sd-journal.h>
@@ -127,6 +128,67 @@ static void test_errno(void **state)
 	assert_string_equal(
 		written(), "pinbrokerd: Cannot open /a: Permission denied [ERRNO=13]\n");
 	assert_int_equal(r, -EACCES);
+}
+
+/* Whose limit it was, and how much it is, where the error alone does not say. */
+static void test_limits(void **state)
+{
+	struct rlimit files, size;
+	char line[128];
+	const char *s;
+
+	getrlimit(RLIMIT_NOFILE, &files);
+	getrlimit(RLIMIT_FSIZE, &size);
+	setrlimit(RLIMIT_FSIZE, &(struct rlimit){4711, size.rlim_max});
+	log_open(LOG_INFO);
+	log_errno(LOG_ERR, EFBIG, "Write");
+	setrlimit(RLIMIT_FSIZE, &size);
+	log_errno(LOG_ERR, ENFILE, "Table");
+	log_errno_limit(LOG_ERR, EMFILE, LOG_RESOURCE_EVENT, "Open");
+	log_errno_limit(LOG_ERR, EMFILE, LOG_RESOURCE_INOTIFY, "Init");
+	log_errno_limit(LOG_ERR, ENOSPC, LOG_RESOURCE_INOTIFY, "Add");
+	log_errno_limit(LOG_ERR, ENOSPC, LOG_RESOURCE_EVENT, "Poll");
+	log_errno_limit(LOG_ERR, EAGAIN, LOG_RESOURCE_THREAD, "Run");
+	log_errno(LOG_ERR, ENOSPC, "Disk");
+	log_errno(LOG_ERR, EAGAIN, "Lease");
+	s = written();
+	assert_non_null(
+		strstr(s, "Write: File too large (the limit is RLIMIT_FSIZE, LimitFSIZE=: 4711) "));
+	assert_non_null(strstr(
+		s, "Table: Too many open files in system (the limit is /proc/sys/fs/file-max: "));
+	snprintf(line, sizeof(line),
+		"Open: Too many open files (the limit is RLIMIT_NOFILE, LimitNOFILE=: %ju) ",
+		(uintmax_t)files.rlim_cur);
+	assert_non_null(strstr(s, line));
+	assert_non_null(strstr(s, "Init: Too many open files (the limit is "
+				  "/proc/sys/fs/inotify/max_user_instances: "));
+	assert_non_null(strstr(s, "Add: No space left on device (the limit is "
+				  "/proc/sys/fs/inotify/max_user_watches: "));
+	assert_non_null(strstr(s, "Poll: No space left on device (the limit is "
+				  "/proc/sys/fs/epoll/max_user_watches: "));
+	assert_non_null(strstr(s,
+		"Run: Resource temporarily unavailable (the limit is TasksMax=, RLIMIT_NPROC or "
+		"/proc/sys/kernel/threads-max) "));
+	assert_non_null(strstr(s, "Disk: No space left on device ["));
+	assert_non_null(strstr(s, "Lease: Resource temporarily unavailable ["));
+}
+
+/* inotify_init1() says the same of the process's limit. */
+static void test_limit_of_descriptors(void **state)
+{
+	struct rlimit files;
+	char line[128];
+
+	getrlimit(RLIMIT_NOFILE, &files);
+	log_open(LOG_INFO);
+	setrlimit(RLIMIT_NOFILE, &(struct rlimit){3, files.rlim_max});
+	log_errno_limit(LOG_ERR, EMFILE, LOG_RESOURCE_INOTIFY, "Init");
+	setrlimit(RLIMIT_NOFILE, &files);
+	snprintf(line, sizeof(line),
+		"pinbrokerd: Init: Too many open files (the limit is RLIMIT_NOFILE, LimitNOFILE=: "
+		"3) [ERRNO=%d]\n",
+		EMFILE);
+	assert_string_equal(written(), line);
 }
 
 /* I5: a name cannot forge a line or a field. */
@@ -255,6 +317,8 @@ int main(void)
 	static const struct CMUnitTest tests[] = {
 		cmocka_unit_test_setup_teardown(test_plain, setup, teardown),
 		cmocka_unit_test_setup_teardown(test_errno, setup, teardown),
+		cmocka_unit_test_setup_teardown(test_limits, setup, teardown),
+		cmocka_unit_test_setup_teardown(test_limit_of_descriptors, setup, teardown),
 		cmocka_unit_test_setup_teardown(test_hostile_names, setup, teardown),
 		cmocka_unit_test_setup_teardown(test_journal, setup, teardown),
 		cmocka_unit_test_setup_teardown(test_long, setup, teardown),
