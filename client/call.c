@@ -12,6 +12,9 @@
 /* While the broker's backlog is full. */
 #define DIAL_PATIENCE_SEC 5
 
+/* Of these the broker may have to open a file, on whatever file system, or to wait for a lease. */
+#define PATIENCE_FOR_FILES 4
+
 void reply_done(struct reply *reply)
 {
 	if (reply->schema && reply->out)
@@ -104,6 +107,13 @@ static bool reply_continues(json_object *message)
 	       json_object_get_boolean(continues);
 }
 
+uint64_t call_deadline(const pinbroker *pb, int method)
+{
+	bool files = method == METHOD_OpenFile || method == METHOD_Preflight;
+
+	return now_usec() + pb->answer_usec * (files ? PATIENCE_FOR_FILES : 1);
+}
+
 static int connection_wait(struct connection *c, uint64_t until_usec)
 {
 	struct pollfd pfd = {
@@ -190,8 +200,11 @@ int error_transport(const pinbroker *pb, int method, int r)
 	if (r == -ENOMEM)
 		return error_set(pb, r, "%s: out of memory.", name);
 	if (r == -ETIMEDOUT)
-		return error_set(
-			pb, r, "The broker at %s does not answer %s.", pb->socket_path, name);
+		return error_set(pb, r,
+			"The broker at %s does not answer %s: it is stopped, or hangs. See how it "
+			"is "
+			"(systemctl status pinbrokerd), and try again.",
+			pb->socket_path, name);
 	if (is_broken_connection(r))
 		return error_set(pb, -ECONNRESET,
 			"The broker at %s closed the connection during %s.", pb->socket_path, name);
@@ -203,7 +216,7 @@ int error_dial(const pinbroker *pb, int r)
 {
 	return error_set(pb, r,
 		"Cannot connect to the broker at %s: %s. See whether it is running (systemctl "
-		"status pinbroker.socket), or give another path in $PINBROKER_SOCKET.",
+		"status pinbrokerd.socket), or give another path in $PINBROKER_SOCKET.",
 		pb->socket_path, strerror(-r));
 }
 
@@ -257,7 +270,8 @@ int transient_call(pinbroker *pb, int method, const void *in, const int *fds, si
 	if (r >= 0)
 		r = connection_send_copies(c, message, fds, n_fds);
 	if (r >= 0)
-		r = connection_await(c, USEC_INFINITY, &reply->message, &reply->fds, &unread);
+		r = connection_await(
+			c, call_deadline(pb, method), &reply->message, &reply->fds, &unread);
 	if (r < 0)
 		return error_transport(pb, method, r);
 	r = reply_read(pb, method, out, reply);
@@ -288,7 +302,8 @@ int transient_stream(pinbroker *pb, int method, const void *in, void *out,
 	do {
 		_cleanup_(reply_done) struct reply reply = {};
 
-		r = connection_await(c, USEC_INFINITY, &reply.message, &reply.fds, &unread);
+		r = connection_await(
+			c, call_deadline(pb, method), &reply.message, &reply.fds, &unread);
 		if (r < 0)
 			return error_transport(pb, method, r);
 		more = reply_continues(reply.message);

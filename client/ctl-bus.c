@@ -28,6 +28,8 @@ int fail_bus_call(const sd_bus_error *error, int r, const char *what)
 		   sd_bus_error_has_name(error, SD_BUS_ERROR_NAME_HAS_NO_OWNER)) {
 		advice = " See whether the broker is running (systemctl status pinbrokerd) and on "
 			 "this bus.";
+	} else if (r == -ETIMEDOUT || sd_bus_error_has_name(error, SD_BUS_ERROR_NO_REPLY)) {
+		advice = " The broker is stopped, or hangs: see systemctl status pinbrokerd.";
 	} else if (error->name && strstr(error->name, ".NoSuchObject")) {
 		advice = " pinbrokerctl list shows what there is.";
 		code = EX_NOINPUT;
@@ -37,10 +39,9 @@ int fail_bus_call(const sd_bus_error *error, int r, const char *what)
 	return fail(code, "%s: %s%s", what, error->message ?: strerror(-r), advice);
 }
 
-int ctl_bus_connect(const struct ctl *ctl, sd_bus **ret)
+static int open_bus(const char *address, sd_bus **ret)
 {
 	_cleanup_(sd_bus_flush_close_unrefp) sd_bus *bus = NULL;
-	const char *address = bus_address(ctl);
 	int r;
 
 	if (!address)
@@ -54,6 +55,17 @@ int ctl_bus_connect(const struct ctl *ctl, sd_bus **ret)
 		r = sd_bus_start(bus);
 	if (r >= 0)
 		*ret = TAKE_PTR(bus);
+	return r;
+}
+
+int ctl_bus_connect(const struct ctl *ctl, sd_bus **ret)
+{
+	const char *timeout = secure_getenv("PINBROKER_TIMEOUT");
+	int r = open_bus(bus_address(ctl), ret);
+
+	if (r >= 0 && timeout && strtod(timeout, NULL) > 0)
+		(void)sd_bus_set_method_call_timeout(
+			*ret, (uint64_t)(strtod(timeout, NULL) * USEC_PER_SEC));
 	return r;
 }
 

@@ -24,6 +24,9 @@ extern char **environ;
  * show what happens waits so long for it. */
 #define WHO_USEC (250 * USEC_PER_MSEC)
 
+/* A pin that is not let go of ends without a further notice. */
+#define LOOK_USEC (500 * USEC_PER_MSEC)
+
 struct hold {
 	struct ctl *ctl;
 	const char *path;
@@ -39,6 +42,7 @@ struct hold {
 	size_t n_regions;
 	size_t n_pinned;
 	uint64_t release_at; /* USEC_INFINITY: nothing is waiting */
+	uint64_t look_at;    /* USEC_INFINITY: no pin is to end by force */
 	bool placeholders;   /* the kernel does not pin these pages, see hold_register() */
 	int code;            /* to exit with, once something has gone wrong */
 	bool lost;
@@ -154,8 +158,10 @@ static void on_notice(pinbroker *pb, const struct pinbroker_notice *notice, void
 	struct hold *h = userdata;
 
 	say_notice(h, notice);
-	if (h->ignore)
+	if (h->ignore) {
+		h->look_at = now_usec() + LOOK_USEC;
 		return;
+	}
 	for (size_t i = 0; i < notice->n_pins; i++)
 		for (size_t j = 0; j < h->n_regions; j++)
 			if (h->regions[j].pin == notice->pins[i])
@@ -164,6 +170,35 @@ static void on_notice(pinbroker *pb, const struct pinbroker_notice *notice, void
 		hold_release_wanted(h);
 	else if (h->release_at == USEC_INFINITY)
 		h->release_at = now_usec() + WHO_USEC;
+}
+
+static int note_pin(const struct pinbroker_pin_info *info, void *userdata)
+{
+	struct hold *h = userdata;
+
+	for (size_t i = 0; i < h->n_regions; i++)
+		if (h->regions[i].pin == info->pin)
+			h->regions[i].seen = true;
+	return 0;
+}
+
+/* Which of the pins are gone by force. */
+static void hold_look(struct hold *h)
+{
+	h->look_at = now_usec() + LOOK_USEC;
+	for (size_t i = 0; i < h->n_regions; i++)
+		h->regions[i].seen = false;
+	if (pinbroker_list_pins(h->pb, pinbroker_file_get_info(h->file)->file, 0, note_pin, h) < 0)
+		return;
+	for (size_t i = 0; i < h->n_regions; i++) {
+		struct region *region = &h->regions[i];
+
+		if (region->pin == 0 || region->seen)
+			continue;
+		say_released(h, region->pin, true);
+		region->pin = 0;
+		h->n_pinned--;
+	}
 }
 
 /* ---- Taking hold ---- */
@@ -363,11 +398,11 @@ static int hold_signal(struct hold *h)
 /* In milliseconds, for poll(). */
 static int hold_timeout(const struct hold *h)
 {
-	uint64_t now = now_usec();
+	uint64_t now = now_usec(), at = h->release_at < h->look_at ? h->release_at : h->look_at;
 
-	if (h->release_at == USEC_INFINITY)
+	if (at == USEC_INFINITY)
 		return -1;
-	return h->release_at <= now ? 0 : (int)((h->release_at - now) / USEC_PER_MSEC + 1);
+	return at <= now ? 0 : (int)((at - now) / USEC_PER_MSEC + 1);
 }
 
 static int hold_loop(struct hold *h)
@@ -383,6 +418,8 @@ static int hold_loop(struct hold *h)
 			continue;
 		if (h->release_at <= now_usec())
 			hold_release_wanted(h);
+		if (h->look_at <= now_usec())
+			hold_look(h);
 		if (pfds[1].revents && hold_signal(h))
 			return 0;
 		if (!pfds[0].revents)
@@ -504,7 +541,11 @@ static int hold_parse(struct hold *h, int argc, char *argv[])
 
 int ctl_hold(struct ctl *ctl, int argc, char *argv[])
 {
-	struct hold h = {.ctl = ctl, .ring_fd = -1, .signal_fd = -1, .release_at = USEC_INFINITY};
+	struct hold h = {.ctl = ctl,
+		.ring_fd = -1,
+		.signal_fd = -1,
+		.release_at = USEC_INFINITY,
+		.look_at = USEC_INFINITY};
 	int r;
 
 	r = hold_parse(&h, argc, argv);

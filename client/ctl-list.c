@@ -10,8 +10,11 @@ enum { OPTION_FILE = OPTION_VERB, OPTION_CLIENT };
 static bool list_wants(const struct list *list, uint64_t id)
 {
 	for (size_t i = 0; i < list->n_ids; i++)
-		if (list->ids[i] == id)
+		if (list->ids[i] == id) {
+			if (list->found)
+				list->found[i] = true;
 			return true;
+		}
 	return !list->ids;
 }
 

@@ -53,6 +53,7 @@ struct map {
 
 static int find_file(const struct pinbroker_file_info *info, void *userdata)
 {
+	_cleanup_(freep) char *path = NULL;
 	struct map *m = userdata;
 	char size[32];
 
@@ -62,10 +63,11 @@ static int find_file(const struct pinbroker_file_info *info, void *userdata)
 	m->file = info->file;
 	m->size = S_ISREG(m->st.st_mode) ? (uint64_t)m->st.st_size : info->size;
 	format_size(m->size, size);
+	path = escape_text(m->path);
 	if (asprintf(&m->title,
 		    "%s: file %" PRIu64 ", %s on %s, lease %s%s, %" PRIu64 " pin%s of %" PRIu64
 		    " client%s",
-		    m->path, info->file, size, info->file_system,
+		    path, info->file, size, info->file_system,
 		    pinbroker_lease_state_name(info->lease), info->exposed ? ", EXPOSED" : "",
 		    info->n_pins, info->n_pins == 1 ? "" : "s", info->n_clients,
 		    info->n_clients == 1 ? "" : "s") < 0)

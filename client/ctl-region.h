@@ -7,6 +7,7 @@
 struct region {
 	struct pinbroker_range range;
 	uint64_t pin; /* 0: none, or let go */
+	bool seen;    /* it was there when last looked at */
 	bool wanted;  /* asked back, and to be let go of at hold::release_at */
 	void *map;    /* owned; NULL: none */
 	size_t map_size;

@@ -8,14 +8,12 @@ struct show {
 	struct ctl *ctl;
 	struct list list;
 	json_object *array; /* owned; NULL: text is wanted */
-	size_t n_found;
 };
 
 static void show_found(struct show *s, const struct list_kind *kind)
 {
 	json_object *rows;
 
-	s->n_found += table_rows(s->list.table);
 	if (!s->array) {
 		table_print_vertical(s->list.table, kind->singular);
 		return;
@@ -46,17 +44,20 @@ static int show_run(struct show *s)
 	if (s->array && r == 0)
 		json_print(json_object_get(s->array), s->ctl);
 	pinbroker_unref(s->list.pb);
-	if (r > 0 || s->n_found == s->list.n_ids)
-		return r;
-	return fail(EX_NOINPUT,
-		"%zu of %zu objects were not found: there is none, or it is somebody else's. "
-		"pinbrokerctl list shows what there is.",
-		s->list.n_ids - s->n_found, s->list.n_ids);
+	for (size_t i = 0; i < s->list.n_ids && (r == 0 || r == EX_NOINPUT); i++)
+		if (!s->list.found[i])
+			r = fail(EX_NOINPUT,
+				"There is no object %" PRIu64
+				", or it is somebody else's. pinbrokerctl list "
+				"shows what there is.",
+				s->list.ids[i]);
+	return r;
 }
 
 int ctl_show(struct ctl *ctl, int argc, char *argv[])
 {
 	_cleanup_(freep) uint64_t *ids = NULL;
+	_cleanup_(freep) bool *found = NULL;
 	struct show s = {.ctl = ctl};
 	int r;
 
@@ -78,7 +79,9 @@ int ctl_show(struct ctl *ctl, int argc, char *argv[])
 		if (id > 0)
 			ids[s.list.n_ids++] = id;
 	}
+	found = must(calloc(s.list.n_ids + 1, sizeof(*found)));
 	s.list.ids = ids;
+	s.list.found = found;
 	if (ctl->json != JSON_OFF)
 		s.array = must(json_object_new_array());
 	r = show_run(&s);

@@ -137,6 +137,45 @@ static int on_ended(sd_bus_message *m, void *userdata, sd_bus_error *error)
 	return 0;
 }
 
+/* What nobody sends cannot be seen: it is said that there is none, and when there is one. */
+static void say_broker(bool present)
+{
+	fputs(present ? "pinbrokerctl: The broker is on the bus.\n"
+		      : "pinbrokerctl: The broker is not on the bus, and nothing is seen until it "
+			"is. See "
+			"whether it is running (systemctl status pinbrokerd) and on this bus.\n",
+		stderr);
+}
+
+static int on_owner(sd_bus_message *m, void *userdata, sd_bus_error *error)
+{
+	const char *name, *old, *new;
+
+	if (sd_bus_message_read(m, "sss", &name, &old, &new) >= 0)
+		say_broker(*new);
+	return 0;
+}
+
+static int watch_broker(struct watch *w)
+{
+	sd_bus_message *reply = NULL;
+	int r, present = true;
+
+	r = sd_bus_add_match(w->bus, NULL,
+		"type='signal',sender='org.freedesktop.DBus',member='NameOwnerChanged',"
+		"arg0='" BROKER_NAME "'",
+		on_owner, w);
+	if (r >= 0)
+		r = sd_bus_call_method(w->bus, "org.freedesktop.DBus", "/org/freedesktop/DBus",
+			"org.freedesktop.DBus", "NameHasOwner", NULL, &reply, "s", BROKER_NAME);
+	if (r >= 0)
+		r = sd_bus_message_read(reply, "b", &present);
+	sd_bus_message_unref(reply);
+	if (r >= 0 && !present)
+		say_broker(false);
+	return r;
+}
+
 static int watch_run(struct watch *w)
 {
 	int r;
@@ -152,6 +191,8 @@ static int watch_run(struct watch *w)
 	if (r >= 0)
 		r = sd_bus_match_signal(w->bus, NULL, BROKER_NAME, BROKER_PATH, BROKER_INTERFACE,
 			"RevocationEnded", on_ended, w);
+	if (r >= 0)
+		r = watch_broker(w);
 	if (r < 0)
 		return fail_bus(w->ctl, r, "Cannot listen for revocations");
 	if (w->ctl->legend && w->ctl->json == JSON_OFF)

@@ -15,6 +15,7 @@ enum json_mode { JSON_OFF, JSON_SHORT, JSON_PRETTY };
 
 /* What the options say that every verb has. */
 struct ctl {
+	char **argv;             /* that getopt_long() is at */
 	const char *bus_address; /* NULL: the default */
 	const char *socket_path; /* NULL: the default */
 	enum json_mode json;
@@ -157,6 +158,7 @@ struct list {
 	uint64_t file, client; /* only those on it, of it; 0: any */
 	const uint64_t *ids;   /* only these; NULL: all */
 	size_t n_ids;
+	bool *found; /* which of the ids there are; NULL: nobody asks */
 };
 
 struct list_kind {

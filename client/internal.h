@@ -16,6 +16,9 @@
 /* How long pinbroker_dispatch() and the bus in pinbroker_connect() may wait. */
 #define PATIENCE_USEC (2 * USEC_PER_SEC)
 
+/* For an answer, without $PINBROKER_TIMEOUT: longer than WatchdogSec= and a restart. */
+#define ANSWER_USEC (30 * USEC_PER_SEC)
+
 /* Until the next attempt to restore something: doubled from first to last; back to first once it
  * has stayed up for longer than last. */
 struct backoff {
@@ -61,6 +64,8 @@ struct pinbroker {
 	void *userdata;
 	pinbroker_lost_callback lost_callback;
 	void *lost_userdata;
+
+	uint64_t answer_usec; /* how long an answer may take, see call_deadline() */
 
 	int epoll_fd; /* what the caller polls */
 	int timer_fd;
@@ -154,10 +159,12 @@ int transient_stream(pinbroker *pb, int method, const void *in, void *out,
 /* With the call lock held. */
 int request_connect(pinbroker *pb);
 void request_forget(pinbroker *pb); /* undoes it */
-int request_restore(pinbroker *pb, uint64_t until_usec);
+int request_restore(pinbroker *pb, uint64_t until_usec); /* USEC_INFINITY: as long as any call */
 int request_hello(pinbroker *pb, const char *bus_name, uint64_t until_usec);
 void request_drop(pinbroker *pb);
 bool request_is_broken(pinbroker *pb);
+/* A broker that hangs is ended by its watchdog: its next run, or nobody, answers by then. */
+uint64_t call_deadline(const pinbroker *pb, int method);
 /* Connects to the socket; patient: waits while its backlog is full. */
 int broker_dial(pinbroker *pb, bool patient, struct connection **ret);
 int request_message(int method, const void *in, bool more, json_object **ret);

@@ -227,6 +227,14 @@ static int pinbroker_open_descriptors(pinbroker *pb)
 	return poll_add(pb, pb->wake_fd, EPOLLIN, SOURCE_WAKE);
 }
 
+static uint64_t answer_usec(void)
+{
+	const char *value = secure_getenv("PINBROKER_TIMEOUT");
+	double seconds = value ? strtod(value, NULL) : 0;
+
+	return seconds > 0 && seconds < 1e6 ? (uint64_t)(seconds * USEC_PER_SEC) : ANSWER_USEC;
+}
+
 EXPORT int pinbroker_new(const char *name, const char *socket_path, pinbroker **ret)
 {
 	static atomic_uint_fast64_t n_made;
@@ -245,6 +253,7 @@ EXPORT int pinbroker_new(const char *name, const char *socket_path, pinbroker **
 		.serial = atomic_fetch_add(&n_made, 1) + 1,
 		.pid = getpid(),
 		.channels = PINBROKER_CHANNEL_WATCH | PINBROKER_CHANNEL_BUS,
+		.answer_usec = answer_usec(),
 		.epoll_fd = -1,
 		.timer_fd = -1,
 		.wake_fd = -1,

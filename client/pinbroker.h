@@ -51,7 +51,8 @@ extern "C" {
  * or all connections broke at a time when it had no pins): nothing protects its pins any more. Let
  * go of all of them, drop the handle and start anew. -ECONNRESET   the connection broke, or memory
  * ran out, after the call had been sent: whether it was done is not known (pinbroker_list_pins()
- * tells). The handle has reconnected, or will. -ECHILD       the handle was made by another
+ * tells). The handle has reconnected, or will. -ETIMEDOUT    the broker does not answer: it is
+ * stopped, or hangs; likewise. -ECHILD       the handle was made by another
  * process, see below -EPROTO       the broker's answer makes no sense -ENOMEM       nothing was
  * done or what socket(2) and connect(2) return, while the broker is away
  *
@@ -59,10 +60,11 @@ extern "C" {
  * NULL for whatever is not a refusal.
  *
  * Threads. Calls may be made from several threads; those that need the broker's answer are made one
- * after the other. They wait for it without a limit of time, and signals do not interrupt them.
- * pinbroker_dispatch() is for one thread at a time. Callbacks run in it, with no lock held: they
- * may make any call but pinbroker_dispatch(), and release the handle. Setters are for the time
- * before pinbroker_connect(), by one thread.
+ * after the other. They wait for it for 30 s, or as long as $PINBROKER_TIMEOUT says, in seconds,
+ * and four times that where a file is opened; signals do not interrupt them. pinbroker_dispatch()
+ * is for one thread at a time. Callbacks run in it, with no lock held: they may make any call but
+ * pinbroker_dispatch(), and release the handle. Setters are for the time before
+ * pinbroker_connect(), by one thread.
  *
  * fork(). The child must not use the handle: every call returns -ECHILD there (or NULL, and
  * pinbroker_last_error() and what is asked of files and contexts alone still answer). The _unref()

@@ -8,6 +8,8 @@
 #include <stdarg.h>
 #include <string.h>
 
+#include "protocol/utf8.h"
+
 static const struct {
 	const char *name;
 	int (*run)(struct ctl *ctl, int argc, char *argv[]);
@@ -64,14 +66,25 @@ static const char help_text[] =
 	"     --range OFFSET:LENGTH  What to pin, may be repeated (default: all)\n"
 	"     --on-revoke release|ignore  What to do when asked to let go (default: release)\n";
 
+/* Names of files, arguments and answers may hold anything: nothing of it reaches the terminal as a
+ * command. */
+static void __attribute__((format(printf, 1, 0))) say_error(const char *format, va_list ap)
+{
+	_cleanup_(freep) char *raw = NULL, *text = NULL;
+
+	if (vasprintf(&raw, format, ap) < 0)
+		raw = NULL;
+	text = escape_text(raw ?: "Out of memory.");
+	fprintf(stderr, "pinbrokerctl: %s", text);
+}
+
 int fail(int code, const char *format, ...)
 {
 	va_list ap;
 
 	fflush(stdout);
-	fputs("pinbrokerctl: ", stderr);
 	va_start(ap, format);
-	vfprintf(stderr, format, ap);
+	say_error(format, ap);
 	va_end(ap);
 	fputc('\n', stderr);
 	return code;
@@ -81,9 +94,8 @@ int fail_usage(const char *format, ...)
 {
 	va_list ap;
 
-	fputs("pinbrokerctl: ", stderr);
 	va_start(ap, format);
-	vfprintf(stderr, format, ap);
+	say_error(format, ap);
 	va_end(ap);
 	fputs("\nTry pinbrokerctl --help.\n", stderr);
 	return EX_USAGE;
@@ -127,9 +139,8 @@ int fail_call(pinbroker *pb, int r, const char *format, ...)
 	va_list ap;
 
 	fflush(stdout);
-	fputs("pinbrokerctl: ", stderr);
 	va_start(ap, format);
-	vfprintf(stderr, format, ap);
+	say_error(format, ap);
 	va_end(ap);
 	fprintf(stderr, ": %s\n", message);
 	return exit_code(r);
@@ -159,40 +170,40 @@ bool parse_u64(const char *s, uint64_t *ret)
 	return true;
 }
 
-char *escape_word(const char *s)
+/* Bytes that are no UTF-8, and the C1 controls, U+0080 to U+009F: a terminal may obey either. */
+static size_t printable_length(const char *s)
 {
-	char *word = must(malloc(strlen(s) * 4 + 1)), *p = word;
+	uint32_t c;
+	size_t length = utf8_decode(s, strlen(s), &c);
 
-	for (; *s; s++) {
-		unsigned char c = (unsigned char)*s;
+	return c < ' ' || (c >= 0x7f && c < 0xa0) ? 0 : length;
+}
 
-		if (c <= ' ' || c == '\\' || c == 0x7f)
-			p += sprintf(p, "\\%03o", c);
-		else
-			*p++ = *s;
+static char *escape(const char *s, bool word)
+{
+	char *text = must(malloc(strlen(s) * 4 + 1)), *p = text;
+
+	while (*s) {
+		bool separates = word && (*s == ' ' || *s == '\\');
+		size_t length = separates ? 0 : printable_length(s);
+
+		if (length == 0)
+			p += sprintf(p, word ? "\\%03o" : "\\x%02x", (unsigned char)*s++);
+		for (; length > 0; length--)
+			*p++ = *s++;
 	}
 	*p = 0;
-	return word;
+	return text;
+}
+
+char *escape_word(const char *s)
+{
+	return escape(s, true);
 }
 
 char *escape_text(const char *s)
 {
-	char *text = must(malloc(strlen(s) * 4 + 1)), *p = text;
-
-	for (; *s; s++) {
-		unsigned char c = (unsigned char)*s, next = (unsigned char)s[1];
-
-		/* The C1 controls, U+0080 to U+009F, are C2 80 to C2 9F. */
-		if (c < ' ' || c == 0x7f || (c == 0xc2 && next >= 0x80 && next < 0xa0)) {
-			p += sprintf(p, "\\x%02x", c);
-			if (c == 0xc2)
-				p += sprintf(p, "\\x%02x", (unsigned char)*++s);
-		} else {
-			*p++ = *s;
-		}
-	}
-	*p = 0;
-	return text;
+	return escape(s, false);
 }
 
 bool is_below(const char *path, const char *directory)
@@ -263,6 +274,17 @@ static int json_option(struct ctl *ctl, const char *value)
 	return -1;
 }
 
+/* getopt_long() would print the argument as it is. */
+static int fail_option(const char *argument)
+{
+	if (optopt >= OPTION_BUS || optopt == 'h')
+		return fail_usage("The option %s %s.", argument,
+			strchr(argument, '=') ? "takes no argument" : "needs an argument");
+	if (optopt != 0)
+		return fail_usage("There is no option -%c.", optopt);
+	return fail_usage("There is no option %s.", argument);
+}
+
 int ctl_common_option(struct ctl *ctl, int c)
 {
 	switch (c) {
@@ -287,8 +309,7 @@ int ctl_common_option(struct ctl *ctl, int c)
 		fputs(help_text, stdout);
 		return EX_OK;
 	default:
-		fputs("Try pinbrokerctl --help.\n", stderr);
-		return EX_USAGE;
+		return fail_option(ctl->argv[optind - 1]);
 	}
 }
 
@@ -312,11 +333,12 @@ int ctl_common_options(struct ctl *ctl, int argc, char *argv[])
 
 int main(int argc, char *argv[])
 {
-	struct ctl ctl = {.legend = true, .pager = true};
+	struct ctl ctl = {.argv = argv, .legend = true, .pager = true};
 	const char *verb;
 	int r;
 
 	setlocale(LC_CTYPE, "");
+	opterr = 0;
 	/* "+": what comes after the verb is the verb's. */
 	r = parse_options(&ctl, argc, argv, "+h");
 	if (r >= 0)
@@ -326,6 +348,7 @@ int main(int argc, char *argv[])
 	verb = argv[optind];
 	argc -= optind;
 	argv += optind;
+	ctl.argv = argv;
 	/* Makes getopt_long() begin anew. */
 	optind = 0;
 	for (size_t i = 0; i < ELEMENTS(verbs); i++)

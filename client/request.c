@@ -110,9 +110,9 @@ int request_connect(pinbroker *pb)
 	r = broker_dial(pb, true, &c);
 	if (r < 0)
 		return error_dial(pb, r);
-	r = request_hello_on(pb, c, bus_name, USEC_INFINITY, &out, &reply);
+	r = request_hello_on(pb, c, bus_name, call_deadline(pb, METHOD_Hello), &out, &reply);
 	if (r < 0 && bus_name && pinbroker_last_error(pb)->name)
-		r = request_hello_on(pb, c, NULL, USEC_INFINITY, &out, &reply);
+		r = request_hello_on(pb, c, NULL, call_deadline(pb, METHOD_Hello), &out, &reply);
 	if (r < 0)
 		return r;
 	r = request_learn(pb, &out);
@@ -158,6 +158,8 @@ int request_restore(pinbroker *pb, uint64_t until_usec)
 	r = broker_dial(pb, until_usec == USEC_INFINITY, &c);
 	if (r < 0)
 		return error_dial(pb, r);
+	if (until_usec == USEC_INFINITY)
+		until_usec = call_deadline(pb, METHOD_Resume);
 	r = request_on(pb, c, METHOD_Resume, &in, &out, until_usec, &reply);
 	if (r == -ENOENT || r == -EACCES) {
 		mark_lost(pb);
@@ -187,13 +189,17 @@ static bool method_is_repeatable(int method)
 /* The request went out, the answer is lost. -ENOMEM would say that nothing was done. */
 static int error_answer(const pinbroker *pb, int method, int r)
 {
-	if (method_is_repeatable(method) || (r != -ENOMEM && !is_broken_connection(r)))
+	bool late = r == -ETIMEDOUT;
+
+	if (method_is_repeatable(method) || (r != -ENOMEM && !late && !is_broken_connection(r)))
 		return error_transport(pb, method, r);
-	return error_set(pb, -ECONNRESET,
+	return error_set(pb, late ? r : -ECONNRESET,
 		"%s: %s before the broker's answer was read, so whether it was done is not known. "
 		"List the pins to find out.",
 		interface_pinbroker.methods[method].name,
-		r == -ENOMEM ? "memory ran out" : "the connection broke");
+		r == -ENOMEM ? "memory ran out"
+		: late       ? "the time was over (is the broker stopped, or does it hang?)"
+			     : "the connection broke");
 }
 
 /* The connection stands, but what is on it is of no use. It goes only when there is another: a
@@ -219,10 +225,15 @@ static int broker_call_locked(pinbroker *pb, int method, json_object *message, c
 		r = connection_send_copies(pb->request, message, fds, n_fds);
 		if (r < 0)
 			return error_transport(pb, method, r);
-		r = connection_await(
-			pb->request, USEC_INFINITY, &reply->message, &reply->fds, &unread);
+		r = connection_await(pb->request, call_deadline(pb, method), &reply->message,
+			&reply->fds, &unread);
 		if (r >= 0)
 			return 0;
+		if (r == -ETIMEDOUT) {
+			/* A late answer is not to be taken for that of the next call. */
+			request_drop(pb);
+			return error_answer(pb, method, r);
+		}
 		if (!is_broken_connection(r)) {
 			request_renew(pb);
 			return unread ? error_transport(pb, method, r)
