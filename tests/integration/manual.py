@@ -289,14 +289,15 @@ class Examples(Case):
                 text = text.replace(there, here)
             yield Example(self, text)
 
-    def run_examples(self, name):
-        """Each with a broker of its own, whose identifiers begin at 1."""
+    def run_examples(self, name, files=True):
+        """Each with a broker of its own, whose identifiers begin at 1; files: those that it needs are there."""
         env = self.environment()
         self.start_bus()
         for example in self.examples(name):
             if set(example.commands) & set(NOT_RUN):
                 continue
-            self.write_files()
+            if files:
+                self.write_files()
             daemon = self.start()
             daemon.wait_for_log('On the bus as')
             example.run(env)
@@ -307,7 +308,45 @@ class Examples(Case):
         self.run_examples('pinbrokerctl.1')
 
     def test_pinbrokerd(self):
-        self.run_examples('pinbrokerd.8')
+        os.unlink(self.file)
+        self.run_examples('pinbrokerd.8', files=False)
+
+    def test_tour(self):
+        """The commands of the README as they stand there, after those that set the stage."""
+        tour = re.search(r'(?ms)^## A tour.*?(?=^## )', read('README.md')).group()
+        commands = re.findall(r'(?m)^    # (.*)$', tour.replace('/dev/shm', self.mount))
+        self.assertEqual([c.split()[0] for c in commands[:4]],
+                         ['dbus-run-session', 'export', 'export', 'pinbrokerd'])
+        env = self.environment()
+        self.write(self.config, '[Revocation]\nRevokeGraceSec=2\n')
+        self.start_bus()
+        daemon = self.start()
+        daemon.wait_for_log('On the bus as')
+        waiting = []
+        for command in commands[4:]:
+            if command.startswith('pinbrokerctl hold'):
+                self.assertRegex(self.begin(command, env).stdout.readline(), '^holding ')
+            elif command.endswith('&'):
+                n_broken = daemon.text().count(' broken')
+                waiting.append(self.begin(command, env))
+                daemon.wait_for_log(rf'(?s)( broken.*){{{n_broken + 1}}}')
+            else:
+                if 'list revocations' in command:
+                    self.assertEqual([w.wait(WAIT) for w in waiting], [0])
+                result = subprocess.run(['bash', '-ec', command], cwd=self.dir, env=env, timeout=WAIT,
+                                        stdin=subprocess.DEVNULL, capture_output=True, encoding='utf-8',
+                                        check=False)
+                self.assertEqual((result.returncode, result.stderr), (0, ''), command)
+        self.expect_end(daemon)
+
+    def begin(self, command, env):
+        process = subprocess.Popen(['bash', '-c', command.rstrip('& ')], cwd=self.dir, env=env,
+                                   stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                                   encoding='utf-8')
+        self.addCleanup(process.stdout.close)
+        self.addCleanup(process.wait)
+        self.addCleanup(process.kill)
+        return process
 
     def test_not_run(self):
         """What is on the list is in a page still."""
