@@ -197,7 +197,7 @@ struct pinbroker_notice {
 	pid_t pid;              /* who wants it; 0: not known (yet) */
 	uid_t uid;              /* PINBROKER_NO_UID: not known */
 	const char *comm;       /* the name of that process, or NULL */
-	const char *reason;     /* an administrator's words, or NULL */
+	const char *reason;     /* an administrator's words, what was done to the lease, or NULL */
 	uint64_t deadline_usec; /* the broker goes on without the holder from then on */
 	bool update; /* there was a notice of this revocation and file already; this one says more:
 			who is behind it, why, or further pins */

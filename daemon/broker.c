@@ -95,6 +95,8 @@ int broker_new(sd_event *event, struct config *config, struct broker **ret)
 	if (r >= 0)
 		r = hearing_new(broker, &broker->hearing);
 	if (r >= 0)
+		r = sharings_new(broker, &broker->sharings);
+	if (r >= 0)
 		r = sd_event_add_time(broker->event, &broker->audit, CLOCK_MONOTONIC,
 				      now_usec() + AUDIT_USEC, USEC_PER_SEC, on_audit, broker);
 	if (r >= 0)
@@ -135,6 +137,7 @@ struct broker *broker_free(struct broker *broker)
 	watch_free(broker->watch);
 	sd_device_monitor_unref(broker->devices);
 	hearing_free(broker->hearing);
+	sharings_free(broker->sharings);
 	sd_event_source_disable_unref(broker->audit);
 	users_free(broker->users);
 	ids_close(&broker->ids);

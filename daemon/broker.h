@@ -46,6 +46,7 @@ struct broker {
 	struct users *users;
 	struct offload *offload;
 	struct hearing *hearing; /* hears of breaks of leases */
+	struct sharings *sharings; /* files whose description several uids were given */
 	struct watch *watch; /* inotify, for files without a lease */
 	sd_device_monitor *devices; /* whose removal is heard of; NULL: none */
 	struct blame *blame; /* finds out who broke a lease */

@@ -336,6 +336,8 @@ static int check_file(struct file *file, struct use *use, enum access access, bo
 	if (access == ACCESS_WRITE && !use->writable)
 		return refuse(ret_refusal, REFUSAL_NOT_ALLOWED, "readOnly",
 			      "%s was opened for reading.", file->path);
+	if (sharing_check_pin(file, use->client->process.uid, ret_refusal) != 0)
+		return REFUSED;
 	if (!on_demand && backing_pinnable(&file->backing, access, &reason) == PINNABLE_NO)
 		return refuse(ret_refusal, REFUSAL_NOT_SUPPORTED, "fsdax", "%s", reason);
 	if (file->broker->stopping)

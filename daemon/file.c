@@ -35,6 +35,7 @@ static struct log_fields file_fields(const struct file *file)
 
 static void set_fd(struct file *file, int fd)
 {
+	sharing_clear(file);
 	if (file->lease.fd >= 0)
 		broker_remove_lease_fd(file->broker, file);
 	store_drop(&file->broker->store, &file->copy);
@@ -389,16 +390,31 @@ static void break_by_writer(struct file *file)
 	blame_request(file->broker->blame, file);
 }
 
+/* Somebody who shares the description has given the lease up. What came until it was taken again counts. */
+static void go_on_after_stripping(struct file *file)
+{
+	file->unguarded = file->n_pins > 0;
+	check_shrunk(file);
+	disarm(file);
+	if (!file_admits_readers(file->broker))
+		settle(file);
+	sharing_stripped(file);
+}
+
 void file_update(struct file *file)
 {
 	if (file->lease.fd < 0 || file->opening)
 		return;
+	sharing_inspect(file);
 	switch (lease_look(&file->lease)) {
 	case LEASE_READER:
 		break_by_reader(file);
 		break;
 	case LEASE_WRITER:
 		break_by_writer(file);
+		break;
+	case LEASE_STRIPPED:
+		go_on_after_stripping(file);
 		break;
 	case LEASE_INTACT:
 		/* Could not be acted on the last time? */

@@ -13,6 +13,7 @@
 #include "lease.h"
 #include "pin.h"
 #include "protocol/interface.h"
+#include "sharing.h"
 #include "store.h"
 
 struct broker;
@@ -57,6 +58,7 @@ struct file {
 	bool unguarded;                /* it has pins, but no lease */
 	bool exposed;                  /* … and some of them hold pages */
 	struct store_copy copy;        /* the service manager's, of the description */
+	struct sharing sharing;        /* sharing.c's: who was given the description */
 	struct lease recorded;         /* what was last written into the state */
 	uint64_t emergency_size;       /* unguarded: a shrink to this has been dealt with already */
 	bool settle_running;           /* a job opens the file as a reader would */

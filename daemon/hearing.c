@@ -44,7 +44,7 @@ static bool sweep_some(struct hearing *h)
 		h->sweep_after = file->id;
 		if (file->n_pins > 0)
 			file_keep(file);
-		file_update(file);
+		sharing_look(file);
 	}
 	return true;
 }
@@ -120,15 +120,15 @@ static void note_replaced(struct hearing *h, bool deaf)
 static void follow_signal(struct hearing *h, int signal, int fd)
 {
 	struct file *file = broker_find_lease_fd(h->broker, fd);
-	bool confirmed = false;
 
-	if (file) {
+	if (file && signal != LEASE_SIGNAL)
+		sharing_look(file); /* before it is let go, and with it the trace of who did it */
+	else if (file)
 		file_update(file);
-		confirmed = lease_hear(&file->lease);
-	}
 	if (signal == SIGIO) /* what the kernel sends when the queue is full */
 		note_overflow(h);
-	else if (!confirmed || signal != LEASE_SIGNAL || h->broker->stale_signals)
+	else if (!file || signal != LEASE_SIGNAL || !lease_hear(&file->lease) ||
+		 h->broker->stale_signals)
 		hearing_sweep(h);
 }
 

@@ -7,6 +7,10 @@
 
 #include "macro.h"
 
+#ifndef F_GETOWNER_UIDS
+#define F_GETOWNER_UIDS 17 /* linux/fcntl.h, which does not go together with fcntl.h */
+#endif
+
 static pid_t sentinel_group; /* 0: there is no sentinel */
 
 void lease_set_sentinel(pid_t group)
@@ -45,7 +49,46 @@ int lease_take(struct lease *lease)
 		return -errno;
 	lease->state = lease->access == ACCESS_WRITE ? LEASE_WRITE : LEASE_READ;
 	lease->unheard = false;
+	lease->looked_usec = now_usec();
 	return 0;
+}
+
+/* With the lease goes who hears of it. */
+static bool has_no_owner(const struct lease *lease)
+{
+	struct f_owner_ex owner;
+
+	return fcntl(lease->fd, F_GETSIG) == 0 &&
+	       fcntl(lease->fd, F_GETOWN_EX, &owner) >= 0 && owner.pid == 0;
+}
+
+enum lease_tampering lease_inspect(const struct lease *lease, uid_t *ret_uid)
+{
+	const struct f_owner_ex expected = lease_owner(lease);
+	int signal = fcntl(lease->fd, F_GETSIG);
+	struct f_owner_ex owner;
+	uid_t uids[2];
+	bool owned, known, ours;
+
+	if (lease->state == LEASE_NONE || fcntl(lease->fd, F_GETOWN_EX, &owner) < 0)
+		return LEASE_UNTOUCHED;
+	/* F_SETOWN to the same once more shows only there: from then on the kernel asks what its caller may. */
+	known = fcntl(lease->fd, F_GETOWNER_UIDS, uids) >= 0;
+	ours = !known || (uids[0] == getuid() && uids[1] == geteuid());
+	owned = ours && owner.type == expected.type && owner.pid == expected.pid;
+	if (owned && signal == LEASE_SIGNAL)
+		return LEASE_UNTOUCHED;
+	/* the lease has gone, which lease_look() sees */
+	if (owner.pid == 0 && signal == 0 && fcntl(lease->fd, F_GETLEASE) == F_UNLCK)
+		return LEASE_UNTOUCHED;
+	(void)lease_own(lease);
+	if (owned)
+		return LEASE_RESIGNALLED;
+	/* F_SETOWN to nobody leaves the uids of before */
+	if (!known || (ours && owner.pid == 0))
+		return LEASE_DISOWNED;
+	*ret_uid = uids[0];
+	return LEASE_REOWNED;
 }
 
 int lease_resume(struct lease *lease, uint64_t since_usec)
@@ -72,6 +115,20 @@ int lease_resume(struct lease *lease, uint64_t since_usec)
 		       : 1;
 }
 
+/* The kernel does not take one away that was whole a moment ago. */
+static bool was_stripped(const struct lease *lease)
+{
+	return lease_is_shared(lease) && has_no_owner(lease) &&
+	       now_usec() - lease->looked_usec < lease_break_usec();
+}
+
+/* Fails if somebody has the file open by now, or if it only looks stripped and is under break. */
+static int regain(struct lease *lease)
+{
+	lease->state = LEASE_NONE;
+	return lease_take(lease);
+}
+
 enum lease_event lease_look(struct lease *lease)
 {
 	int type;
@@ -81,11 +138,14 @@ enum lease_event lease_look(struct lease *lease)
 	/* Under break F_GETLEASE tells what the breaker wants it to become. */
 	type = fcntl(lease->fd, F_GETLEASE);
 	if (type == F_UNLCK || type < 0) {
+		if (was_stripped(lease) && regain(lease) >= 0)
+			return LEASE_STRIPPED;
 		lease->state = LEASE_BREAKING;
 		lease->broken_usec = now_usec();
 		lease->unheard = true;
 		return LEASE_WRITER;
 	}
+	lease->looked_usec = now_usec();
 	if (lease->state != LEASE_WRITE || type != F_RDLCK)
 		return LEASE_INTACT;
 	lease->unheard = true;

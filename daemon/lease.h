@@ -18,6 +18,7 @@ struct lease {
 	enum lease_state state;
 	uint64_t settled_usec; /* LEASE_SETTLING: when the kernel will have turned it into a read lease */
 	uint64_t broken_usec;  /* LEASE_BREAKING: when the break was seen */
+	uint64_t looked_usec;  /* it was there then */
 	bool unheard;          /* a break was seen, whose signal has not been heard */
 };
 
@@ -25,6 +26,16 @@ enum lease_event {
 	LEASE_INTACT,
 	LEASE_READER, /* a reader waits for a write lease */
 	LEASE_WRITER, /* somebody opens for writing or truncates; or the lease is gone */
+	LEASE_STRIPPED, /* a client that shares the description had given it up; it has been taken again */
+};
+
+/* What a client that shares the description has done to it. */
+enum lease_tampering {
+	LEASE_UNTOUCHED,
+	LEASE_RESIGNALLED, /* F_SETSIG */
+	LEASE_DISOWNED,    /* F_SETOWN, of which it is not known by whom */
+	LEASE_REOWNED,     /* F_SETOWN */
+	LEASE_GIVEN_UP,    /* F_SETLEASE: see LEASE_STRIPPED */
 };
 
 /* A break is signalled with this and, in si_fd, the lease's descriptor; SIGIO if the queue is full. */
@@ -43,6 +54,10 @@ int lease_take(struct lease *lease);
  * since_usec: it may have been broken since then, with nobody looking. Returns 0, or 1 if the descriptor
  * that breaks are signalled with is still the one of that run. */
 int lease_resume(struct lease *lease, uint64_t since_usec);
+
+/* Looks who hears of a break, and by which signal; what was changed is put right. ret_uid: by whom, if that is
+ * LEASE_REOWNED. */
+enum lease_tampering lease_inspect(const struct lease *lease, uid_t *ret_uid);
 
 /* Looks (F_GETLEASE) and moves to LEASE_BREAKING if a writer broke it. */
 enum lease_event lease_look(struct lease *lease);

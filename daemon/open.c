@@ -158,8 +158,13 @@ static int add_use(struct open_request *q, struct file *file, bool writable)
 
 static int share_description(struct open_request *q, struct file *file)
 {
+	int r;
+
 	q->client_fd = fcntl(file->lease.fd, F_DUPFD_CLOEXEC, 3);
-	return q->client_fd < 0 ? -errno : add_use(q, file, true);
+	r = q->client_fd < 0 ? -errno : add_use(q, file, true);
+	if (r == 0)
+		sharing_add(file, q->user->uid);
+	return r;
 }
 
 static int refuse_lease(struct open_request *q, int error)
@@ -330,7 +335,11 @@ static void go_on(struct open_request *q)
 	case STEP_CHECK:
 		if (!file || file->opening || file->lease.access != ACCESS_WRITE) {
 			find_way(q); /* it has changed meanwhile */
-		} else if (r == 0) {
+			break;
+		}
+		if (r == 0)
+			r = sharing_check(file, q->user->uid, &q->result.refusal);
+		if (r == 0) {
 			finish(q, share_description(q, file));
 		} else if (r != REFUSED || q->access == ACCESS_WRITE) {
 			finish(q, r);

@@ -330,6 +330,7 @@ static int restore_file(struct restorer *r, uint64_t id, const struct record *re
 		.path = (char *)path,
 		.backing.numa_node = (int)record_signed(record, "node", -1, &bad),
 	};
+	bool shared, tampered;
 	struct file *file;
 	struct stat st;
 	int error;
@@ -346,6 +347,8 @@ static int restore_file(struct restorer *r, uint64_t id, const struct record *re
 							 &bad);
 	lease.settled_usec = record_unsigned(record, "settled", r->since_usec, &bad);
 	lease.broken_usec = record_unsigned(record, "broken", r->since_usec, &bad);
+	shared = record_unsigned(record, "shared", 0, &bad);
+	tampered = record_unsigned(record, "tampered", 0, &bad);
 	if (bad)
 		return -EBADMSG;
 	/* It was being opened, and nobody was told of it; or, if somebody uses it, it is lost to those. */
@@ -361,6 +364,7 @@ static int restore_file(struct restorer *r, uint64_t id, const struct record *re
 		return error;
 	lease.fd = TAKE_FD(kept->fd);
 	file_resume(file, &lease);
+	sharing_resume(file, shared, tampered);
 	return 0;
 }
 
@@ -420,6 +424,8 @@ static int restore_use(struct restorer *r, const struct entry *e, const struct r
 	error = client_add_use(client, file, (enum access)access, writable, &use, &refusal);
 	if (error == 0)
 		use->lost = lost;
+	if (error == 0 && writable)
+		sharing_add(file, client->process.uid);
 	return error;
 }
 

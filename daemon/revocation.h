@@ -28,7 +28,7 @@ struct conflict {
 	pid_t pid;               /* 0: not known */
 	int64_t uid;             /* INT_NULL: not known */
 	char comm[16];
-	char reason[256]; /* an administrator's words, or empty */
+	char reason[256]; /* an administrator's words, or what a client has done to the lease; or empty */
 };
 
 #define REVOCATION_UIDS_MAX 8

@@ -107,6 +107,10 @@ static void write_file(struct record_buffer *b, const struct file *file)
 		record_put(b, "settled", lease->settled_usec);
 	if (lease->state == LEASE_BREAKING)
 		record_put(b, "broken", lease->broken_usec);
+	if (file->sharing.several)
+		record_put(b, "shared", true);
+	if (file->sharing.tampered)
+		record_put(b, "tampered", true);
 	record_put_string(b, "file-system", file->file_system);
 	write_backing(b, &file->backing);
 	if (file->backing.kind == BACKING_DEVICE_DAX)

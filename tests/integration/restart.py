@@ -16,10 +16,10 @@ import threading
 import time
 import unittest
 
-from client import PAGE, WAIT, Connection, Refused, Ring, is_readable
-from world import DAEMON, PASS_SOCKETS, READY, SIZE, Case, end_child
+from client import PAGE, SLOWNESS, WAIT, Connection, Refused, Ring, is_readable
+from world import DAEMON, PASS_SOCKETS, READY, SIZE, Case, end_child, fork_nobody, open_file
 
-F_GETLEASE = 1025
+F_SETOWN, F_GETLEASE = 8, 1025
 RESTART = signal.SIGUSR1
 DIGITS = '0123456789abcdefghijklmnopqrstuvwxyz'
 RESTORED = r'Took up (\d+) pins of (\d+) files by (\d+) clients .* (\d+) objects were lost'
@@ -206,6 +206,54 @@ class Restart(Case):
         address = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
         survivor.ring.register(address + PAGE, 2 * PAGE)
         return mapping
+
+    def test_shared_with_somebody_who_has_gone(self):
+        """Its copy of the description is still looked after: it could keep others from hearing of breaks."""
+        os.chmod(self.dir, 0o755)
+        os.chmod(self.file, 0o666)
+        self.run_daemon()
+        survivor = self.survivor(self.file)
+        survivor.pin()
+        pid, copy = self.start_copier()
+        end = time.monotonic() + WAIT
+        while len(survivor.connection.list('org.pinbroker.ListClients')) > 1:
+            self.assertLess(time.monotonic(), end)
+        self.restart()
+        self.expect_restored(1, 1, 1)
+        self.assertEqual(survivor.resume(), [])
+        with contextlib.closing(survivor.watch()) as watch:
+            os.write(copy, b'x')
+            self.assertEqual(os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT).si_status, 0)
+            _, result = self.truncate()
+            begin = time.monotonic()
+            self.assertEqual(watch.reply('org.pinbroker.Watch')[0]['notice']['pins'], survivor.pins)
+            self.assertLess(time.monotonic() - begin, SLOWNESS)
+            survivor.unpin()
+            self.truncated(result)
+        self.daemon.wait_for_log(r'shares: .*\(F_SETOWN\)')
+
+    def start_copier(self):
+        """A process of nobody's that had the file open, keeps its copy, and is told when to use it."""
+        told, tell = os.pipe()
+        ready, end = os.pipe()
+
+        def copy():
+            os.close(tell)
+            with contextlib.closing(Connection(self.path)) as connection:
+                connection.call('org.pinbroker.Hello')
+                open_file(connection, self.file)
+                fd = connection.fds[0]
+            os.write(end, b'x')
+            os.read(told, 1)
+            fcntl.fcntl(fd, F_SETOWN, os.getpid())
+        pid, answer = fork_nobody(copy)
+        self.addCleanup(answer.close)
+        self.addCleanup(end_child, pid)
+        os.read(ready, 1)
+        for fd in (told, ready, end):
+            os.close(fd)
+        self.addCleanup(os.close, tell)
+        return pid, tell
 
     def test_break_meanwhile(self):
         """Somebody truncates while nobody is there: he waits, and the holder learns of it on his return."""
