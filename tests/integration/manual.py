@@ -4,6 +4,8 @@
 described, what is not there is not, and the examples are run.
 """
 
+import contextlib
+import fcntl
 import os
 import re
 import shlex
@@ -469,10 +471,25 @@ class Catalog(Case):
         self.expect_end(daemon)
         return daemon.text()
 
+    def tampered(self):
+        """A client chooses another signal for breaks of a lease that it shares."""
+        daemon = self.start()
+        connection = self.connect()
+        connection.call('org.pinbroker.Hello')
+        path = self.make_file('shared')
+        open_file(connection, path)
+        fcntl.fcntl(connection.fds[0], 10, signal.SIGUSR1)  # F_SETSIG
+        with contextlib.suppress(BlockingIOError):
+            os.close(os.open(path, os.O_RDWR | os.O_NONBLOCK))
+        daemon.wait_for_log(self.logged('LEASE_TAMPERED'))
+        self.expect_end(daemon)
+        return daemon.text()
+
     @unittest.skipUnless(os.getuid() == 0, 'needs root for lease-break-time')
     def test_fields(self):
         """What an entry speaks of is set, whenever the daemon says it."""
         text = self.exposed() + self.settled() + self.orphaned() + self.restarted()
+        text += self.tampered()
         found = re.findall(r'\[MESSAGE_ID=([0-9a-f]{32}) ?([^\]\n]*)\]$', text, re.M)
         self.assertEqual({number for number, _ in found}, set(message_ids().values()), text)
         entries = self.entries()
