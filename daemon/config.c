@@ -14,6 +14,12 @@
 #define SPAN_MAX_USEC (24 * 60 * 60 * USEC_PER_SEC)
 #define WHITESPACE    " \t"
 
+/* Others than this kernel change files there, or the files below theirs: no lease sees them. */
+static const char *const unprotected_file_systems[] = {
+	"9p", "afs", "ceph", "cifs", "coda", "fuse", "fuseblk", "gfs2", "lustre", "nfs", "nfs4", "ocfs2",
+	"overlay", "smb3", "virtiofs",
+};
+
 static const char default_file_systems[] = "ext2 ext3 ext4 xfs btrfs tmpfs hugetlbfs";
 
 static const struct config defaults = {
@@ -346,6 +352,24 @@ static int read_directory(struct config *config, const char *directory)
 	return r;
 }
 
+static bool is_protected(const char *file_system)
+{
+	for (size_t i = 0; i < ELEMENTS(unprotected_file_systems); i++)
+		if (!strcmp(file_system, unprotected_file_systems[i]))
+			return false;
+	return strncmp(file_system, "fuse.", strlen("fuse.")) != 0;
+}
+
+static void warn_of_file_systems(const struct config *config)
+{
+	for (char *const *name = config->file_systems; *name; name++)
+		if (!is_protected(*name))
+			log_warning("FileSystems= has %s: leases there do not see all who change a file, "
+				    "such as its server, another machine, or who uses the layer below. What "
+				    "is pinned there is not protected from them.",
+				*name);
+}
+
 int config_load(const char *path, struct config *ret)
 {
 	_cleanup_(config_clear) struct config config = defaults;
@@ -365,6 +389,7 @@ int config_load(const char *path, struct config *ret)
 	r = read_directory(&config, directory);
 	if (r < 0)
 		return r;
+	warn_of_file_systems(&config);
 	*ret = config;
 	config.file_systems = NULL;
 	return 0;

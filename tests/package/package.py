@@ -175,7 +175,8 @@ class Package(Case):
             CONFIG, '/lib/systemd/system/pinbrokerd.service', '/lib/systemd/system/pinbrokerd.socket',
             '/usr/bin/pinbrokerctl', '/usr/lib/sysusers.d/pinbroker.conf', '/usr/sbin/pinbrokerd',
             '/usr/share/dbus-1/interfaces/org.pinbroker1.xml',
-            '/usr/share/dbus-1/system.d/org.pinbroker1.conf'}, self.contents('pinbroker'))
+            '/usr/share/dbus-1/system.d/org.pinbroker1.conf',
+            '/usr/share/varlink/org.pinbroker.varlink'}, self.contents('pinbroker'))
         self.assertEqual(re.findall(r'^ (\S+) ', self.field('Conffiles'), re.M), [CONFIG])
         self.assertEqual(self.root.run('dpkg', '--verify', *PACKAGES), '')
 
