@@ -256,6 +256,6 @@ void openers_print(const struct openers *openers, FILE *f)
 		fputc('\n', f);
 	}
 	if (openers->n_hidden > 0)
-		fprintf(f, "  %zu processes could not be looked into: that takes root.\n",
-			openers->n_hidden);
+		fprintf(f, "  %zu process%s could not be looked into: that takes root.\n",
+			openers->n_hidden, openers->n_hidden == 1 ? "" : "es");
 }

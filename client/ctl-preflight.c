@@ -280,9 +280,9 @@ static void print_broker(const struct preflight *p)
 	json_object_object_get_ex(p->broker, "file", &file);
 	json_object_object_get_ex(p->broker, "lease", &lease);
 	json_object_object_get_ex(p->broker, "pins", &pins);
-	printf("   Broker: it is file %s, its lease is %s, with %s pins\n",
+	printf("   Broker: it is file %s, its lease is %s, with %s pin%s\n",
 		json_object_get_string(file), json_object_get_string(lease),
-		json_object_get_string(pins));
+		json_object_get_string(pins), PLURAL(json_object_get_int64(pins)));
 }
 
 static const struct column pin_columns[] = {

@@ -278,9 +278,9 @@ static void print_counts(const struct counts *c)
 	print_count(c->pins, "pin");
 	printf("%s pinned%s\n", size, geteuid() == 0 ? "" : " (of this user)");
 	if (c->overflows != PINBROKER_UNKNOWN && c->overflows > 0)
-		printf("           %" PRIu64 " times the queue of lease signals ran over "
+		printf("           %" PRIu64 " time%s the queue of lease signals ran over "
 		       "(LimitSIGPENDING=)\n",
-			c->overflows);
+			c->overflows, PLURAL(c->overflows));
 }
 
 static void status_print(const struct status *s)

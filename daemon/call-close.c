@@ -108,8 +108,8 @@ static int close_file(struct peer *peer, int64_t id, uint64_t *looked_at, struct
 	if (use->n_pins > 0) {
 		*ret_look = find_leaving(client, use, looked_at);
 		return refuse(ret_refusal, REFUSAL_BUSY, "pinned",
-			      "%u pins of yours are on %s: unpin them first.", use->n_pins,
-			      use->file->path);
+			      "%u pin%s of yours still on %s: unpin first.", use->n_pins,
+			      PLURAL(use->n_pins), use->file->path);
 	}
 	use_free(use);
 	peer_reply(peer, &schema_msg_close_file_out, NULL, NULL, 0);
@@ -133,8 +133,8 @@ static int remove_context(struct peer *peer, int64_t id, uint64_t *looked_at, st
 			*ret_look = context;
 		*looked_at = context->id;
 		return refuse(ret_refusal, REFUSAL_BUSY, "pinned",
-			      "%u pins are on it: unpin them, and deregister what they name, first.",
-			      context->n_pins);
+			      "%u pin%s on it: unpin, and deregister what is pinned, first.",
+			      context->n_pins, PLURAL(context->n_pins));
 	}
 	context_free(context);
 	peer_reply(peer, &schema_msg_remove_context_out, NULL, NULL, 0);

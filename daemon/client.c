@@ -58,8 +58,9 @@ static int on_death(sd_event_source *source, int fd, uint32_t revents, void *use
 	bus_changed(client->broker->bus, &client->view);
 	if (client->n_pins > 0)
 		log_event(LOG_NOTICE, NULL, &fields,
-			  "Holder %s (pid %d) died with %u pins; looking whether they died with it.",
-			  client->process.comm, client->process.pid, client->n_pins);
+			  "Holder %s (pid %d) died with %u pin%s; looking what died with it.",
+			  client->process.comm, client->process.pid, client->n_pins,
+			  PLURAL(client->n_pins));
 	for (context = LIST_FIRST(&client->contexts); context; context = next) {
 		next = LIST_NEXT(context, of_client);
 		if (context->n_pins > 0)
@@ -150,8 +151,9 @@ void client_disconnected(struct client *client)
 		struct log_fields fields = client_fields(client);
 
 		log_event(LOG_INFO, NULL, &fields,
-			  "Holder %s (pid %d) closed its connection, its %u pins stay.",
-			  client->process.comm, client->process.pid, client->n_pins);
+			  "Holder %s (pid %d) closed its connection, and leaves %u pin%s.",
+			  client->process.comm, client->process.pid, client->n_pins,
+			  PLURAL(client->n_pins));
 	}
 	client_collect(client);
 }

@@ -457,8 +457,8 @@ static void detach_done(struct job *job)
 		struct log_fields fields = { .revocation = j->revocation, .pid = j->holder.pid };
 
 		log_event(LOG_WARNING, MESSAGE_REVOKE_ESCALATED, &fields,
-			  "Detached %zu pins of %s (pid %d) by force.", j->n_wanted,
-			  j->holder.comm, j->holder.pid);
+			  "Detached %zu pin%s of %s (pid %d) by force.", j->n_wanted,
+			  PLURAL(j->n_wanted), j->holder.comm, j->holder.pid);
 	}
 	j->context->n_detaching--;
 	if (j->context->client) {

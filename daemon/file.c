@@ -170,8 +170,8 @@ static void set_exposed(struct file *file)
 	file->exposed = exposed;
 	if (exposed)
 		log_event(LOG_WARNING, MESSAGE_LEASE_EXPOSED, &fields,
-			  "%s is exposed: it has %u pins, and its lease cannot be held at present.",
-			  file->path, file_n_pinning(file));
+			  "%s is exposed: it has %u pin%s, and its lease cannot be held at present.",
+			  file->path, file_n_pinning(file), PLURAL(file_n_pinning(file)));
 }
 
 /* Where leases never settle, readers would wait for ever. */
@@ -267,8 +267,8 @@ static void log_shrunk(const struct file *file, size_t n_pinning)
 	if (n_pinning > 0)
 		log_event(LOG_CRIT, MESSAGE_LEASE_LOST, &fields,
 			  "%s was truncated to %" PRIu64 " bytes while it was exposed, under %zu "
-			  "pins: they are revoked by force.",
-			  file->path, file->emergency_size, n_pinning);
+			  "pin%s, to be revoked by force.",
+			  file->path, file->emergency_size, n_pinning, PLURAL(n_pinning));
 }
 
 static void check_shrunk(struct file *file)
@@ -330,8 +330,8 @@ static void release(struct file *file)
 
 	if (lease_give(&file->lease) < 0 && file_n_pinning(file) > 0)
 		log_event(LOG_CRIT, MESSAGE_LEASE_LOST, &fields,
-			  "The lease of %s was lost, with %u pins alive.", file->path,
-			  file_n_pinning(file));
+			  "The lease of %s was lost, with %u pin%s alive.", file->path,
+			  file_n_pinning(file), PLURAL(file_n_pinning(file)));
 	else
 		log_event(LOG_INFO, MESSAGE_LEASE_RELEASED, &fields, "Lease of %s released.",
 			  file->path);
@@ -379,9 +379,9 @@ static void break_by_writer(struct file *file)
 		 : -ENOMEM;
 	/* The holders have been told first: somebody is waiting for them. */
 	log_event(LOG_NOTICE, MESSAGE_LEASE_BROKEN, &fields,
-		  "Lease of %s broken: somebody opens it for writing or truncates it, %u pins "
-		  "are in the way.",
-		  file->path, n_pinning);
+		  "Lease of %s broken: somebody opens it for writing or truncates it, with %u "
+		  "pin%s in the way.",
+		  file->path, n_pinning, PLURAL(n_pinning));
 	if (r < 0) {
 		log_errno(LOG_ERR, r, "Cannot revoke the pins of %s, trying again", file->path);
 		arm(file, now_usec() + SETTLE_RETRY_USEC);

@@ -99,9 +99,9 @@ static void note_overflow(struct hearing *h)
 {
 	h->broker->n_overflows++;
 	if (may_complain(h))
-		log_warning("The signal queue overflowed (%" PRIu64 " times so far): looking at "
-			    "every lease.",
-			h->broker->n_overflows);
+		log_warning("The signal queue overflowed (%" PRIu64 " time%s so far): looking at "
+			    "every lease. The limit is RLIMIT_SIGPENDING (LimitSIGPENDING=).",
+			h->broker->n_overflows, PLURAL(h->broker->n_overflows));
 	hearing_sweep(h);
 }
 
@@ -110,8 +110,8 @@ static void note_replaced(struct hearing *h, bool deaf)
 	h->n_replaced++;
 	if (may_complain(h))
 		log_warning("The process that hears of breaks of shared leases was killed or "
-			    "stopped (%" PRIu64 " times so far)%s: looking at every lease.",
-			h->n_replaced, deaf ? ", and another one cannot be started" : "");
+			    "stopped (%" PRIu64 " time%s so far)%s: looking at every lease.",
+			h->n_replaced, PLURAL(h->n_replaced), deaf ? ", and another one cannot be started" : "");
 	hearing_sweep(h);
 }
 

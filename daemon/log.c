@@ -190,7 +190,8 @@ static int write_dropped(uint64_t n_dropped)
 {
 	char text[128];
 
-	snprintf(text, sizeof(text), "MESSAGE=%" PRIu64 " log messages were lost.\n", n_dropped);
+	snprintf(text, sizeof(text), "MESSAGE=%" PRIu64 " log message%s lost.\n", n_dropped,
+		PLURAL(n_dropped));
 	return write_text(LOG_WARNING, text);
 }
 

@@ -29,6 +29,12 @@
 #define USEC_PER_MSEC 1000ULL
 #define USEC_INFINITY UINT64_MAX
 
+/* "%u pin%s" */
+#define PLURAL(n) ((n) == 1 ? "" : "s")
+
+/* Ends a noun after its number. */
+#define PLURAL(n) ((n) == 1 ? "" : "s")
+
 /* CLOCK_MONOTONIC, microseconds */
 static inline uint64_t now_usec(void)
 {

@@ -295,10 +295,11 @@ static int on_terminate(sd_event_source *source, const struct signalfd_siginfo *
 	struct broker *broker = service->broker;
 
 	if (broker->stopping) {
-		log_warning("Asked again to end: ending at once, with %u pins.", broker->n_pins);
+		log_warning("Asked again to end: ending at once, with %u pin%s.", broker->n_pins,
+			    PLURAL(broker->n_pins));
 		return sd_event_exit(broker->event, EX_TEMPFAIL);
 	}
-	log_notice("Ending: %u pins are to be let go.", broker->n_pins);
+	log_notice("Ending: %u pin%s to be let go.", broker->n_pins, PLURAL(broker->n_pins));
 	broker_stop(broker, on_stopped, broker);
 	notifier_tell_stopping(&service->notifier);
 	return 0;
@@ -312,7 +313,8 @@ static int on_restart(sd_event_source *source, const struct signalfd_siginfo *si
 
 	if (!broker->state)
 		return on_terminate(source, si, userdata);
-	log_notice("Ending: %u pins are left to the next run.", broker->n_pins);
+	log_notice("Ending: %u pin%s left to the next run.", broker->n_pins,
+		   PLURAL(broker->n_pins));
 	service->leaving = true;
 	return sd_event_exit(broker->event, 0);
 }

@@ -64,10 +64,11 @@ static int send_status(struct notifier *n)
 	int r;
 
 	snprintf(state, sizeof(state),
-		 "%s%s%sSTATUS=%s%u pins of %u files by %u clients, %u revocations running",
+		 "%s%s%sSTATUS=%s%u pin%s of %u file%s by %u client%s, %u revocation%s running",
 		 n->ready ? "READY=1\n" : "", n->stopping ? "STOPPING=1\n" : "",
 		 n->alive ? "WATCHDOG=1\n" : "", broker->stopping ? "Ending: " : "", broker->n_pins,
-		 broker->n_files, broker->n_clients, broker->n_running);
+		 PLURAL(broker->n_pins), broker->n_files, PLURAL(broker->n_files), broker->n_clients,
+		 PLURAL(broker->n_clients), broker->n_running, PLURAL(broker->n_running));
 	r = notifier_write(n, state, -1);
 	if (r >= 0)
 		n->ready = n->stopping = n->alive = false;

@@ -270,8 +270,9 @@ static void convert(struct open_request *q, struct file *file)
 
 	if (file->n_pins > 0 || file->n_uses != 1 || !client || !client_find_use(client, file)) {
 		finish(q, refuse(&q->result.refusal, REFUSAL_BUSY, "heldForReading",
-				 "%s is held for reading by %u clients with %u pins.", file->path,
-				 file->n_uses, file->n_pins));
+				 "%s is held for reading by %u client%s with %u pin%s.", file->path,
+				 file->n_uses, PLURAL(file->n_uses), file->n_pins,
+				 PLURAL(file->n_pins)));
 		return;
 	}
 	q->owns_file = true;

@@ -674,10 +674,11 @@ static void go_on(struct restorer *r)
 			file_go_on(file);
 	}
 	log_event(r->n_lost > 0 ? LOG_ERR : LOG_NOTICE, MESSAGE_STATE_RESTORED, NULL,
-		  "Took up %u pins of %u files by %u clients from the run before, %.3f s after it was "
-		  "last awake; %u objects were lost.",
-		  broker->n_pins, broker->n_files, broker->n_clients,
-		  (double)(now_usec() - r->since_usec) / 1e6, r->n_lost);
+		  "Took up %u pin%s of %u file%s by %u client%s from the run before, %.3f s after it "
+		  "was last awake; %u object%s lost.",
+		  broker->n_pins, PLURAL(broker->n_pins), broker->n_files, PLURAL(broker->n_files),
+		  broker->n_clients, PLURAL(broker->n_clients),
+		  (double)(now_usec() - r->since_usec) / 1e6, r->n_lost, PLURAL(r->n_lost));
 }
 
 void restore(struct broker *broker, const char *path, struct kept_descriptor *kept, size_t n_kept)
@@ -695,8 +696,8 @@ void restore(struct broker *broker, const char *path, struct kept_descriptor *ke
 		build(&r);
 		go_on(&r);
 	} else if (error < 0 && (error != -ENOENT || n_kept > 0)) {
-		log_errno(LOG_ERR, error, "Cannot read %s, beginning anew with %zu descriptors lost",
-			  path, n_kept);
+		log_errno(LOG_ERR, error, "Cannot read %s, beginning anew with %zu descriptor%s lost",
+			  path, n_kept, PLURAL(n_kept));
 	}
 	drop_rest(&r);
 	for (e = r.entries; e; e = next) {

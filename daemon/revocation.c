@@ -197,10 +197,10 @@ static void report_end(struct revocation *rev)
 	if (rev->has_proof)
 		fields.proof = enumeration_name(&enumeration_proof, rev->weakest);
 	log_event(rev->state == REVOCATION_LOST ? LOG_CRIT : LOG_NOTICE, MESSAGE_REVOKE_ENDED,
-		  &fields, "Revocation %" PRIu64 " of %s %s after %.3f s, %zu of %zu pins gone%s%s.",
+		  &fields, "Revocation %" PRIu64 " of %s %s after %.3f s, %zu of %zu pin%s gone%s%s.",
 		  rev->id, revocation_path(rev), outcome,
 		  (double)(rev->end_usec - rev->start_usec) / 1e6, rev->n_pinning - rev->n_remaining,
-		  rev->n_pinning, fields.proof ? ", " : "", fields.proof ? fields.proof : "");
+		  rev->n_pinning, PLURAL(rev->n_pinning), fields.proof ? ", " : "", fields.proof ? fields.proof : "");
 }
 
 static void end(struct revocation *rev)
@@ -292,8 +292,8 @@ static void announce(struct revocation *rev)
 
 	notice_send(rev);
 	log_event(LOG_NOTICE, MESSAGE_REVOKE_STARTED, &fields,
-		  "Revocation %" PRIu64 " of %zu pins of %s started (%s%s%s), %.3f s to let go.",
-		  rev->id, rev->n_pinning, revocation_path(rev), fields.cause,
+		  "Revocation %" PRIu64 " of %zu pin%s of %s started (%s%s%s), %.3f s to let go.",
+		  rev->id, rev->n_pinning, PLURAL(rev->n_pinning), revocation_path(rev), fields.cause,
 		  rev->conflict.reason[0] ? ": " : "", rev->conflict.reason,
 		  rev->state == REVOCATION_NOTIFIED
 			  ? (double)(rev->deadline_usec - rev->start_usec) / 1e6

@@ -22,7 +22,7 @@ from world import DAEMON, PASS_SOCKETS, READY, SIZE, Case, end_child, fork_nobod
 F_SETOWN, F_GETLEASE = 8, 1025
 RESTART = signal.SIGUSR1
 DIGITS = '0123456789abcdefghijklmnopqrstuvwxyz'
-RESTORED = r'Took up (\d+) pins of (\d+) files by (\d+) clients .* (\d+) objects were lost'
+RESTORED = r'Took up (\d+) pins? of (\d+) files? by (\d+) clients? .* (\d+) objects? lost'
 
 
 def name(kind, number):
@@ -380,7 +380,7 @@ class Restart(Case):
         self.assertEqual(len(self.store.kept), 2)
         _, result = self.truncate()
         self.run_daemon()
-        self.daemon.wait_for_log('died with 1 pins')
+        self.daemon.wait_for_log('died with 1 pin;')
         self.truncated(result)
         self.store.wait_until(lambda: not self.store.kept)
         self.assertEqual(self.connect().list('org.pinbroker.ListClients'), [])
@@ -700,7 +700,7 @@ class Restart(Case):
             self.expect_served()
             self.end_daemon()
 
-        everything = r'Took up 1 pins of 1 files by 1 clients .* 0 objects'
+        everything = r'Took up 1 pin of 1 file by 1 client .* 0 objects'
         # the end of the writer, in the middle of a line; keys and kinds of a later version
         run(good + b'pin id=77 context=1', everything)
         run(good.replace(b' writable=', b' colour=blue writable=') + b'comet id=9999 tail=long\n',

@@ -44,7 +44,7 @@ class Notification(Case):
         holder = self.hold()
         daemon.kill(signal.SIGTERM)
         message = manager.wait_for(STOPPING)
-        self.assertRegex(message, rb'(?m)^STATUS=Ending: 1 pins of 1 files by 1 clients, 1 rev')
+        self.assertRegex(message, rb'(?m)^STATUS=Ending: 1 pin of 1 file by 1 client, 1 revocation running')
         self.assertEqual(holder.notice()['conflict']['cause'], 'shutdown')
         with self.assertRaises(Refused) as refused:
             holder.pin()
@@ -312,6 +312,15 @@ class Options(Configured):
         self.assertNotIn('ignored', daemon.text())
         self.expect_end(daemon)
 
+    def test_file_systems(self):
+        """Those on which a lease promises nothing are taken, but not without a word."""
+        self.write(self.config, '[Files]\nFileSystems=tmpfs nfs xfs fuse.sshfs overlay\n')
+        daemon = self.start()
+        for name in ('nfs', 'fuse.sshfs', 'overlay'):
+            daemon.wait_for_log(rf'FileSystems= has {re.escape(name)}: leases there do not see all who ')
+        self.assertEqual(daemon.text().count('FileSystems='), 3)
+        self.expect_end(daemon)
+
     def test_no_configuration(self):
         missing = os.path.join(self.dir, 'missing.conf')
         for path, reason in ((missing, 'No such file'), (self.dir, 'Is a directory')):
@@ -512,7 +521,7 @@ class End(Case):
             begin = time.monotonic()
             self.expect_end(daemon, TEMPFAIL, sig)
             self.assertLess(time.monotonic() - begin, 5)
-            self.assertRegex(daemon.text(), 'Asked again to end: ending at once, with 1 pins')
+            self.assertRegex(daemon.text(), 'Asked again to end: ending at once, with 1 pin\.')
             self.assertFalse(os.path.exists(self.path))
             self.truncated(result)  # the lease went with the daemon
 

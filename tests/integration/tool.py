@@ -287,7 +287,7 @@ def test_revoked(world, tool):
         expect('"pins" 0 ' in busctl, busctl)
 
         started, ended = watch.stdout.readline(), None
-        expect(re.search(rf' revocation {revocation} started: modify, {world.file}, 1 of 1 pins, '
+        expect(re.search(rf' revocation {revocation} started: modify, {world.file}, 1 of 1 pin, '
                          'deadline in ', started), started)
         while not ended or f'revocation {revocation} ended' not in ended:
             ended = watch.stdout.readline()
@@ -508,7 +508,7 @@ def test_preflight(world, tool):
     with tool.hold(world.file) as (_, line):
         o = tool.json('preflight', world.file)
         equal((o['broker']['lease'], o['broker']['pins']), ('read', 1))
-        expect('with 1 pins' in tool.run('preflight', world.file))
+        expect('with 1 pin\n' in tool.run('preflight', world.file))
         equal(tool.json('show', fields(line)['pin'])[0]['revocation'], None)
     with mounted('ext4') as mount:
         path = os.path.join(mount, 'a b')

@@ -271,7 +271,7 @@ static void test_no_memory(void **state)
 	allocations_fail = false;
 	log_info("Three");
 	assert_string_equal(
-		written(), "pinbrokerd: 2 log messages were lost.\npinbrokerd: Three\n");
+		written(), "pinbrokerd: 2 log messages lost.\npinbrokerd: Three\n");
 }
 
 /* I6: nobody reads, and neither log_info() nor log_close() waits. */
@@ -290,7 +290,7 @@ static void test_blocked(void **state)
 	while (n_lines + n_lost < N_SENT && fgets(line, sizeof(line), f)) {
 		unsigned n;
 
-		if (sscanf(line, "pinbrokerd: %u log messages were lost.", &n) == 1)
+		if (sscanf(line, "pinbrokerd: %u log messages lost.", &n) == 1)
 			n_lost += n;
 		else
 			n_lines++;
