@@ -41,6 +41,7 @@ struct map {
 	const char *path;
 	struct stat st;       /* of the file; st_ino is 0: it is known by its path as listed only */
 	uint64_t file;        /* 0: not found */
+	size_t n_found;
 	char *title;          /* owned */
 	uint64_t size;        /* that the bars stand for */
 	size_t width;         /* of the bars */
@@ -60,6 +61,9 @@ static int find_file(const struct pinbroker_file_info *info, void *userdata)
 	if (m->st.st_ino != 0 ? info->device != m->st.st_dev || info->inode != m->st.st_ino
 			      : strcmp(info->path, m->path) != 0)
 		return 0;
+	/* one inode has one, a path that was listed may have several */
+	if (m->n_found++ > 0)
+		return 1;
 	m->file = info->file;
 	m->size = S_ISREG(m->st.st_mode) ? (uint64_t)m->st.st_size : info->size;
 	format_size(m->size, size);
@@ -72,7 +76,7 @@ static int find_file(const struct pinbroker_file_info *info, void *userdata)
 		    info->n_pins, info->n_pins == 1 ? "" : "s", info->n_clients,
 		    info->n_clients == 1 ? "" : "s") < 0)
 		must(NULL);
-	return 1;
+	return 0;
 }
 
 /* A pin may end past the end of a file that has been cut. */
@@ -312,6 +316,11 @@ static int map_run(struct map *m)
 		return fail(EX_NOINPUT,
 			"%s is not open through the broker, or by others only. "
 			"pinbrokerctl list files shows what is.",
+			m->path);
+	if (m->n_found > 1)
+		return fail(EX_DATAERR,
+			"There is no %s now, and several files are listed as that. pinbrokerctl "
+			"show tells of each, by its id.",
 			m->path);
 	return m->ctl->json != JSON_OFF ? map_draw_json(m) : map_draw(m);
 }

@@ -29,11 +29,15 @@ static void unescape(char *s)
 static bool read_line(char *line, struct mount *m)
 {
 	unsigned long long id;
+	unsigned major_number, minor_number;
 	char *separator = strstr(line, " - ");
 
-	if (!separator || sscanf(line, "%llu %*u %*s %*s %4095s", &id, m->point) != 2 ||
+	if (!separator ||
+		sscanf(line, "%llu %*u %u:%u %*s %4095s", &id, &major_number, &minor_number,
+			m->point) != 4 ||
 		id != m->id)
 		return false;
+	m->file_system = makedev(major_number, minor_number);
 	if (sscanf(separator, " - %63s %4095s", m->type, m->source) != 2)
 		return false;
 	unescape(m->point);
@@ -60,4 +64,28 @@ int mount_of(int fd, struct mount *ret)
 		if (read_line(line, ret))
 			return 0;
 	return -ENOENT;
+}
+
+int mount_find_others(const struct mount *m, uint64_t **ret, size_t *ret_n)
+{
+	_cleanup_(close_filep) FILE *f = fopen("/proc/self/mountinfo", "re");
+	_cleanup_(freep) char *line = NULL;
+	uint64_t *others = NULL;
+	size_t size = 0, n = 0;
+
+	if (!f)
+		return -errno;
+	while (getline(&line, &size, f) > 0) {
+		unsigned major_number, minor_number;
+		unsigned long long id;
+
+		if (sscanf(line, "%llu %*u %u:%u", &id, &major_number, &minor_number) != 3 ||
+			id == m->id || makedev(major_number, minor_number) != m->file_system)
+			continue;
+		others = must(realloc(others, (n + 1) * sizeof(*others)));
+		others[n++] = id;
+	}
+	*ret = others;
+	*ret_n = n;
+	return 0;
 }

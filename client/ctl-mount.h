@@ -10,6 +10,7 @@
 struct mount {
 	uint64_t id;
 	dev_t device;
+	dev_t file_system; /* as mounts are listed: another than that of a btrfs's subvolumes */
 	bool is_root; /* what was asked about is the mount point itself */
 	char point[PATH_MAX];
 	char type[64];
@@ -18,3 +19,5 @@ struct mount {
 
 /* fd: may be O_PATH. 0 or negative errno. */
 int mount_of(int fd, struct mount *ret);
+/* The other mounts of its file system that can be seen from here: their identifiers, which the caller frees. */
+int mount_find_others(const struct mount *m, uint64_t **ret, size_t *ret_n);

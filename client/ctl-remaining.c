@@ -8,6 +8,8 @@ struct remaining {
 	const struct target *target;
 	uint64_t *contexts; /* owned; of the target's device */
 	size_t n_contexts;
+	uint64_t *files; /* owned; the target's */
+	size_t n_files;
 	json_object *array; /* owned */
 };
 
@@ -23,11 +25,9 @@ static bool is_wanted(const struct remaining *rm, const struct pinbroker_pin_inf
 {
 	const struct target *t = rm->target;
 
-	if (t->mount)
-		return is_below(info->path, t->path);
 	if (t->path)
-		return strcmp(info->path, t->path) == 0;
-	if (t->device)
+		return is_among(info->file, rm->files, rm->n_files);
+	if (t->device_name)
 		return is_among(info->context, rm->contexts, rm->n_contexts);
 	if (t->client > 0)
 		return info->client == t->client;
@@ -38,10 +38,28 @@ static int add_context(const struct pinbroker_context_info *info, void *userdata
 {
 	struct remaining *rm = userdata;
 
-	if (!info->device || strcmp(info->device, rm->target->device) != 0)
+	if (!info->device || strcmp(info->device, rm->target->device_name) != 0)
 		return 0;
 	rm->contexts = must(realloc(rm->contexts, (rm->n_contexts + 1) * sizeof(*rm->contexts)));
 	rm->contexts[rm->n_contexts++] = info->context;
+	return 0;
+}
+
+/* Which of those on a mount are through another is not listed: where there are such, paths say it. */
+static int add_file(const struct pinbroker_file_info *info, void *userdata)
+{
+	struct remaining *rm = userdata;
+	const struct target *t = rm->target;
+	bool wanted = info->device == t->device;
+
+	if (t->mount)
+		wanted = (wanted && t->n_others == 0) || is_below(info->path, t->mount->point);
+	else
+		wanted &= info->inode == t->inode;
+	if (!wanted)
+		return 0;
+	rm->files = must(realloc(rm->files, (rm->n_files + 1) * sizeof(*rm->files)));
+	rm->files[rm->n_files++] = info->file;
 	return 0;
 }
 
@@ -82,8 +100,10 @@ json_object *remaining_list(const struct ctl *ctl, const struct target *target)
 	if (ctl_client(ctl, &rm.pb) > 0)
 		return NULL;
 	rm.array = must(json_object_new_array());
-	if (target->device)
+	if (target->device_name)
 		r = pinbroker_list_contexts(rm.pb, 0, add_context, &rm);
+	if (target->path)
+		r = pinbroker_list_files(rm.pb, add_file, &rm);
 	if (r >= 0)
 		r = pinbroker_list_pins(rm.pb, 0, 0, add_remaining, &rm);
 	for (size_t i = 0; i < json_object_array_length(rm.array) && r >= 0; i++)
@@ -96,6 +116,7 @@ json_object *remaining_list(const struct ctl *ctl, const struct target *target)
 	}
 	pinbroker_unref(rm.pb);
 	free(rm.contexts);
+	free(rm.files);
 	return rm.array;
 }
 

@@ -6,10 +6,13 @@
 
 #include <fcntl.h>
 #include <getopt.h>
+#include <glob.h>
 #include <inttypes.h>
 #include <limits.h>
 #include <math.h>
 #include <string.h>
+#include <sys/stat.h>
+#include <sys/sysmacros.h>
 
 enum {
 	OPTION_FILE = OPTION_VERB,
@@ -38,6 +41,9 @@ struct revoke {
 	sd_bus *bus;  /* owned */
 	char *broker; /* owned; who answered the call */
 	uint64_t id;  /* of the revocation */
+	uint64_t n_pins, n_clients; /* that it is about; PINBROKER_UNKNOWN */
+	int fd; /* owned; the file or the mount's root, which stays what it is meanwhile */
+	struct mount mount;
 	struct ended {
 		uint64_t id;
 		char outcome[32];
@@ -102,8 +108,15 @@ static int revoke_request(struct revoke *rv, sd_bus_message **ret)
 	if (r < 0)
 		return r;
 	sd_bus_message_set_allow_interactive_authorization(m, true);
-	if (rv->target.path || rv->target.device)
-		r = sd_bus_message_append(m, "s", rv->target.path ?: rv->target.device);
+	if (rv->target.mount) {
+		r = sd_bus_message_append(m, "t", (uint64_t)rv->mount.file_system);
+		if (r >= 0)
+			r = sd_bus_message_append_array(m, 't', rv->target.others,
+				rv->target.n_others * sizeof(*rv->target.others));
+	} else if (rv->target.path)
+		r = sd_bus_message_append(m, "tt", rv->target.device, rv->target.inode);
+	else if (rv->target.device_name)
+		r = sd_bus_message_append(m, "s", rv->target.device_name);
 	else if (rv->target.client > 0)
 		r = sd_bus_message_append(m, "t", rv->target.client);
 	else
@@ -118,12 +131,59 @@ static int revoke_request(struct revoke *rv, sd_bus_message **ret)
 	return 0;
 }
 
+/* Something that the kernel knows by this name. */
+static bool device_exists(const char *name)
+{
+	static const char *const places[] = {"/sys/class/*/", "/sys/bus/*/devices/"};
+	bool found = false;
+
+	for (size_t i = 0; i < ELEMENTS(places) && !strpbrk(name, "/*?[\\"); i++) {
+		_cleanup_(freep) char *pattern = NULL;
+		glob_t g;
+
+		if (asprintf(&pattern, "%s%s", places[i], name) < 0)
+			must(NULL);
+		found |= glob(pattern, 0, NULL, &g) == 0;
+		globfree(&g);
+	}
+	return found;
+}
+
+static int revoke_failed(const struct revoke *rv, const sd_bus_error *error, int r)
+{
+	char what[PATH_MAX + 64];
+
+	if (rv->target.path || rv->target.device_name)
+		snprintf(what, sizeof(what), "Cannot revoke the pins on %s",
+			rv->target.path ?: rv->target.device_name);
+	else if (rv->target.client > 0)
+		snprintf(what, sizeof(what), "Cannot revoke the pins of client %" PRIu64,
+			rv->target.client);
+	else
+		snprintf(what, sizeof(what), "Cannot revoke pin %" PRIu64 "%s", rv->target.pins[0],
+			rv->target.n_pins > 1 ? " and the others" : "");
+	return fail_bus_call(error, r, what);
+}
+
+/* The counts are shown as far as they can be had. */
+static void revoke_count(struct revoke *rv)
+{
+	char path[64];
+
+	snprintf(path, sizeof(path), BROKER_PATH "/revocation/%" PRIu64, rv->id);
+	if (sd_bus_get_property_trivial(rv->bus, rv->broker, path, "org.pinbroker1.Revocation",
+		    "Pins", NULL, 't', &rv->n_pins) < 0 ||
+		sd_bus_get_property_trivial(rv->bus, rv->broker, path, "org.pinbroker1.Revocation",
+			"Clients", NULL, 't', &rv->n_clients) < 0)
+		rv->n_pins = rv->n_clients = PINBROKER_UNKNOWN;
+}
+
+/* 0; -1: there is nothing to revoke on what was named; or an exit code with the message said. */
 static int revoke_call(struct revoke *rv)
 {
 	_cleanup_(sd_bus_error_free) sd_bus_error error = SD_BUS_ERROR_NULL;
 	_cleanup_(sd_bus_message_unrefp) sd_bus_message *m = NULL;
 	_cleanup_(sd_bus_message_unrefp) sd_bus_message *reply = NULL;
-	char what[PATH_MAX + 64];
 	int r;
 
 	r = revoke_request(rv, &m);
@@ -134,18 +194,13 @@ static int revoke_call(struct revoke *rv)
 		r = sd_bus_message_read(reply, "t", &rv->id);
 	if (r >= 0) {
 		rv->broker = must(strdup(sd_bus_message_get_sender(reply) ?: ""));
+		revoke_count(rv);
 		return 0;
 	}
-	if (rv->target.path || rv->target.device)
-		snprintf(what, sizeof(what), "Cannot revoke the pins on %s",
-			rv->target.path ?: rv->target.device);
-	else if (rv->target.client > 0)
-		snprintf(what, sizeof(what), "Cannot revoke the pins of client %" PRIu64,
-			rv->target.client);
-	else
-		snprintf(what, sizeof(what), "Cannot revoke pin %" PRIu64 "%s", rv->target.pins[0],
-			rv->target.n_pins > 1 ? " and the others" : "");
-	return fail_bus_call(&error, r, what);
+	if (rv->target.device_name && error.name && strstr(error.name, ".NoSuchObject") &&
+		device_exists(rv->target.device_name))
+		return -1;
+	return revoke_failed(rv, &error, r);
 }
 
 /* ---- The end ---- */
@@ -153,15 +208,10 @@ static int revoke_call(struct revoke *rv)
 /* Those who keep an umount from succeeding, once they have had a moment to leave. */
 static void revoke_find_openers(const struct revoke *rv, struct openers *ret)
 {
-	_cleanup_(close_fdp) int fd = open(rv->target.path, O_PATH | O_CLOEXEC);
-	_cleanup_(freep) struct mount *m = must(calloc(1, sizeof(*m)));
 	uint64_t until = now_usec() + LEAVE_USEC;
 
-	*ret = (struct openers){};
-	if (mount_of(fd, m) < 0)
-		return;
 	for (;;) {
-		openers_of_mount(m->id, m->device, rv->target.path, ret);
+		openers_of_mount(rv->mount.id, rv->mount.device, rv->mount.point, ret);
 		if (ret->n == 0 || now_usec() >= until)
 			return;
 		openers_clear(ret);
@@ -185,11 +235,36 @@ static void revoke_report_json(const struct revoke *rv, const char *outcome, jso
 
 	json_add_number(o, "revocation", rv->id);
 	json_add_string(o, "outcome", outcome);
+	json_add_number(o, "pins", rv->n_pins);
+	json_add_number(o, "clients", rv->n_clients);
 	if (outcome)
 		json_add(o, "remaining", json_object_get(remaining));
 	if (outcome && rv->target.mount)
 		json_add(o, "openers", openers_to_json(openers));
 	json_print(o, rv->ctl);
+}
+
+/* "revocation 17 released: 3 pins of 1 client" */
+static void revoke_say(const struct revoke *rv, const char *what)
+{
+	printf("revocation %" PRIu64 " %s", rv->id, what);
+	if (rv->n_pins != PINBROKER_UNKNOWN)
+		printf(": %" PRIu64 " pin%s of %" PRIu64 " client%s", rv->n_pins,
+			rv->n_pins == 1 ? "" : "s", rv->n_clients, rv->n_clients == 1 ? "" : "s");
+	putchar('\n');
+}
+
+static int revoke_report_nothing(struct revoke *rv)
+{
+	json_object *remaining = must(json_object_new_array());
+
+	rv->id = PINBROKER_UNKNOWN;
+	if (rv->ctl->json != JSON_OFF)
+		revoke_report_json(rv, "released", remaining, NULL);
+	else
+		printf("nothing is pinned on %s\n", rv->target.device_name);
+	json_object_put(remaining);
+	return EX_OK;
 }
 
 static int revoke_report(struct revoke *rv, const char *outcome)
@@ -205,7 +280,7 @@ static int revoke_report(struct revoke *rv, const char *outcome)
 	if (rv->ctl->json != JSON_OFF)
 		revoke_report_json(rv, outcome, remaining, &openers);
 	else
-		printf("revocation %" PRIu64 " %s\n", rv->id, outcome);
+		revoke_say(rv, outcome);
 	if (!released) {
 		r = fail(EX_TEMPFAIL, "Revocation %" PRIu64 " ended as %s. What remains:", rv->id,
 			outcome);
@@ -214,7 +289,7 @@ static int revoke_report(struct revoke *rv, const char *outcome)
 	}
 	if (openers.n > 0) {
 		r = fail(EX_TEMPFAIL,
-			"%s cannot be unmounted while it is in use by:", rv->target.path);
+			"%s cannot be unmounted while it is in use by:", rv->mount.point);
 		openers_print(&openers, stderr);
 	}
 	json_object_put(remaining);
@@ -258,14 +333,14 @@ static int revoke_run(struct revoke *rv)
 			return fail_bus(rv->ctl, r, "Cannot listen for the end of the revocation");
 	}
 	r = revoke_call(rv);
-	if (r > 0)
-		return r;
+	if (r != 0)
+		return r > 0 ? r : revoke_report_nothing(rv);
 	if (rv->wait)
 		return revoke_wait(rv);
 	if (rv->ctl->json != JSON_OFF)
 		revoke_report_json(rv, NULL, NULL, NULL);
 	else
-		printf("revocation %" PRIu64 " started\n", rv->id);
+		revoke_say(rv, "started");
 	return EX_OK;
 }
 
@@ -300,13 +375,13 @@ static int revoke_option(struct revoke *rv, int c)
 	switch (c) {
 	case OPTION_FILE:
 		rv->target.path = optarg;
-		return revoke_set_method(rv, "RevokePath");
+		return revoke_set_method(rv, "RevokeInode");
 	case OPTION_MOUNT:
 		rv->target.path = optarg;
-		rv->target.mount = true;
-		return revoke_set_method(rv, "RevokeMount");
+		rv->target.mount = &rv->mount;
+		return revoke_set_method(rv, "RevokeFileSystem");
 	case OPTION_DEVICE:
-		rv->target.device = optarg;
+		rv->target.device_name = optarg;
 		return revoke_set_method(rv, "RevokeDevice");
 	case OPTION_CLIENT:
 		if (!parse_u64(optarg, &rv->target.client) || rv->target.client == 0)
@@ -360,41 +435,53 @@ static int revoke_parse(struct revoke *rv, int argc, char *argv[])
 	return -1;
 }
 
-/* The broker compares with the path as listed, and asks no file system. */
-static int revoke_resolve(struct revoke *rv, char buffer[static PATH_MAX])
+static int revoke_resolve_mount(struct revoke *rv)
 {
-	_cleanup_(close_fdp) int fd = -1;
-	_cleanup_(freep) struct mount *m = must(calloc(1, sizeof(*m)));
 	int r;
 
-	if (!rv->target.path)
-		return 0;
-	rv->target.path = realpath(rv->target.path, buffer) ?: rv->target.path;
-	if (!rv->target.mount)
-		return 0;
-	fd = open(rv->target.path, O_PATH | O_CLOEXEC);
-	r = fd < 0 ? -errno : mount_of(fd, m);
+	r = mount_of(rv->fd, &rv->mount);
+	if (r >= 0 && !rv->mount.is_root)
+		return fail(EX_USAGE, "%s is no mount point, but on that of %s: give that.",
+			rv->target.path, rv->mount.point);
+	if (r >= 0)
+		r = mount_find_others(&rv->mount, &rv->target.others, &rv->target.n_others);
 	if (r < 0)
 		return fail(
 			EX_NOINPUT, "Cannot find the mount %s: %s.", rv->target.path, strerror(-r));
-	if (!m->is_root)
-		return fail(EX_USAGE, "%s is no mount point, but on that of %s: give that.",
-			rv->target.path, m->point);
 	return 0;
+}
+
+/* A path means what it is here and now: the broker is told which file or mount that is. */
+static int revoke_resolve(struct revoke *rv)
+{
+	struct statx stx;
+
+	if (!rv->target.path)
+		return 0;
+	rv->fd = open(rv->target.path, O_PATH | O_CLOEXEC);
+	if (rv->fd < 0 || statx(rv->fd, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, STATX_INO, &stx) < 0)
+		return fail(EX_NOINPUT,
+			"Cannot find %s: %s. What has no name any more can be revoked by its pins: "
+			"pinbrokerctl list shows them.",
+			rv->target.path, strerror(errno));
+	rv->target.device = makedev(stx.stx_dev_major, stx.stx_dev_minor);
+	rv->target.inode = stx.stx_ino;
+	return rv->target.mount ? revoke_resolve_mount(rv) : 0;
 }
 
 int ctl_revoke(struct ctl *ctl, int argc, char *argv[])
 {
-	struct revoke rv = {.ctl = ctl, .wait = true};
-	char path[PATH_MAX];
+	struct revoke rv = {.ctl = ctl, .wait = true, .fd = -1};
 	int r;
 
 	r = revoke_parse(&rv, argc, argv);
 	if (r < 0)
-		r = revoke_resolve(&rv, path) ?: revoke_run(&rv);
+		r = revoke_resolve(&rv) ?: revoke_run(&rv);
 	sd_bus_flush_close_unref(rv.bus);
 	free(rv.broker);
 	free(rv.ended);
 	free(rv.target.pins);
+	free(rv.target.others);
+	safe_close(rv.fd);
 	return r;
 }

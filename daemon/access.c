@@ -94,7 +94,8 @@ static int refuse_file(struct refusal *ret, const char *cause, const struct prob
 static int find_file_system(int fd, uint64_t mount_id, const struct process *client,
 			    char *const *file_systems, struct probe *probe)
 {
-	int r = mount_find(client, mount_id, probe->file_system, sizeof(probe->file_system));
+	int r = mount_find(client, mount_id, probe->file_system, sizeof(probe->file_system),
+			   &probe->mount_device);
 
 	if (r != -ENOENT || strncmp(probe->path, "/memfd:", 7) == 0)
 		return r;
@@ -155,6 +156,8 @@ static int probe_file(int fd, const struct process *client, char *const *file_sy
 		return r;
 	if (!(stx.stx_mask & STATX_MNT_ID))
 		return -EOPNOTSUPP;
+	p->mount = stx.stx_mnt_id;
+	p->mount_device = p->device;
 	r = find_file_system(fd, stx.stx_mnt_id, client, file_systems, p);
 	if (r == -ENOENT && strncmp(p->path, "/memfd:", 7) == 0)
 		return refuse_file(ret_refusal, "memfd", p,

@@ -20,6 +20,8 @@
 struct probe {
 	dev_t device;
 	ino_t inode;
+	uint64_t mount;      /* its identifier */
+	dev_t mount_device;  /* of the file system, where mounts are listed */
 	uid_t owner;
 	uint64_t size;
 	struct backing backing;

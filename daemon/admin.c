@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 #include "admin.h"
 
+#include <inttypes.h>
 #include <stdio.h>
 #include <string.h>
 
@@ -26,12 +27,19 @@ static int selection_init(struct selection *s, struct broker *broker, size_t n_m
 	return s->pins ? 0 : -ENOMEM;
 }
 
-static void select_file(struct selection *s, struct file *file)
+/* Is it one of those that are meant? use: what one client has of it, as clients may have opened it in several ways;
+ * NULL: the broker's own. */
+typedef bool (*file_filter)(const struct file *file, const struct use *use, const void *wanted);
+
+/* filter: NULL: all pins */
+static void select_file(struct selection *s, struct file *file, file_filter filter,
+			const void *wanted)
 {
 	struct pin *pin = NULL;
 
 	while ((pin = pin_ranges_find(&file->pins, 0, UINT64_MAX, pin)))
-		s->pins[s->n++] = pin;
+		if (!filter || filter(file, pin->use, wanted))
+			s->pins[s->n++] = pin;
 }
 
 static void select_context(struct selection *s, struct context *context)
@@ -84,7 +92,7 @@ static int revoke_file(struct file *file, const char *reason, uint64_t timeout_u
 	r = selection_init(&s, file->broker, file->n_pins);
 	if (r < 0)
 		return r;
-	select_file(&s, file);
+	select_file(&s, file, NULL, NULL);
 	return start_revocation(&s, CAUSE_ADMIN, reason, timeout_usec, ret_id, ret_refusal);
 }
 
@@ -97,18 +105,55 @@ int admin_revoke_file(struct broker *broker, uint64_t id, const char *reason,
 		    : refuse_no_such(ret_refusal, "file", id);
 }
 
-int admin_revoke_path(struct broker *broker, const char *path, const char *reason,
-		      uint64_t timeout_usec, uint64_t *ret_id, struct refusal *ret_refusal)
+int admin_revoke_inode(struct broker *broker, uint64_t device, uint64_t inode, const char *reason,
+		       uint64_t timeout_usec, uint64_t *ret_id, struct refusal *ret_refusal)
 {
-	struct file *file;
+	struct file *file = broker_find_inode(broker, (struct inode_key){ device, inode });
+
+	return file ? revoke_file(file, reason, timeout_usec, ret_id, ret_refusal)
+		    : refuse(ret_refusal, REFUSAL_NO_SUCH_OBJECT, "file",
+			     "It is not open through the broker.");
+}
+
+/* One path can be that of several files, at several times or in several mount namespaces. */
+static int find_path(struct broker *broker, const char *path, struct file **ret,
+		     struct refusal *ret_refusal)
+{
+	struct file *file, *found = NULL;
 	uint64_t after = 0;
 
 	while ((file = broker_next_file(broker, after))) {
 		after = file->id;
-		if (strcmp(file->path, path) == 0)
-			return revoke_file(file, reason, timeout_usec, ret_id, ret_refusal);
+		if (strcmp(file->path, path) != 0)
+			continue;
+		if (found)
+			return refuse(ret_refusal, REFUSAL_NOT_ALLOWED, "ambiguous",
+				      "Several files are listed as %.80s: name one by its id, or by "
+				      "device and inode.", path);
+		found = file;
 	}
-	return refuse(ret_refusal, REFUSAL_NO_SUCH_OBJECT, "file", "No file %s is listed.", path);
+	if (!found)
+		return refuse(ret_refusal, REFUSAL_NO_SUCH_OBJECT, "file", "No file %.150s is listed.",
+			      path);
+	*ret = found;
+	return 0;
+}
+
+int admin_revoke_path(struct broker *broker, const char *path, const struct inode_key *now,
+		      const char *reason, uint64_t timeout_usec, uint64_t *ret_id,
+		      struct refusal *ret_refusal)
+{
+	struct file *file = NULL;
+	int r;
+
+	r = find_path(broker, path, &file, ret_refusal);
+	if (r != 0)
+		return r;
+	if (now && (now->device != file->key.device || now->inode != file->key.inode))
+		return refuse(ret_refusal, REFUSAL_NOT_ALLOWED, "renamed",
+			      "%.80s is another file now than file %" PRIu64 ", which is listed so: name "
+			      "it by its id, or by device and inode.", path, file->id);
+	return revoke_file(file, reason, timeout_usec, ret_id, ret_refusal);
 }
 
 int admin_revoke_client(struct broker *broker, uint64_t id, const char *reason,
@@ -129,10 +174,7 @@ int admin_revoke_client(struct broker *broker, uint64_t id, const char *reason,
 	return start_revocation(&s, CAUSE_ADMIN, reason, timeout_usec, ret_id, ret_refusal);
 }
 
-/* Is it one of those that are meant? */
-typedef bool (*file_filter)(const struct file *file, const void *wanted);
-
-static bool is_below(const struct file *file, const void *wanted)
+static bool is_below(const struct file *file, const struct use *use, const void *wanted)
 {
 	const char *path = file->path, *directory = wanted;
 	size_t n = strlen(directory);
@@ -142,6 +184,23 @@ static bool is_below(const struct file *file, const void *wanted)
 	return strncmp(path, directory, n) == 0 && (n == 1 || path[n] == '/' || path[n] == 0);
 }
 
+static bool is_through(const struct mounts *mounts, uint64_t mount)
+{
+	for (size_t i = 0; i < mounts->n_others; i++)
+		if (mounts->others[i] == mount)
+			return false;
+	return true;
+}
+
+/* All of it is in the way where the broker's own description is. */
+static bool is_on_mount(const struct file *file, const struct use *use, const void *wanted)
+{
+	const struct mounts *mounts = wanted;
+
+	return file->mount_device == mounts->device &&
+	       (is_through(mounts, file->mount) || (use && is_through(mounts, use->mount)));
+}
+
 static void select_files(struct selection *s, file_filter filter, const void *wanted)
 {
 	struct file *file;
@@ -149,9 +208,30 @@ static void select_files(struct selection *s, file_filter filter, const void *wa
 
 	while ((file = broker_next_file(s->broker, after))) {
 		after = file->id;
-		if (filter(file, wanted))
-			select_file(s, file);
+		select_file(s, file, filter, wanted);
 	}
+}
+
+static bool has_file(struct broker *broker, file_filter filter, const void *wanted)
+{
+	struct file *file = broker_next_file(broker, 0);
+
+	while (file && !filter(file, NULL, wanted))
+		file = broker_next_file(broker, file->id);
+	return file;
+}
+
+static void withdraw_uses(struct file *file, file_filter filter, const void *wanted,
+			  uint64_t revocation)
+{
+	struct use *use, *next;
+
+	for (use = LIST_FIRST(&file->uses); use; use = next) {
+		next = LIST_NEXT(use, of_file);
+		if (filter(file, use, wanted))
+			use_withdraw(use, revocation);
+	}
+	file_collect(file);
 }
 
 static void withdraw_files(struct broker *broker, file_filter filter, const void *wanted,
@@ -162,29 +242,46 @@ static void withdraw_files(struct broker *broker, file_filter filter, const void
 
 	while ((file = broker_next_file(broker, after))) {
 		after = file->id;
-		if (filter(file, wanted))
+		if (filter(file, NULL, wanted))
 			file_withdraw(file, revocation);
+		else
+			withdraw_uses(file, filter, wanted, revocation);
 	}
+}
+
+static int revoke_files(struct broker *broker, file_filter filter, const void *wanted,
+			const char *reason, uint64_t timeout_usec, uint64_t *ret_id,
+			struct refusal *ret_refusal)
+{
+	_cleanup_(selection_clear) struct selection s = {};
+	int r;
+
+	r = selection_init(&s, broker, broker->n_pins);
+	if (r < 0)
+		return r;
+	select_files(&s, filter, wanted);
+	r = start_revocation(&s, CAUSE_ADMIN, reason, timeout_usec, ret_id, ret_refusal);
+	if (r == 0)
+		withdraw_files(broker, filter, wanted, *ret_id);
+	return r;
 }
 
 int admin_revoke_mount(struct broker *broker, const char *path, const char *reason,
 		       uint64_t timeout_usec, uint64_t *ret_id, struct refusal *ret_refusal)
 {
-	_cleanup_(selection_clear) struct selection s = {};
-	int r;
-
 	if (path[0] != '/')
 		return refuse_parameter(ret_refusal, "path");
-	r = selection_init(&s, broker, broker->n_pins);
-	if (r < 0)
-		return r;
-	select_files(&s, is_below, path);
-	r = start_revocation(&s, CAUSE_ADMIN, reason, timeout_usec, ret_id, ret_refusal);
-	if (r == 0)
-		withdraw_files(broker, is_below, path, *ret_id);
-	return r;
+	if (!has_file(broker, is_below, path))
+		return refuse(ret_refusal, REFUSAL_NO_SUCH_OBJECT, "file",
+			      "No file is listed at or below %.150s.", path);
+	return revoke_files(broker, is_below, path, reason, timeout_usec, ret_id, ret_refusal);
 }
 
+int admin_revoke_mounts(struct broker *broker, const struct mounts *mounts, const char *reason,
+			uint64_t timeout_usec, uint64_t *ret_id, struct refusal *ret_refusal)
+{
+	return revoke_files(broker, is_on_mount, mounts, reason, timeout_usec, ret_id, ret_refusal);
+}
 /* A device by its name, as contexts and files have it, or, without one, by its number. */
 struct device {
 	const char *name;
@@ -199,7 +296,7 @@ static bool is_on(const struct context *context, const struct device *device)
 			    : description->number == device->number;
 }
 
-static bool lies_on(const struct file *file, const void *wanted)
+static bool lies_on(const struct file *file, const struct use *use, const void *wanted)
 {
 	const struct device *device = wanted;
 
@@ -242,11 +339,15 @@ static int revoke_device(struct broker *broker, const struct device *device, con
 int admin_revoke_device(struct broker *broker, const char *name, const char *reason,
 			uint64_t timeout_usec, uint64_t *ret_id, struct refusal *ret_refusal)
 {
+	const struct device device = { .name = name };
+
 	/* that is what contexts without a device have */
 	if (!name[0])
 		return refuse_parameter(ret_refusal, "device");
-	return revoke_device(broker, &(struct device){ .name = name }, reason, timeout_usec, ret_id,
-			     ret_refusal);
+	if (!next_on(broker, &device, 0) && !has_file(broker, lies_on, &device))
+		return refuse(ret_refusal, REFUSAL_NO_SUCH_OBJECT, "device",
+			      "No context and no file is on a device %.100s.", name);
+	return revoke_device(broker, &device, reason, timeout_usec, ret_id, ret_refusal);
 }
 
 void admin_remove_device(struct broker *broker, dev_t number)

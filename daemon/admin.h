@@ -8,6 +8,7 @@
 #include "refusal.h"
 
 struct broker;
+struct inode_key;
 
 /*
  * Revocations on an administrator's word. reason: for people, may be empty. timeout_usec: the time to
@@ -18,14 +19,26 @@ int admin_revoke_pins(struct broker *broker, const uint64_t *pins, size_t n_pins
 		      struct refusal *ret_refusal);
 int admin_revoke_file(struct broker *broker, uint64_t file, const char *reason,
 		      uint64_t timeout_usec, uint64_t *ret_id, struct refusal *ret_refusal);
-/* The path as listed: no file system is asked. */
-int admin_revoke_path(struct broker *broker, const char *path, const char *reason,
-		      uint64_t timeout_usec, uint64_t *ret_id, struct refusal *ret_refusal);
+int admin_revoke_inode(struct broker *broker, uint64_t device, uint64_t inode, const char *reason,
+		       uint64_t timeout_usec, uint64_t *ret_id, struct refusal *ret_refusal);
+/* The path as listed: that is a label, which several files can have. now: what the path is for whoever gives it,
+ * NULL: nothing that he can reach. */
+int admin_revoke_path(struct broker *broker, const char *path, const struct inode_key *now,
+		      const char *reason, uint64_t timeout_usec, uint64_t *ret_id,
+		      struct refusal *ret_refusal);
 int admin_revoke_client(struct broker *broker, uint64_t client, const char *reason,
 			uint64_t timeout_usec, uint64_t *ret_id, struct refusal *ret_refusal);
 /* Every file at or below a directory, by the paths as listed. The files are withdrawn, as before an umount. */
 int admin_revoke_mount(struct broker *broker, const char *path, const char *reason,
 		       uint64_t timeout_usec, uint64_t *ret_id, struct refusal *ret_refusal);
+/* Every file of a file system, but for what was opened through certain mounts of it. Withdrawn likewise. */
+struct mounts {
+	uint64_t device; /* of the file system, where mounts are listed */
+	const uint64_t *others; /* not meant */
+	size_t n_others;
+};
+int admin_revoke_mounts(struct broker *broker, const struct mounts *mounts, const char *reason,
+			uint64_t timeout_usec, uint64_t *ret_id, struct refusal *ret_refusal);
 /* Every pin through contexts of a device, and of files that it holds: a block device, a device-DAX, an NVDIMM
  * namespace or region. Contexts and files are withdrawn, as before its removal. */
 int admin_revoke_device(struct broker *broker, const char *device, const char *reason,

@@ -26,6 +26,7 @@ struct call {
 	struct sender *sender;
 	struct user *user; /* reference; one LIMIT_UNFINISHED, while polkit is asked */
 	sd_bus_message *m; /* reference */
+	struct bus_credentials credentials;
 	sd_bus_slot *slot; /* of what is asked */
 	bool allowed;      /* on its way again */
 	TAILQ_ENTRY(call) of_authorization;
@@ -36,6 +37,7 @@ struct bus_authorization {
 	struct broker *broker;
 	sd_bus_slot *filter;
 	struct sender *senders;
+	struct bus_credentials caller; /* of the call that was allowed last */
 	TAILQ_HEAD(, call) held,
 		allowed; /* owned; those that are allowed in the order of the bus's queue */
 };
@@ -153,18 +155,18 @@ static int ask_polkit(struct call *call, uid_t uid, sd_bus_error *error)
 static int on_credentials(sd_bus_message *answer, void *userdata, sd_bus_error *ret_error)
 {
 	sd_bus_error error = SD_BUS_ERROR_NULL;
-	struct bus_credentials sender;
 	struct call *call = userdata;
+	struct bus_credentials *sender = &call->credentials;
 	int r;
 
 	call->slot = sd_bus_slot_unref(call->slot);
-	r = bus_credentials_read(answer, &sender);
-	if (r >= 0 && (sender.uid == 0 || sender.uid == geteuid() || sender.administrator)) {
+	r = bus_credentials_read(answer, sender);
+	if (r >= 0 && (sender->uid == 0 || sender->uid == geteuid() || sender->administrator)) {
 		allow_call(call);
 		return 0;
 	}
 	if (r >= 0)
-		r = ask_polkit(call, sender.uid, &error);
+		r = ask_polkit(call, sender->uid, &error);
 	if (r < 0)
 		refuse_call(call, r, &error);
 	return 0;
@@ -207,6 +209,7 @@ static int on_message(sd_bus_message *m, void *userdata, sd_bus_error *error)
 	    sd_bus_message_is_method_call(m, "org.freedesktop.DBus.Peer", NULL))
 		return 0;
 	if (allowed && allowed->m == m) {
+		a->caller = allowed->credentials;
 		call_free(allowed);
 		return 0;
 	}
@@ -231,6 +234,11 @@ int bus_authorization_new(sd_bus *bus, struct broker *broker, struct bus_authori
 	}
 	*ret = a;
 	return 0;
+}
+
+const struct bus_credentials *bus_authorization_caller(const struct bus_authorization *a)
+{
+	return &a->caller;
 }
 
 struct bus_authorization *bus_authorization_free(struct bus_authorization *a)

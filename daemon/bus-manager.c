@@ -8,6 +8,7 @@
 #include "admin.h"
 #include "broker.h"
 #include "bus-object.h"
+#include "bus-path.h"
 #include "bus.h"
 #include "macro.h"
 
@@ -37,7 +38,7 @@ static int reply_refusal(sd_bus_message *m, int r, const struct refusal *refusal
 	return r;
 }
 
-static int reply_revocation(sd_bus_message *m, int r, uint64_t id, const struct refusal *refusal)
+int bus_reply_revocation(sd_bus_message *m, int r, uint64_t id, const struct refusal *refusal)
 {
 	return r == 0 ? sd_bus_reply_method_return(m, "t", id) : reply_refusal(m, r, refusal);
 }
@@ -60,7 +61,7 @@ static int revoke_pins(sd_bus_message *m, void *userdata, sd_bus_error *error)
 		return r;
 	r = admin_revoke_pins(userdata, pins, size / sizeof(uint64_t), reason, timeout, &id,
 			      &refusal);
-	return reply_revocation(m, r, id, &refusal);
+	return bus_reply_revocation(m, r, id, &refusal);
 }
 
 #define REVOKE_BY_ID(what)                                                                         \
@@ -75,7 +76,7 @@ static int revoke_pins(sd_bus_message *m, void *userdata, sd_bus_error *error)
 		if (r < 0)                                                                         \
 			return r;                                                                  \
 		r = admin_revoke_##what(userdata, object, reason, timeout, &id, &refusal);         \
-		return reply_revocation(m, r, id, &refusal);                                       \
+		return bus_reply_revocation(m, r, id, &refusal);                                       \
 	}
 
 #define REVOKE_BY_NAME(what)                                                                       \
@@ -90,14 +91,50 @@ static int revoke_pins(sd_bus_message *m, void *userdata, sd_bus_error *error)
 		if (r < 0)                                                                         \
 			return r;                                                                  \
 		r = admin_revoke_##what(userdata, object, reason, timeout, &id, &refusal);         \
-		return reply_revocation(m, r, id, &refusal);                                       \
+		return bus_reply_revocation(m, r, id, &refusal);                                       \
 	}
 
 REVOKE_BY_ID(file)
 REVOKE_BY_ID(client)
-REVOKE_BY_NAME(path)
 REVOKE_BY_NAME(mount)
 REVOKE_BY_NAME(device)
+
+static int revoke_inode(sd_bus_message *m, void *userdata, sd_bus_error *error)
+{
+	uint64_t device, inode, timeout, id;
+	struct refusal refusal = {};
+	const char *reason;
+	int r;
+
+	r = sd_bus_message_read(m, "ttst", &device, &inode, &reason, &timeout);
+	if (r < 0)
+		return r;
+	r = admin_revoke_inode(userdata, device, inode, reason, timeout, &id, &refusal);
+	return bus_reply_revocation(m, r, id, &refusal);
+}
+
+static int revoke_file_system(sd_bus_message *m, void *userdata, sd_bus_error *error)
+{
+	struct refusal refusal = {};
+	struct mounts mounts;
+	uint64_t timeout, id;
+	const void *others;
+	const char *reason;
+	size_t size;
+	int r;
+
+	r = sd_bus_message_read(m, "t", &mounts.device);
+	if (r >= 0)
+		r = sd_bus_message_read_array(m, 't', &others, &size);
+	if (r >= 0)
+		r = sd_bus_message_read(m, "st", &reason, &timeout);
+	if (r < 0)
+		return r;
+	mounts.others = others;
+	mounts.n_others = size / sizeof(uint64_t);
+	r = admin_revoke_mounts(userdata, &mounts, reason, timeout, &id, &refusal);
+	return bus_reply_revocation(m, r, id, &refusal);
+}
 
 /* --- List* --- */
 
@@ -329,9 +366,17 @@ static const sd_bus_vtable manager_vtable[] = {
 	EXPAND(METHOD, "ListRevocations", LIST_ARGS, list_revocations),
 	EXPAND(METHOD, "RevokePins", REVOKE_ARGS("at", pins), revoke_pins),
 	EXPAND(METHOD, "RevokeFile", REVOKE_ARGS("t", file), revoke_file),
-	EXPAND(METHOD, "RevokePath", REVOKE_ARGS("s", path), revoke_path),
+	METHOD("RevokeInode", "ttst",
+	       SD_BUS_PARAM(device) SD_BUS_PARAM(inode) SD_BUS_PARAM(reason)
+		       SD_BUS_PARAM(timeoutUSec),
+	       "t", SD_BUS_PARAM(revocation), revoke_inode),
+	EXPAND(METHOD, "RevokePath", REVOKE_ARGS("s", path), bus_revoke_path),
 	EXPAND(METHOD, "RevokeClient", REVOKE_ARGS("t", client), revoke_client),
 	EXPAND(METHOD, "RevokeMount", REVOKE_ARGS("s", path), revoke_mount),
+	METHOD("RevokeFileSystem", "tatst",
+	       SD_BUS_PARAM(fileSystem) SD_BUS_PARAM(otherMounts) SD_BUS_PARAM(reason)
+		       SD_BUS_PARAM(timeoutUSec),
+	       "t", SD_BUS_PARAM(revocation), revoke_file_system),
 	EXPAND(METHOD, "RevokeDevice", REVOKE_ARGS("s", device), revoke_device),
 	SD_BUS_PROPERTY("Version", "s", get_version, 0, SD_BUS_VTABLE_PROPERTY_CONST),
 	SD_BUS_PROPERTY("Features", "as", get_features, 0, SD_BUS_VTABLE_PROPERTY_CONST),

@@ -24,11 +24,16 @@
 
 /* What polkit's rules see of a call: its arguments, by their names in org.pinbroker1.xml. */
 static const struct revoke {
-	const char *member, *signature, *name;
+	const char *member, *signature, *names[3];
 } revokes[] = {
-	{"RevokePins", "atst", "pins"}, {"RevokeFile", "tst", "file"},
-	{"RevokePath", "sst", "path"},  {"RevokeClient", "tst", "client"},
-	{"RevokeMount", "sst", "path"}, {"RevokeDevice", "sst", "device"},
+	{"RevokePins", "atst", {"pins"}},
+	{"RevokeFile", "tst", {"file"}},
+	{"RevokeInode", "ttst", {"device", "inode"}},
+	{"RevokePath", "sst", {"path"}},
+	{"RevokeClient", "tst", {"client"}},
+	{"RevokeMount", "sst", {"path"}},
+	{"RevokeFileSystem", "tatst", {"fileSystem", "otherMounts"}},
+	{"RevokeDevice", "sst", {"device"}},
 };
 
 const char *bus_polkit_action(sd_bus_message *call)
@@ -137,8 +142,8 @@ static int append_details(sd_bus_message *m, sd_bus_message *call)
 	r = sd_bus_message_open_container(m, 'a', "{ss}");
 	if (r >= 0 && revoke) {
 		r = sd_bus_message_append(m, "{ss}", "method", member);
-		if (r >= 0)
-			r = append_subject(m, call, revoke->name);
+		for (size_t i = 0; r >= 0 && revoke->names[i]; i++)
+			r = append_subject(m, call, revoke->names[i]);
 		if (r >= 0)
 			r = sd_bus_message_read(call, "s", &reason);
 		if (r >= 0)

@@ -374,6 +374,11 @@ struct bus *bus_free(struct bus *bus)
 	return NULL;
 }
 
+const struct bus_credentials *bus_caller(const struct bus *bus)
+{
+	return bus_authorization_caller(bus->authorization);
+}
+
 bool bus_name_is_unique(const char *name)
 {
 	if (name[0] != ':' || strlen(name) > 255)

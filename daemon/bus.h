@@ -18,12 +18,16 @@
 
 struct broker;
 struct bus;
+struct bus_credentials;
 struct client;
 struct revocation;
 
 /* address: NULL for the system bus. Connects now or later. */
 int bus_new(struct broker *broker, const char *address, struct bus **ret);
 struct bus *bus_free(struct bus *bus);
+
+/* Who sent the call that is being dispatched. */
+const struct bus_credentials *bus_caller(const struct bus *bus);
 
 bool bus_name_is_unique(const char *name);
 

@@ -179,6 +179,18 @@ struct use *client_find_use_of(struct client *client, int64_t file_id, struct re
 	return NULL;
 }
 
+/* The same file, opened anew: what was kept to tell of its end is of no use any more. */
+static void forget_withdrawn(struct client *client, const struct file *file)
+{
+	struct use *use, *next;
+
+	for (use = LIST_FIRST(&client->uses); use; use = next) {
+		next = LIST_NEXT(use, of_client);
+		if (!use->file && use->file_id == file->id)
+			use_free(use);
+	}
+}
+
 int client_add_use(struct client *client, struct file *file, enum access access, bool writable,
 		   struct use **ret, struct refusal *ret_refusal)
 {
@@ -191,6 +203,7 @@ int client_add_use(struct client *client, struct file *file, enum access access,
 		user_discharge(client->user, LIMIT_FILES, 1);
 		return -ENOMEM;
 	}
+	forget_withdrawn(client, file);
 	use->client = client;
 	use->file = file;
 	use->file_id = file->id;
@@ -262,8 +275,14 @@ struct use *use_free(struct use *use)
 
 void use_withdraw(struct use *use, uint64_t revocation)
 {
-	leave_file(use);
 	use->revocation = revocation;
+	use_collect(use);
+}
+
+void use_collect(struct use *use)
+{
+	if (use->revocation != 0 && use->file && use->n_pins == 0)
+		leave_file(use);
 }
 
 struct context *client_find_context(struct client *client, int64_t id, struct refusal *ret_refusal)
@@ -392,9 +411,9 @@ int client_pin(struct client *client, const struct msg_pin_in *in, int64_t *ret_
 	context = client_find_context(client, in->context, ret_refusal);
 	if (!context)
 		return REFUSED;
-	if (!use->file || use->file->withdrawn != 0)
+	if (use->revocation != 0 || use->file->withdrawn != 0)
 		return refuse_revoked(ret_refusal,
-				      use->file ? use->file->withdrawn : use->revocation, 0);
+				      use->revocation != 0 ? use->revocation : use->file->withdrawn, 0);
 	if (context->withdrawn != 0)
 		return refuse_revoked(ret_refusal, context->withdrawn, 0);
 	if (context->fd < 0)

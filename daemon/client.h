@@ -25,7 +25,8 @@ struct use {
 	struct client *client; /* client::uses, which owns it */
 	struct file *file;     /* file::uses; NULL: withdrawn or lost, and kept only to tell the client */
 	uint64_t file_id;
-	uint64_t revocation;   /* withdrawn: on whose word */
+	uint64_t mount;        /* that the client's descriptor was opened through; 0: not known, or several */
+	uint64_t revocation;   /* withdrawn, or to be when its last pin has ended: on whose word */
 	enum access access;    /* what was asked for */
 	bool writable;         /* the client was given a descriptor that can write */
 	uint64_t lost; /* a restart has lost it, or some of its pins, and tells so by this number; 0: none */
@@ -83,8 +84,10 @@ int client_add_use(struct client *client, struct file *file, enum access access,
 /* On a file that a restart has lost, to tell the client so by this number. Charges past the limit. */
 int client_add_lost_use(struct client *client, uint64_t file_id, uint64_t lost, const char *path);
 struct use *use_free(struct use *use);
-/* Its file is being withdrawn by a revocation: takes it away from the client. */
+/* Its file is being withdrawn by a revocation: takes it away from the client, now or with its last pin. */
 void use_withdraw(struct use *use, uint64_t revocation);
+/* Takes away one that is to be, if it has no pins any more. */
+void use_collect(struct use *use);
 
 /* Reserves pins, all or none. REFUSED with what stands in the way. */
 int client_pin(struct client *client, const struct msg_pin_in *in, int64_t *ret_ids,

@@ -74,6 +74,8 @@ int file_new(struct broker *broker, const struct probe *probe, struct file **ret
 		return -ENOMEM;
 	file->broker = broker;
 	file->key = (struct inode_key){ probe->device, probe->inode };
+	file->mount = probe->mount;
+	file->mount_device = probe->mount_device;
 	file->lease.fd = -1;
 	file->opening = true;
 	file->watch = FILE_NOT_WATCHED;

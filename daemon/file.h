@@ -40,6 +40,8 @@ struct file {
 	struct broker *broker; /* broker::files, by id and inode; by the lease's fd, if it has one */
 	struct inode_key key;
 	char *path; /* owned; as it was when opened, for people */
+	uint64_t mount;        /* that the description was opened through; 0: not known */
+	uint64_t mount_device; /* of the file system, where mounts are listed */
 	char file_system[32];
 	struct backing backing;
 	uint64_t device_size; /* of a device-DAX, for which fstat() says 0 */

@@ -7,6 +7,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/sysmacros.h>
 #include <sys/vfs.h>
 
 #include "macro.h"
@@ -18,23 +19,26 @@
 
 /* "36 35 98:0 /mnt1 /mnt2 rw,noatime master:1 - ext3 /dev/root rw,errors=continue"; no field has a
  * blank in it. */
-static int read_type(const char *line, uint64_t id, char *ret, size_t size)
+static int read_line(const char *line, uint64_t id, char *ret, size_t size, dev_t *ret_device)
 {
+	unsigned major_number, minor_number;
 	const char *type;
 	uint64_t n;
 
-	if (sscanf(line, "%" SCNu64, &n) != 1 || n != id)
+	if (sscanf(line, "%" SCNu64 " %*u %u:%u", &n, &major_number, &minor_number) != 3 || n != id)
 		return -ENOENT;
 	type = strstr(line, " - ");
 	if (!type)
 		return -ENOENT;
 	type += strlen(" - ");
 	snprintf(ret, size, "%.*s", (int)strcspn(type, " \n"), type);
+	*ret_device = makedev(major_number, minor_number);
 	return 0;
 }
 
 /* Line by line: whoever may make mounts can have very many of them. */
-int mount_find(const struct process *process, uint64_t id, char *ret, size_t size)
+int mount_find(
+	const struct process *process, uint64_t id, char *ret, size_t size, dev_t *ret_device)
 {
 	char path[64], *line = NULL;
 	int r = -ENOENT;
@@ -44,7 +48,7 @@ int mount_find(const struct process *process, uint64_t id, char *ret, size_t siz
 	snprintf(path, sizeof(path), "/proc/%d/mountinfo", process->pid);
 	f = fopen(path, "re");
 	while (f && r < 0 && getline(&line, &n, f) > 0)
-		r = read_type(line, id, ret, size);
+		r = read_line(line, id, ret, size, ret_device);
 	if (f)
 		fclose(f);
 	free(line);

@@ -131,7 +131,7 @@ static void submit(struct open_request *q, enum step step)
 }
 
 /* The client's part: its hold on the file. */
-static int add_use(struct open_request *q, struct file *file, bool writable)
+static int add_use(struct open_request *q, struct file *file, bool writable, uint64_t mount)
 {
 	struct client *client = broker_find_client(q->broker, q->client_id);
 	struct use *use;
@@ -143,11 +143,17 @@ static int add_use(struct open_request *q, struct file *file, bool writable)
 		return refuse(&q->result.refusal, REFUSAL_BUSY, "revoking",
 			      "%s is being withdrawn by an administrator.", file->path);
 	use = client_find_use(client, file);
+	if (use && use->revocation != 0)
+		return refuse(&q->result.refusal, REFUSAL_BUSY, "revoking",
+			      "%s is being withdrawn by an administrator.", file->path);
 	if (!use) {
 		r = client_add_use(client, file, q->access, writable, &use, &q->result.refusal);
 		if (r != 0)
 			return r;
+		use->mount = mount;
 	}
+	if (use->mount != mount)
+		use->mount = 0;
 	use->writable |= writable;
 	if (q->access == ACCESS_WRITE)
 		use->access = ACCESS_WRITE;
@@ -161,7 +167,7 @@ static int share_description(struct open_request *q, struct file *file)
 	int r;
 
 	q->client_fd = fcntl(file->lease.fd, F_DUPFD_CLOEXEC, 3);
-	r = q->client_fd < 0 ? -errno : add_use(q, file, true);
+	r = q->client_fd < 0 ? -errno : add_use(q, file, true, file->mount);
 	if (r == 0)
 		sharing_add(file, q->user->uid);
 	return r;
@@ -218,6 +224,7 @@ static void lease_file(struct open_request *q)
 	if (q->leased_fd >= 0) {
 		/* a conversion has one already */
 		offload_close(q->broker->offload, NULL, file_take_description(file));
+		file->mount = q->probe.mount;
 		r = file_set_description(file, TAKE_FD(q->leased_fd), q->access);
 	} else {
 		r = file_try_lease(file);
@@ -229,7 +236,7 @@ static void lease_file(struct open_request *q)
 	}
 	if (r == 0)
 		r = shares_description(q) ? share_description(q, file)
-					  : add_use(q, file, q->access == ACCESS_WRITE);
+					  : add_use(q, file, q->access == ACCESS_WRITE, q->probe.mount);
 	else
 		r = refuse_lease(q, r);
 	if (r != 0 && file->n_uses == 0) /* nothing of it is to be kept */
@@ -354,7 +361,7 @@ static void go_on(struct open_request *q)
 		if (!file || file->opening)
 			find_way(q);
 		else
-			finish(q, r == 0 ? add_use(q, file, q->access == ACCESS_WRITE) : r);
+			finish(q, r == 0 ? add_use(q, file, q->access == ACCESS_WRITE, q->probe.mount) : r);
 		break;
 	}
 }

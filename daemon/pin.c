@@ -110,6 +110,7 @@ static void leave_file(struct pin *pin)
 	context_close_withdrawn(pin->context);
 	user_discharge(pin->context->user, LIMIT_PINNED_BYTES, pin_pinned_bytes(pin));
 	pin->use = NULL;
+	use_collect(use);
 }
 
 struct pin *pin_free(struct pin *pin)

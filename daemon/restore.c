@@ -326,6 +326,7 @@ static int restore_file(struct restorer *r, uint64_t id, const struct record *re
 	struct probe probe = {
 		.device = record_unsigned(record, "device", 0, &bad),
 		.inode = record_unsigned(record, "inode", 0, &bad),
+		.mount = record_unsigned(record, "mount", 0, &bad),
 		.size = record_unsigned(record, "size", 0, &bad),
 		.path = (char *)path,
 		.backing.numa_node = (int)record_signed(record, "node", -1, &bad),
@@ -336,6 +337,7 @@ static int restore_file(struct restorer *r, uint64_t id, const struct record *re
 	int error;
 
 	find_entry(r, (const uint64_t[2]){ id })->path = path;
+	probe.mount_device = record_unsigned(record, "mount-device", probe.device, &bad);
 	probe.backing.kind = (enum backing_kind)read_enumeration(record, "backing",
 								 &enumeration_backing_kind, &bad);
 	COPY(probe.backing.device, record, "block-device");
@@ -412,6 +414,7 @@ static int restore_use(struct restorer *r, const struct entry *e, const struct r
 	bool bad = false, writable = record_unsigned(record, "writable", 0, &bad);
 	int error, access = read_enumeration(record, "access", &enumeration_access, &bad);
 	uint64_t lost = record_unsigned(record, "lost", 0, &bad);
+	uint64_t mount = record_unsigned(record, "mount", 0, &bad);
 	struct use *use;
 
 	if (!client)
@@ -422,11 +425,13 @@ static int restore_use(struct restorer *r, const struct entry *e, const struct r
 		return -EBADMSG;
 	ids_pass(&r->broker->ids, lost);
 	error = client_add_use(client, file, (enum access)access, writable, &use, &refusal);
-	if (error == 0)
-		use->lost = lost;
-	if (error == 0 && writable)
+	if (error != 0)
+		return error;
+	use->lost = lost;
+	use->mount = mount;
+	if (writable)
 		sharing_add(file, client->process.uid);
-	return error;
+	return 0;
 }
 
 /* Contexts of one description share what is kept of it. */

@@ -364,6 +364,9 @@ static int set_targets(struct revocation *rev, struct pin **pins, size_t n_pins)
 		/* named twice: once is enough */
 		if (rev->n_targets > 0 && rev->targets[rev->n_targets - 1].pin == rev->targets[i].pin)
 			continue;
+		rev->n_clients += rev->n_targets == 0 ||
+				  rev->targets[rev->n_targets - 1].pin->context->client !=
+					  rev->targets[i].pin->context->client;
 		rev->targets[rev->n_targets++] = rev->targets[i];
 		rev->n_pinning += !rev->targets[i].on_demand;
 	}
@@ -519,6 +522,7 @@ void revocation_info(const struct revocation *rev, struct msg_revocation_info *r
 		.endUSec = revocation_is_running(rev) ? INT_NULL : (int64_t)rev->end_usec,
 		.pins = (int64_t)rev->n_pinning,
 		.remaining = (int64_t)rev->n_remaining,
+		.clients = (int64_t)rev->n_clients,
 		.proof = rev->has_proof ? (int)rev->weakest : ENUM_NULL,
 	};
 	conflict_message(&rev->conflict, &ret->conflict);

@@ -53,6 +53,7 @@ struct revocation {
 	struct target *targets;      /* owned; ordered by client and file; freed at the end */
 	size_t n_targets;
 	size_t n_pinning, n_remaining; /* of them, those to wait for, at first and now */
+	size_t n_clients;              /* whose pins they are */
 	enum proof weakest; /* of the pins that ended */
 	bool has_proof;     /* at least one did */
 	uid_t uids[REVOCATION_UIDS_MAX]; /* of the holders, the first few: who may see it */

@@ -111,6 +111,8 @@ static void write_file(struct record_buffer *b, const struct file *file)
 		record_put(b, "shared", true);
 	if (file->sharing.tampered)
 		record_put(b, "tampered", true);
+	record_put(b, "mount", file->mount);
+	record_put(b, "mount-device", file->mount_device);
 	record_put_string(b, "file-system", file->file_system);
 	write_backing(b, &file->backing);
 	if (file->backing.kind == BACKING_DEVICE_DAX)
@@ -126,6 +128,7 @@ static void write_use(struct record_buffer *b, const struct use *use)
 	record_put(b, "file", use->file_id);
 	record_put_string(b, "access", access_name(use->access));
 	record_put(b, "writable", use->writable);
+	record_put(b, "mount", use->mount);
 	if (use->lost != 0)
 		record_put(b, "lost", use->lost);
 	record_put_string(b, "path", use->path);

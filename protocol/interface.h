@@ -157,7 +157,8 @@ enum revocation_state {
 	F(INT, NULLABLE, endUSec, _)                \
 	F(INT, REQUIRED, pins, _)                   \
 	F(INT, REQUIRED, remaining, _)              \
-	F(ENUM, NULLABLE, proof, proof)
+	F(ENUM, NULLABLE, proof, proof)             \
+	F(INT, NULLABLE, clients, _)
 
 /* tag, name in the IDL, fields */
 #define INTERFACE_TYPES(T)                                    \

@@ -33,6 +33,11 @@ class Manager(Bus):
         return [{key: value['data'] for key, value in o.items()} for o in objects], after
 
 
+def inode(path):
+    st = os.stat(path)
+    return st.st_dev, st.st_ino
+
+
 def pin(holder, file, context, *offsets):
     return holder.call('Pin', {'file': file, 'context': context, 'access': 'read',
                                'ranges': ranges(*((o, PAGE) for o in offsets))})['pins']
@@ -94,10 +99,10 @@ def test_revokes(world, manager):
             ('RevokeFile', 't', lambda pins: (file,), (999,)),
             ('RevokeClient', 't', lambda pins: (h.client['client'],), (999,)),
             ('RevokePath', 's', lambda pins: (world.file,), ('/dev/null',)),
-            ('RevokeMount', 's', lambda pins: ('/dev/shm',), None)):
+            ('RevokeInode', 'tt', lambda pins: inode(world.file), inode('/dev/null')),
+            ('RevokeMount', 's', lambda pins: ('/dev/shm',), ('/dev/shm-not',))):
         pins = pin(h, file, context, 0, PAGE)
-        if wrong:
-            manager.refused('', method, signature + 'st', *wrong, 'why', 60 * SECOND)
+        manager.refused('', method, signature + 'st', *wrong, 'why', 60 * SECOND)
         revocation = manager.call(method, signature + 'st', *named(pins), 'why', 60 * SECOND)[0]
         notice = watch.connection.reply(PB + 'Watch')[0]['notice']
         equal((notice['revocation'], sorted(notice['pins'])), (revocation, pins))
@@ -106,7 +111,8 @@ def test_revokes(world, manager):
         expect(50 * SECOND < left <= 60 * SECOND, left)
         h.call('Unpin', {'pins': pins})
         last = manager.list('Revocations')[0][-1]
-        equal((last['revocation'], last['state'], last['remaining']), (revocation, 'released', 0))
+        equal((last['revocation'], last['state'], last['remaining'], last['pins'], last['clients']),
+              (revocation, 'released', 0, 2, 1))
 
     # The mount's files are withdrawn: whoever wants to go on opens them anew.
     h.refused('Revoked', {'revocation': revocation, 'pins': []}, 'Pin',
@@ -122,10 +128,7 @@ def test_revokes(world, manager):
     equal(manager.list('Files')[0][0]['lease'], 'read')
     # the context has no device, which is no device's name
     manager.refused('', 'RevokeDevice', 'sst', '', '', 0)
-    # nothing is pinned through it: that is what was wanted
-    revocation = manager.call('RevokeDevice', 'sst', 'mlx5_0', '', 0)[0]
-    last = manager.list('Revocations')[0][-1]
-    equal((last['revocation'], last['state'], last['pins']), (revocation, 'released', 0))
+    manager.refused('No context and no file', 'RevokeDevice', 'sst', 'mlx5_0', '', 0)
     h.call('Unpin', {'pins': pins[1:]})
     h.close()
     watch.close()
@@ -180,7 +183,7 @@ def test_withdrawal(world, manager):
     expect_closed(world, world.file)
     # … and of what is elsewhere nothing is.
     file = h.open(world.file)['file']
-    manager.call('RevokeMount', 'sst', '/dev/shm-not', '', 0)
+    manager.refused('No file is listed', 'RevokeMount', 'sst', '/dev/shm-not', '', 0)
     h.call('Unpin', {'pins': pin(h, file, context, 0)})
     h.close()
 

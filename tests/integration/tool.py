@@ -388,13 +388,13 @@ def test_revoke(world, tool):
     with held() as (holder, line):
         first, second = int(fields(line)['pin']), int(fields(holder.stdout.readline())['pin'])
         said = tool.run('revoke', first, '--reason', 'a b', '--timeout', 5)
-        expect(re.fullmatch(r'revocation \d+ released\n', said), said)
+        expect(re.fullmatch(r'revocation \d+ released: 1 pin of 1 client\n', said), said)
         notice = holder.stdout.readline()
         expect(re.search(rf'^revoked {world.file} pins {first} .*cause admin .*reason a\\040b left '
                          r'[0-5]\.\d+ ', notice), notice)
         equal(fields(holder.stdout.readline())['pin'], str(first))
         o = tool.once('revoke', '--file', world.file)
-        equal((o['outcome'], o['remaining']), ('released', []))
+        equal((o['outcome'], o['remaining'], o['pins'], o['clients']), ('released', [], 1, 1))
         equal(fields(holder.stdout.readline())['pins'], str(second))
         equal(holder.wait(WAIT), 0)
     with held() as (holder, line):
@@ -408,8 +408,11 @@ def test_revoke(world, tool):
         expect(0.2 <= time.monotonic() - begin < GRACE / 2)
         equal(tool.json('list', 'pins'), [])
         holder.terminate()
-    # nobody is there: done
-    expect('released' in tool.run('revoke', '--device', 'nothing0'))
+    # what is there has nothing pinned: done
+    equal(tool.run('revoke', '--device', 'lo'), 'nothing is pinned on lo\n')
+    equal(tool.once('revoke', '--device', 'lo'), {'revocation': None, 'outcome': 'released', 'pins': 0,
+                                                  'clients': 0, 'remaining': []})
+    tool.run('revoke', '--device', 'nothing0', status=NOINPUT, error='nothing0')
     tool.run('revoke', 999999, status=NOINPUT, error='pin.*999999.*list shows')
     tool.run('revoke', '--client', 999999, status=NOINPUT, error='client 999999')
     tool.run('revoke', '--file', '/etc/passwd', status=NOINPUT, error='/etc/passwd')
@@ -585,7 +588,7 @@ def test_no_broker(tool):
     for args in (('revoke', '1'), ('watch',)):
         tool.run(*args, status=UNAVAILABLE, error='/no/bus.*--bus', **gone)
     expect(tool.run('--socket', tool.env['PINBROKER_SOCKET'], 'list', PINBROKER_SOCKET='/no/socket'))
-    expect(tool.run('--bus', tool.env['PINBROKER_BUS'], 'revoke', '--device', 'none0',
+    expect(tool.run('--bus', tool.env['PINBROKER_BUS'], 'revoke', '--device', 'lo',
                     PINBROKER_BUS='unix:path=/no/bus'))
 
 
