@@ -137,7 +137,7 @@ static void discharge(struct closer_queue *q, unsigned n)
 	c->n_unfinished -= n;
 	q->n_unfinished -= n;
 	if (q->n_unfinished == 0)
-		q->user = user_unref(q->user);
+		user_unref(TAKE_PTR(q->user)); /* the queue may go with it */
 }
 
 /* What is listed is left to the process's exit: closing it here could wait. */
