@@ -23,8 +23,8 @@ F_SETSIG, F_SETOWN, F_SETOWN_EX, F_SETLEASE, F_NOTIFY = 10, 8, 15, 1024, 1026
 F_OWNER_TID, F_OWNER_PID, F_OWNER_PGRP = range(3)
 LEASE_SIGNAL = signal.SIGRTMIN
 STRANGER = NOBODY - 1
-# A description is looked at every 100 ms; the rest is for the machine.
-LATE = 0.15 * SLOWNESS
+# A description is looked at every 100 ms, without which it would be 5 s; the rest is for the machine.
+LATE = 0.5 * SLOWNESS
 ROUNDS = int(os.environ.get('PINBROKER_ROUNDS', '50'))
 
 
@@ -58,13 +58,14 @@ def wait_until(condition, what):
         time.sleep(0.001)
 
 
-def provoke(path):
-    """A break by somebody who does not wait."""
+def provoke(path, sure=True):
+    """A break by somebody who does not wait. Not sure: the file may be let go of already."""
     try:
         os.close(os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC))
     except BlockingIOError:
         return
-    raise AssertionError('there is no lease')
+    if sure:
+        raise AssertionError('there is no lease')
 
 
 class Many:
@@ -345,7 +346,7 @@ class Tampering(Shared):
 
                 def choose(fd):
                     fcntl.fcntl(fd, F_SETSIG, number)
-                    provoke(path)
+                    provoke(path, False)
                 tamperer = Tamperer(self, path, choose)
                 self.assertLess(self.expect_heard(self.honest, self.file), LATE)
                 self.assertNotEqual(state(self.daemon.pid), 'T')
@@ -477,7 +478,7 @@ class Tampering(Shared):
 
             def strike(fd):
                 fcntl.fcntl(fd, F_SETSIG, sig)
-                provoke(path)
+                provoke(path, False)
             tamperer = Tamperer(self, path, strike)
             late.append(self.expect_heard(self.honest, self.file))
             tamperer.expect_disconnected()
