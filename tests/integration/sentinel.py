@@ -259,7 +259,7 @@ class Sentinel(Shared):
                     os.kill(pid, signal.SIGCONT)
                 self.assertEqual(holders.noticed(n), set(paths))
                 holders.release()
-        daemon.wait_for_log('The signal queue overflowed')
+                daemon.wait_for_log('The signal queue overflowed')
         self.assertEqual(self.helpers(daemon)[1], sentinel)
         self.expect_end(daemon)
 
@@ -442,15 +442,13 @@ class Tampering(Shared):
         self.end(sharer)
 
     def test_taken_again(self):
-        """F_SETLEASE once more, through the number that another lease has in the daemon: the break names that."""
+        """F_SETLEASE once more, through the number that another lease has in the daemon: the break names that. It is
+        the only user who shares the file, so that nothing but the hint tells."""
         decoy = self.hold(file=self.make_file('decoy'))
         number = next(int(fd) for fd in os.listdir(f'/proc/{self.daemon.pid}/fd')
                       if os.readlink(f'/proc/{self.daemon.pid}/fd/{fd}').endswith('/decoy'))
         sharer = self.hold(file=self.own)
-
-        def take(fd):
-            fcntl.fcntl(os.dup2(fd, number), F_SETLEASE, fcntl.F_WRLCK)
-        Tamperer(self, self.own, take)
+        in_child(lambda: fcntl.fcntl(os.dup2(sharer.fd, number), F_SETLEASE, fcntl.F_WRLCK))
         self.assertLess(self.expect_heard(sharer, self.own), LATE)
         decoy.release()
         self.end(sharer)
