@@ -15,6 +15,7 @@
 #include "offload.h"
 #include "pin.h"
 #include "revocation.h"
+#include "settle.h"
 #include "store.h"
 #include "user.h"
 
@@ -65,6 +66,7 @@ struct broker {
 	struct file_inodes files_by_inode;
 	struct file_fds files_by_fd; /* by the lease's descriptor: what si_fd names */
 
+	struct listened listened;
 	struct ids ids;
 	struct store store;
 	struct state *state;  /* NULL: nothing outlives this process */

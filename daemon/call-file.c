@@ -79,7 +79,8 @@ static void preflight_done(struct job *job)
 	struct preflight_job *j = container_of(job, struct preflight_job, job);
 	struct peer *peer = j->peer;
 	bool settles = j->access == ACCESS_WRITE && backing_needs_lease(&j->probe.backing) &&
-		       !file_admits_readers(peer->broker);
+		       !file_admits_readers(peer->broker) &&
+		       listened_until(&peer->broker->listened, j->probe.mount_device) == 0;
 	uint64_t break_usec = lease_break_usec();
 	struct msg_backing backing;
 	char message[300];

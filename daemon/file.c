@@ -16,6 +16,7 @@
 #include "log.h"
 #include "macro.h"
 #include "open.h"
+#include "settle.h"
 #include "state.h"
 #include "watch.h"
 
@@ -182,73 +183,43 @@ bool file_admits_readers(const struct broker *broker)
 	return broker->config->readers == READERS_ADMIT || lease_break_usec() == USEC_INFINITY;
 }
 
-/* Opening the file as a reader would: it provokes the break that settles a write lease, and later
- * shows that it has settled. */
-struct settle_job {
-	struct job job;
-	struct broker *broker;
-	uint64_t file;
-	int fd; /* owned; a dup */
-	bool opened;
-};
-
-static void settle_run(struct job *job)
+static bool admits_readers(const struct file *file)
 {
-	struct settle_job *j = container_of(job, struct settle_job, job);
-	char path[64];
-	int fd;
-
-	snprintf(path, sizeof(path), "/proc/self/fd/%d", j->fd);
-	fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC | O_NOCTTY);
-	j->opened = fd >= 0;
-	safe_close(fd);
-}
-
-static void settle_done(struct job *job)
-{
-	struct settle_job *j = container_of(job, struct settle_job, job);
-	struct file *file = broker_find_file(j->broker, j->file);
-
-	/* It may be the last of a large file that has no name any more. */
-	offload_close(j->broker->offload, NULL, j->fd);
-	if (file) {
-		file->settle_running = false;
-		if (j->opened && file->lease.state == LEASE_SETTLING) {
-			struct log_fields fields = file_fields(file);
-
-			lease_settled(&file->lease);
-			log_event(LOG_INFO, MESSAGE_LEASE_SETTLED, &fields,
-				  "Lease of %s settled: readers come and go freely.", file->path);
-		} else if (file->lease.state == LEASE_SETTLING) {
-			uint64_t again = now_usec() + SETTLE_RETRY_USEC,
-				 due = file->lease.settled_usec + SETTLE_SLACK_USEC;
-
-			arm(file, again > due ? again : due);
-		}
-		file_update(file);
-	}
-	free(j);
+	return file_admits_readers(file->broker) ||
+	       listened_until(&file->broker->listened, file->mount_device) != 0;
 }
 
 static void settle(struct file *file)
 {
-	struct settle_job *j;
+	int r = file->settle ? 0 : settle_start(file);
 
-	if (file->settle_running)
-		return;
-	j = calloc(1, sizeof(*j));
-	if (!j || (j->fd = fcntl(file->lease.fd, F_DUPFD_CLOEXEC, 3)) < 0) {
-		log_errno(LOG_WARNING, errno, "Cannot settle the lease of %s yet", file->path);
-		free(j);
-		arm(file, now_usec() + RETRY_EXPOSED_USEC);
-		return;
+	if (r < 0)
+		log_errno(LOG_WARNING, r, "Cannot settle the lease of %s yet", file->path);
+	arm(file, now_usec() + (r < 0 ? RETRY_EXPOSED_USEC : SETTLE_LOOK_USEC));
+}
+
+void file_settle_done(struct file *file, bool opened)
+{
+	uint64_t now = now_usec(), usec = now + SETTLE_PROBE_USEC;
+
+	if (opened && file->lease.state == LEASE_SETTLING) {
+		struct log_fields fields = file_fields(file);
+
+		lease_settled(&file->lease);
+		disarm(file);
+		log_event(LOG_INFO, MESSAGE_LEASE_SETTLED, &fields,
+			  "Lease of %s settled: readers come and go freely.", file->path);
+	} else if (file->lease.state == LEASE_SETTLING) {
+		uint64_t again = now + SETTLE_RETRY_USEC,
+			 due = file->lease.settled_usec + SETTLE_SLACK_USEC;
+
+		if (due < again)
+			due = again;
+		arm(file, due < usec ? due : usec);
+	} else if (file->lease.state == LEASE_WRITE) {
+		arm(file, usec);
 	}
-	j->job.run = settle_run;
-	j->job.done = settle_done;
-	j->broker = file->broker;
-	j->file = file->id;
-	file->settle_running = true;
-	offload_submit_force(file->broker->offload, NULL, &j->job);
+	file_update(file);
 }
 
 static void retry_later(struct file *file)
@@ -303,6 +274,37 @@ static void check_shrunk(struct file *file)
 	}
 }
 
+static void release(struct file *file);
+
+/* What holds our open up has the file open itself, or waits for that, until it is admitted. */
+static void note_listener(struct file *file)
+{
+	struct log_fields fields = file_fields(file);
+
+	listened_note(&file->broker->listened, file->mount_device);
+	log_event(LOG_WARNING, NULL, &fields,
+		  "A program decides on opens on the file system of %s (fanotify), and waits for leases "
+		  "to settle: readers are admitted there at once, which exposes files to writers "
+		  "meanwhile.", file->path);
+}
+
+/* Until it has settled whoever opens the file to read it waits. */
+static void go_on_settling(struct file *file)
+{
+	uint64_t until_usec = listened_until(&file->broker->listened, file->mount_device);
+
+	if (file->lease.state == LEASE_SETTLING && file->settle && settle_is_held(file->settle))
+		note_listener(file);
+	else if (until_usec == 0) {
+		settle(file);
+		return;
+	}
+	if (file->lease.state == LEASE_SETTLING)
+		release(file);
+	else
+		arm(file, until_usec);
+}
+
 static int take(struct file *file)
 {
 	struct log_fields fields = file_fields(file);
@@ -322,7 +324,7 @@ static int take(struct file *file)
 	log_event(LOG_INFO, MESSAGE_LEASE_TAKEN, &fields, "Lease of %s taken (%s).", file->path,
 		  enumeration_name(&enumeration_lease_state, file->lease.state));
 	if (file->lease.state == LEASE_WRITE && !file_admits_readers(file->broker))
-		settle(file);
+		go_on_settling(file);
 	return 0;
 }
 
@@ -347,14 +349,14 @@ static void break_by_reader(struct file *file)
 {
 	struct log_fields fields = file_fields(file);
 
-	if (file_admits_readers(file->broker)) {
+	if (admits_readers(file)) {
 		log_event(LOG_INFO, MESSAGE_LEASE_BROKEN, &fields,
 			  "Lease of %s broken by a reader, who is admitted.", file->path);
 		release(file);
 		return;
 	}
 	lease_settle(&file->lease, lease_break_usec());
-	arm(file, file->lease.settled_usec + SETTLE_SLACK_USEC);
+	arm(file, now_usec() + SETTLE_LOOK_USEC);
 }
 
 static void break_by_writer(struct file *file)
@@ -399,7 +401,7 @@ static void go_on_after_stripping(struct file *file)
 	check_shrunk(file);
 	disarm(file);
 	if (!file_admits_readers(file->broker))
-		settle(file);
+		go_on_settling(file);
 	sharing_stripped(file);
 }
 
@@ -438,7 +440,7 @@ static int on_timer(sd_event_source *source, uint64_t usec, void *userdata)
 		if (take(file) < 0)
 			retry_later(file);
 	} else if (file->lease.state == LEASE_WRITE || file->lease.state == LEASE_SETTLING) {
-		settle(file);
+		go_on_settling(file);
 	}
 	file_update(file);
 	return 0;

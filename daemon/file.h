@@ -20,6 +20,7 @@ struct broker;
 struct open_request;
 struct probe;
 struct revocation;
+struct settle_job;
 struct use;
 
 /* (st_dev, st_ino) */
@@ -63,7 +64,7 @@ struct file {
 	struct sharing sharing;        /* sharing.c's: who was given the description */
 	struct lease recorded;         /* what was last written into the state */
 	uint64_t emergency_size;       /* unguarded: a shrink to this has been dealt with already */
-	bool settle_running;           /* a job opens the file as a reader would */
+	struct settle_job *settle;     /* the job that opens the file as a reader would, or NULL */
 	int watch;                     /* inotify's while there is no lease, or FILE_… */
 	uint64_t retry_usec;           /* the present back-off */
 	sd_event_source *timer;        /* settling, or taking the lease again */
@@ -114,6 +115,8 @@ bool file_admits_readers(const struct broker *broker);
 
 /* Looks at the lease and does what follows. To be called whenever anything may have changed. */
 void file_update(struct file *file);
+/* It has been opened as a reader would, to settle its lease: with success? */
+void file_settle_done(struct file *file, bool opened);
 /* inotify saw something while there was no lease. */
 void file_touched(struct file *file);
 /* The revocation that a break started has ended: the lease may go. lost: with pins alive. */

@@ -394,6 +394,7 @@ static const struct {
 	[OFFLOAD_CLOSES] = { 128, OFFLOAD_CLOSES_PER_USER, true },
 	[OFFLOAD_CONNECTIONS] = { 32, OFFLOAD_CLOSES_PER_USER, true },
 	[OFFLOAD_FILES] = { 4, 4, true },
+	[OFFLOAD_SETTLES] = { 4, 4 },
 	[OFFLOAD_SYSTEM] = { 4, 4 },
 };
 

@@ -23,6 +23,7 @@ enum offload_lane {
 	OFFLOAD_CLOSES,      /* of other descriptors that they sent: these may hang for ever */
 	OFFLOAD_CONNECTIONS, /* of their connections, with what lies unread in them */
 	OFFLOAD_FILES,       /* closes of data files */
+	OFFLOAD_SETTLES,     /* opens that settle leases: who listens to opens can hold them up */
 	OFFLOAD_SYSTEM,      /* what else the broker does */
 	OFFLOAD_LANES,
 };
