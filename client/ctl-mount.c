@@ -7,8 +7,7 @@
 #include <sys/stat.h>
 #include <sys/sysmacros.h>
 
-/* "\040" for a space, as in /proc/self/mountinfo. */
-static void unescape(char *s)
+void unescape_word(char *s)
 {
 	char *to = s;
 
@@ -40,8 +39,8 @@ static bool read_line(char *line, struct mount *m)
 	m->file_system = makedev(major_number, minor_number);
 	if (sscanf(separator, " - %63s %4095s", m->type, m->source) != 2)
 		return false;
-	unescape(m->point);
-	unescape(m->source);
+	unescape_word(m->point);
+	unescape_word(m->source);
 	return true;
 }
 

@@ -17,6 +17,9 @@ struct mount {
 	char source[PATH_MAX];
 };
 
+/* "\040" for a space, as in /proc/self/mountinfo. */
+void unescape_word(char *s);
+
 /* fd: may be O_PATH. 0 or negative errno. */
 int mount_of(int fd, struct mount *ret);
 /* The other mounts of its file system that can be seen from here: their identifiers, which the caller frees. */

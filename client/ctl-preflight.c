@@ -1,4 +1,5 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
+#include "ctl-kernel.h"
 #include "ctl-mount.h"
 #include "ctl-openers.h"
 #include "ctl-probe.h"
@@ -31,6 +32,7 @@ struct preflight {
 	struct pinbroker_preflight_info *leases[2]; /* owned, by access; NULL: not known */
 	json_object *broker;                        /* owned; the file as list has it, or NULL */
 	struct openers openers;
+	struct kernel_use kernel;
 };
 
 /* ---- What is asked ---- */
@@ -107,7 +109,10 @@ static int preflight_look(struct preflight *p)
 	probe_file(p->path, &p->stx, &p->mount, &p->probe);
 	openers_of_file(
 		makedev(p->stx.stx_dev_major, p->stx.stx_dev_minor), p->stx.stx_ino, &p->openers);
-	return preflight_ask_broker(p, fd);
+	r = preflight_ask_broker(p, fd);
+	if (r == 0)
+		kernel_use_find(p->path, &p->stx, &p->mount, p->broker, &p->kernel);
+	return r;
 }
 
 /* Processes that keep the kernel from granting a lease. A file that is under one has none. */
@@ -136,6 +141,10 @@ static json_object *lease_to_json(const struct preflight *p, enum pinbroker_acce
 	json_add_bool(o, "possible", info->leasable);
 	json_add_string(o, "reason", info->reason);
 	json_add_number(o, "inTheWay", n_in_the_way(p, access));
+	if (p->kernel.granted[access] < 0)
+		json_add(o, "granted", NULL);
+	else
+		json_add_bool(o, "granted", p->kernel.granted[access] > 0);
 	json_add_number(o, "breakUSec", info->lease_break_usec);
 	json_add_number(o, "settleUSec", info->settle_usec);
 	return o;
@@ -198,6 +207,7 @@ static void preflight_print_json(const struct preflight *p)
 	json_add_string(o, "hazard", hazard(p));
 	json_add(o, "openers", openers_to_json(&p->openers));
 	json_add_number(o, "hiddenProcesses", p->openers.n_hidden);
+	json_add_string(o, "kernelHolders", p->kernel.holders);
 	json_print(o, p->ctl);
 }
 
@@ -245,8 +255,12 @@ static void print_lease(const struct preflight *p, enum pinbroker_access access)
 	else if (n > 0)
 		printf("not until %zu of the processes below ha%s closed it\n", n,
 			n == 1 ? "s" : "ve");
+	else if (p->kernel.granted[access] == 0)
+		puts("no: the kernel grants none, as somebody has it open who is no process that can "
+		     "be seen");
 	else
-		puts("yes");
+		puts(p->kernel.granted[access] > 0 || p->broker ? "yes"
+								: "yes, as far as can be seen");
 }
 
 static void print_times(const struct preflight *p)
@@ -338,8 +352,10 @@ static void preflight_print(const struct preflight *p)
 	print_pins(p);
 	if (hazard(p))
 		printf("\nHazard: %s\n", hazard(p));
-	if (p->openers.n > 0 || p->openers.n_hidden > 0)
+	if (p->openers.n > 0 || p->openers.n_hidden > 0 || p->kernel.holders[0])
 		puts("\nOpen by:");
+	if (p->kernel.holders[0])
+		printf("  the kernel: %s\n", p->kernel.holders);
 	openers_print(&p->openers, stdout);
 	pager_close();
 }

@@ -9,6 +9,7 @@ import os
 import pty
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -507,6 +508,18 @@ def test_preflight(world, tool):
         expect('for reading yes\n' in text and 'for writing not until 1 of the processes' in text,
                text)
         expect(f'\n  python3 (pid {os.getpid()}, uid 0) reads\n' in text, text)
+        equal((o['lease']['read']['granted'], o['lease']['write']['granted'], o['kernelHolders']),
+              (True, False, ''))
+    # on its way in a socket, it is nobody's who could be named
+    sender, receiver = socket.socketpair()
+    with open(world.file, 'rb+') as f:
+        socket.send_fds(sender, [b'x'], [f.fileno()])
+    o = tool.json('preflight', world.file)
+    equal((o['openers'], o['lease']['read']['granted'], o['lease']['write']['granted']),
+          ([], False, False))
+    expect('for reading no: the kernel grants none' in tool.run('preflight', world.file))
+    sender.close()
+    receiver.close()
     # it breaks no lease, and says whose the file is
     with tool.hold(world.file) as (_, line):
         o = tool.json('preflight', world.file)
@@ -526,6 +539,14 @@ def test_preflight(world, tool):
             expect('told of every write (tried: EFAULT)' in tool.run('preflight', path))
         expect('msync' in o['hazard'] and 'written back' in tool.run('preflight', path))
         equal(set(os.listdir(mount)), {'a b', 'lost+found'})
+        loop = subprocess.run(['losetup', '--show', '--find', path], check=True, encoding='ascii',
+                              stdout=subprocess.PIPE).stdout.strip()
+        try:
+            o = tool.json('preflight', path)
+            equal((o['kernelHolders'], o['lease']['read']['granted']), (os.path.basename(loop), False))
+            expect(f'\n  the kernel: {os.path.basename(loop)}\n' in tool.run('preflight', path))
+        finally:
+            subprocess.run(['losetup', '--detach', loop], check=True)
     o = tool.once('preflight', '/dev/null', status=UNAVAILABLE)
     equal((o['backing'], o['lease']['read']['possible'], o['pins'][0]['possible']),
           ('none', False, False))
