@@ -62,6 +62,7 @@ static int on_revoke(pinbroker *pb, sd_bus_message *m)
 		return r;
 	if (notice.client != pb->client)
 		return 0;
+	notice.deadline_usec = clock_convert(pb, notice.deadline_usec);
 	notice.pins = pins;
 	notice.pid = (pid_t)pid;
 	if (pid == 0 || !*notice.comm)

@@ -82,6 +82,7 @@ struct pinbroker {
 	atomic_bool connected; /* once, and for good */
 	atomic_bool lost;      /* the broker has forgotten the client */
 	atomic_bool resumed; /* the broker is there again: what waits to try again may do so now */
+	_Atomic int64_t clock_usec; /* what our CLOCK_MONOTONIC is ahead of the broker's */
 	atomic_bool attention; /* the dispatcher wants the lock, or there is something for it */
 
 	/* Touched by the dispatcher (and pinbroker_connect()) only. */
@@ -210,4 +211,10 @@ uint64_t known(int64_t value);  /* PINBROKER_UNKNOWN for null */
 pid_t known_pid(int64_t value); /* 0 for null */
 uid_t known_uid(int64_t value); /* PINBROKER_NO_UID for null */
 void convert_file_info(const struct msg_file_info *m, struct pinbroker_file_info *ret);
+/* A time of the broker's as ours. */
+static inline uint64_t clock_convert(const pinbroker *pb, uint64_t usec)
+{
+	return usec + (uint64_t)atomic_load(&pb->clock_usec);
+}
+
 void convert_notice(const struct msg_notice *m, struct pinbroker_notice *ret);

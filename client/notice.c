@@ -165,6 +165,7 @@ int notice_offer_message(pinbroker *pb, const struct msg_notice *message)
 	struct pinbroker_notice notice;
 
 	convert_notice(message, &notice);
+	notice.deadline_usec = clock_convert(pb, notice.deadline_usec);
 	return notice_offer(pb, &notice);
 }
 

@@ -142,6 +142,6 @@ EXPORT int pinbroker_extend(
 	if (r < 0)
 		return r;
 	if (ret_deadline_usec)
-		*ret_deadline_usec = (uint64_t)out.deadlineUSec;
+		*ret_deadline_usec = clock_convert(pb, (uint64_t)out.deadlineUSec);
 	return 0;
 }

@@ -74,7 +74,8 @@ extern "C" {
  * files, mappings and contexts keep those alive: exec(), or close and unmap them.
  *
  * Units. Offsets and lengths are bytes, times and deadlines ("…_usec") microseconds of
- * CLOCK_MONOTONIC. Ids are the broker's, positive and never reused.
+ * CLOCK_MONOTONIC: deadlines as it is here, also in a time namespace, other times as it is for
+ * the broker. Ids are the broker's, positive and never reused.
  */
 
 /* An id, size or time that is not known. */

@@ -57,12 +57,28 @@ static int request_on(pinbroker *pb, struct connection *c, int method, const voi
 	return r;
 }
 
+/* In a time namespace of our own the broker's clock is another than ours. Where it may have been the same, with the
+ * answer under way meanwhile, it is. */
+static void clock_learn(pinbroker *pb, uint64_t sent_usec, int64_t broker_usec)
+{
+	int64_t least = (int64_t)sent_usec - broker_usec,
+		most = (int64_t)now_usec() - broker_usec;
+
+	if (broker_usec != INT_NULL)
+		atomic_store(&pb->clock_usec, least <= 0 && most >= 0 ? 0 : least);
+}
+
 static int request_hello_on(pinbroker *pb, struct connection *c, const char *bus_name,
 	uint64_t until_usec, struct msg_hello_out *out, struct reply *reply)
 {
 	struct msg_hello_in in = {.name = pb->name, .busName = bus_name};
+	uint64_t sent_usec = now_usec();
+	int r;
 
-	return request_on(pb, c, METHOD_Hello, &in, out, until_usec, reply);
+	r = request_on(pb, c, METHOD_Hello, &in, out, until_usec, reply);
+	if (r >= 0)
+		clock_learn(pb, sent_usec, out->nowUSec);
+	return r;
 }
 
 /* What was learnt in part is forgotten with the rest. */

@@ -35,6 +35,7 @@ static void hello_reply(struct peer *peer, const struct client *client)
 		.token = client->token,
 		.version = PINBROKER_VERSION,
 		.features = { features, 0 },
+		.nowUSec = (int64_t)now_usec(),
 	};
 
 	while (out.features.n_items < ELEMENTS(features) && context_kind(out.features.n_items)) {
@@ -113,6 +114,10 @@ int call_hello(struct call *call, const union call_in *in)
 	if (peer->watching)
 		return refuse(&call->refusal, REFUSAL_NOT_ALLOWED, "watching",
 			      "This connection is a stream of notices.");
+	if (peer->process.pid == 0)
+		return refuse(&call->refusal, REFUSAL_NOT_ALLOWED, "pidNamespace",
+			      "The broker is in a pid namespace that the caller is not in, and so cannot "
+			      "know it: run the broker in that of the whole machine.");
 	if (!call_is_name(hello->name))
 		return refuse_parameter(&call->refusal, "name");
 	if (hello->busName && !bus_name_is_unique(hello->busName))

@@ -433,6 +433,12 @@ int main(int argc, char *argv[])
 			LOG_ERR, r, LOG_RESOURCE_THREAD, "Cannot start the thread that logs");
 		return EX_OSERR;
 	}
+	if (!process_has_own_proc()) {
+		log_error("/proc is not there, or is that of another pid namespace: mount that of this one "
+			  "(unshare --mount-proc), or run the daemon in that of the whole machine.");
+		log_close(1000);
+		return EX_OSERR;
+	}
 	service.config = options.config;
 	r = config_read(service.config, &config);
 	if (r < 0) {

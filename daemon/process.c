@@ -92,6 +92,17 @@ static int peer_groups(int fd, gid_t **ret, size_t *ret_n)
 	return 0;
 }
 
+bool process_has_own_proc(void)
+{
+	char text[16];
+	ssize_t n = readlink("/proc/self", text, sizeof(text) - 1);
+
+	if (n < 0)
+		return false;
+	text[n] = 0;
+	return strtol(text, NULL, 10) == getpid();
+}
+
 int process_from_socket(int fd, struct process *ret)
 {
 	struct process p = { .pidfd = -1 };
@@ -109,6 +120,8 @@ int process_from_socket(int fd, struct process *ret)
 	if (getsockopt(fd, SOL_SOCKET, SO_PEERPIDFD, &p.pidfd, &size) < 0) {
 		if (errno != ENOPROTOOPT)
 			return -errno;
+		if (p.pid == 0) /* of another pid namespace, which call_hello() says where it can */
+			return -EREMOTE;
 		p.pidfd = pidfd_open(p.pid, 0);
 		if (p.pidfd < 0)
 			return -errno;

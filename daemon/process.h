@@ -29,6 +29,8 @@ void process_clear(struct process *p);
 
 /* Fills in start time, comm and unit, reading /proc/PID; -ESRCH if it ended meanwhile. (scan) */
 int process_describe(struct process *p);
+/* Whether /proc tells of the processes of our own pid namespace, by the numbers that they have there. */
+bool process_has_own_proc(void);
 
 /* Finds a process again by its number and start time; if there is none any more, p becomes one that has ended.
  * (scan) */

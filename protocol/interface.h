@@ -179,7 +179,8 @@ enum revocation_state {
 	F(INT, REQUIRED, client, _)     \
 	F(STRING, REQUIRED, token, _)   \
 	F(STRING, REQUIRED, version, _) \
-	F(STRINGS, REQUIRED, features, _)
+	F(STRINGS, REQUIRED, features, _) \
+	F(INT, NULLABLE, nowUSec, _)
 #define RESUME_IN(F)                \
 	F(INT, REQUIRED, client, _) \
 	F(STRING, REQUIRED, token, _)
