@@ -353,6 +353,22 @@ class Restart(Case):
         self.wait_for_restart()
         self.expect_going_on()
 
+    def test_killed_with_helpers(self):
+        """They end with it, so that the manager waits for nobody before it starts the next."""
+        with open(f'/sys/fs/cgroup{show(SERVICE, "ControlGroup")}/cgroup.procs', encoding='ascii') as f:
+            pids = [int(pid) for pid in f]
+        self.assertEqual(len(pids), 4)  # the keeper, the sentinel, and a spare
+        pidfds = [os.pidfd_open(pid) for pid in pids]
+        begin = time.monotonic()
+        os.kill(self.before, signal.SIGKILL)
+        for fd in pidfds:
+            self.assertTrue(is_readable(fd, TIMEOUT))
+            os.close(fd)
+        self.wait_for_restart()
+        # the rest is how long programs take to start on an emulated processor
+        self.assertLess(int(show(SERVICE, 'ExecMainStartTimestampMonotonic')) / SECOND - begin, 1)
+        self.expect_going_on()
+
     def test_killed_under_a_break(self):
         """Somebody began to wait while nobody was there."""
         output('systemctl', 'kill', '--signal=STOP', '--kill-whom=main', SERVICE)
