@@ -462,6 +462,7 @@ int main(int argc, char *argv[])
 	else
 		log_errno_limit(LOG_ERR, r, LOG_RESOURCE_EVENT, "Cannot start");
 
+	watchdog_close(&service.notifier.watchdog);
 	remove_socket(&service);
 	if (service.leaving) {
 		/* to be freed would be to be let go */

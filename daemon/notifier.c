@@ -8,13 +8,15 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <systemd/sd-daemon.h>
 
 #include "broker.h"
 #include "log.h"
 #include "macro.h"
 
 #define STATUS_USEC (10 * USEC_PER_SEC)
+/* TimeoutStartSec= of the unit, and how often it is asked for again */
+#define START_USEC  (20 * USEC_PER_SEC)
+#define EXTEND_USEC (1 * USEC_PER_SEC)
 
 /* -EAGAIN: once it can be written to, it is tried again. */
 static int notifier_write(struct notifier *n, const char *text, int fd)
@@ -129,16 +131,27 @@ static int on_notifier_writable(sd_event_source *source, int fd, uint32_t revent
 	return 0;
 }
 
+static void tell_watchdog(struct notifier *n)
+{
+	char text[64];
+
+	snprintf(text, sizeof(text), "WATCHDOG_USEC=%" PRIu64, n->watchdog.usec);
+	(void)notifier_post(n, text, -1);
+}
+
 static int on_notifier_timer(sd_event_source *source, uint64_t usec, void *userdata)
 {
 	struct notifier *n = userdata;
 	int r;
 
-	n->alive = n->watchdog_usec > 0;
+	if (watchdog_look(&n->watchdog))
+		tell_watchdog(n);
+	watchdog_feed(&n->watchdog, true);
+	n->alive = n->watchdog.usec > 0;
 	if (send_status(n) >= 0)
 		send_messages(n);
 	r = sd_event_source_set_time(
-		source, now_usec() + (n->watchdog_usec > 0 ? n->watchdog_usec / 2 : STATUS_USEC));
+		source, now_usec() + (n->watchdog.usec > 0 ? n->watchdog.usec / 2 : STATUS_USEC));
 	return r < 0 ? r : sd_event_source_set_enabled(source, SD_EVENT_ONESHOT);
 }
 
@@ -163,6 +176,7 @@ int notifier_open(struct notifier *n, struct broker *broker)
 	const char *name = getenv("NOTIFY_SOCKET");
 	int r;
 
+	watchdog_open(&n->watchdog);
 	if (!name)
 		return 0;
 	if (!notifier_parse_address(n, name)) {
@@ -179,16 +193,30 @@ int notifier_open(struct notifier *n, struct broker *broker)
 	return r < 0 ? r : sd_event_source_set_enabled(n->writable, SD_EVENT_OFF);
 }
 
+void notifier_tell_progress(struct notifier *n)
+{
+	uint64_t now = now_usec();
+	char text[64];
+
+	watchdog_feed(&n->watchdog, false);
+	if (now - n->extended_usec < EXTEND_USEC)
+		return;
+	n->extended_usec = now;
+	snprintf(text, sizeof(text), "EXTEND_TIMEOUT_USEC=%llu", START_USEC);
+	/* of no use any more when there is room for it */
+	(void)notifier_write(n, text, -1);
+}
+
 int notifier_start(struct notifier *n)
 {
 	int r;
 
 	if (!notifier_is_open(n))
 		return 0;
-	if (sd_watchdog_enabled(false, &n->watchdog_usec) <= 0)
-		n->watchdog_usec = 0;
+	if (n->watchdog.usec != n->watchdog.asked_usec)
+		tell_watchdog(n);
 	r = sd_event_add_time(n->broker->event, &n->timer, CLOCK_MONOTONIC, now_usec(),
-			      n->watchdog_usec / 4, on_notifier_timer, n);
+			      n->watchdog.usec / 4, on_notifier_timer, n);
 	if (r < 0)
 		return r;
 	n->ready = true;

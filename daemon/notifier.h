@@ -8,6 +8,8 @@
 #include <sys/un.h>
 #include <systemd/sd-event.h>
 
+#include "watchdog.h"
+
 struct broker;
 
 /* What is to be told besides the status, with a descriptor or without. */
@@ -28,7 +30,8 @@ struct notifier {
 	socklen_t address_size;
 	sd_event_source *writable, *timer;
 	STAILQ_HEAD(, notifier_message) messages; /* owned */
-	uint64_t watchdog_usec; /* 0: none wanted */
+	struct watchdog watchdog;
+	uint64_t extended_usec; /* when more time to start was last asked for */
 	bool ready, stopping, alive; /* to be told */
 	bool failed;
 };
@@ -42,6 +45,8 @@ static inline bool notifier_is_open(const struct notifier *notifier)
 	return notifier->fd >= 0;
 }
 
+/* It is getting on with its start, which may take its time as long as it does. */
+void notifier_tell_progress(struct notifier *notifier);
 /* Tells at once that the service is ready; a status now and then, and that it is alive. */
 int notifier_start(struct notifier *notifier);
 /* Tells something else, with a copy of the descriptor (-1: none). */

@@ -19,6 +19,7 @@
 #include "label.h"
 #include "log.h"
 #include "macro.h"
+#include "notifier.h"
 #include "state-record.h"
 #include "state.h"
 
@@ -140,6 +141,7 @@ static int read_lines(struct restorer *r, char *text)
 		return -EPROTONOSUPPORT;
 	for (line = end + 1; error >= 0 && (end = strchr(line, '\n')); line = end + 1) {
 		*end = 0;
+		notifier_tell_progress(r->broker->store.notifier);
 		error = read_line(r, line);
 	}
 	return error;
@@ -607,6 +609,7 @@ static void build_one(struct restorer *r, size_t builder, struct entry *e)
 
 	if (strncmp(e->line, kind, n) != 0 || e->line[n] != ' ')
 		return;
+	notifier_tell_progress(r->broker->store.notifier);
 	error = record_parse(e->line, &record);
 	if (error >= 0)
 		error = builders[builder].restore
@@ -667,12 +670,14 @@ static void go_on(struct restorer *r)
 		dev_t number = context->description.number;
 
 		after = context->id;
+		notifier_tell_progress(broker->store.notifier);
 		if (number != 0 && !device_exists(number))
 			admin_remove_device(broker, number);
 		context_check(context);
 	}
 	for (after = 0; (file = broker_next_file(broker, after));) {
 		after = file->id;
+		notifier_tell_progress(broker->store.notifier);
 		if (file->n_uses == 0)
 			file_collect(file);
 		else

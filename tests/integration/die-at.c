@@ -2,17 +2,33 @@
 /*
  * Preloaded into the daemon: ends it, as SIGKILL does, before ($DIE_AT=N) or after ($DIE_AFTER=N) the Nth
  * time that its loop writes anything or sends anything to anybody; or when it has stopped a process
- * ($DIE_ON_STOP).
+ * ($DIE_ON_STOP). Or has the loop hang for ever, deaf to all signals, the next time, as soon as there is a file
+ * named $HANG_IF. $SLOW: how many microseconds each fstat() takes.
  */
 #include <dlfcn.h>
+#include <fcntl.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <sys/pidfd.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
 static long n_calls;
+
+static void maybe_hang(void)
+{
+	const char *path = getenv("HANG_IF");
+	sigset_t all;
+
+	if (!path || gettid() != getpid() || access(path, F_OK) < 0)
+		return;
+	sigfillset(&all);
+	sigprocmask(SIG_BLOCK, &all, NULL);
+	for (;;)
+		pause();
+}
 
 static void maybe_die(const char *variable)
 {
@@ -27,6 +43,7 @@ static void maybe_die(const char *variable)
 		__typeof__(&function) real = (__typeof__(&function))dlsym(RTLD_NEXT, #function);   \
 		ssize_t result;                                                                    \
                                                                                                    \
+		maybe_hang();                                                                      \
 		if (gettid() == getpid())                                                          \
 			n_calls++;                                                                 \
 		maybe_die("DIE_AT");                                                               \
@@ -48,6 +65,15 @@ __attribute__((visibility("default"))) ssize_t send(int fd, const void *data, si
 __attribute__((visibility("default"))) ssize_t sendmsg(int fd, const struct msghdr *message, int flags)
 {
 	return CALL(sendmsg, fd, message, flags);
+}
+
+__attribute__((visibility("default"))) int fstat(int fd, struct stat *st)
+{
+	const char *slow = getenv("SLOW");
+
+	if (slow && gettid() == getpid())
+		usleep((useconds_t)atol(slow));
+	return fstatat(fd, "", st, AT_EMPTY_PATH);
 }
 
 __attribute__((visibility("default"))) int pidfd_send_signal(int pidfd, int sig, siginfo_t *info, unsigned flags)

@@ -875,6 +875,68 @@ class Restart(Case):
         return {'LD_PRELOAD': os.environ['DIE_AT'],
                 'ASAN_OPTIONS': os.environ.get('ASAN_OPTIONS', '') + ':verify_asan_link_order=0'}
 
+    def set_lease_break_time(self, seconds):
+        with open('/proc/sys/fs/lease-break-time', encoding='ascii') as f:
+            self.addCleanup(self.write, '/proc/sys/fs/lease-break-time', f.read())
+        self.write('/proc/sys/fs/lease-break-time', str(seconds))
+
+    def test_hang(self):
+        """Deaf to all signals and with its loop stuck it does not outlast the kernel's patience, before it is
+        ready and afterwards.
+        """
+        self.set_lease_break_time(6)
+        hang = os.path.join(self.dir, 'hang')
+        env = {**self.preload(), 'HANG_IF': hang, 'WATCHDOG_USEC': '20000000'}
+        self.run_daemon(env=env)
+        self.daemon.wait_for_log('lease-break-time is 6 s, where .* hangs for 2.0 s')
+        self.store.wait_until(lambda: b'WATCHDOG_USEC=2000000' in self.store.messages)
+        survivor = self.survivor(self.file)
+        survivor.pin()
+        for before in (False, True):
+            begin = time.monotonic()
+            self.write(hang, '')
+            if before:
+                self.daemon.wait()
+                begin = time.monotonic()
+                self.run_daemon(env=env, may_end=True)
+            self.assertEqual(self.daemon.wait(), -signal.SIGKILL, self.daemon.text())
+            seconds = time.monotonic() - begin
+            self.assertTrue(seconds < (2.5 if before else 4.5), seconds)
+        os.unlink(hang)
+        _, result = self.truncate()
+        self.wait_for_break(survivor)
+        self.run_daemon(env=env)
+        self.assertEqual(survivor.resume()[0]['pins'], survivor.pins)
+        survivor.unpin()
+        self.truncated(result)
+
+    def test_patience_changes(self):
+        """The manager is told how closely to watch as the kernel's patience changes."""
+        self.set_lease_break_time(45)
+        self.run_daemon(env={'WATCHDOG_USEC': '2000000'})
+        for seconds, usec in ((3, 1000000), (45, 2000000), (0, None), (4, 1333333)):
+            self.write('/proc/sys/fs/lease-break-time', str(seconds))
+            told = b'WATCHDOG_USEC=%d' % (usec or 2000000)
+            self.store.wait_until(lambda: told in self.store.messages)
+            self.assertEqual([m for m in self.store.messages if m.startswith(b'WATCHDOG_USEC=')][-1], told)
+        self.end_daemon(signal.SIGTERM)
+
+    def test_slow_start(self):
+        """One that gets on with its start may take its time."""
+        self.run_daemon()
+        survivors = [self.survivor(self.make_file(f'file-{i}')) for i in range(12)]
+        self.end_daemon()
+        self.set_lease_break_time(3)
+        begin = time.monotonic()
+        self.run_daemon(env={**self.preload(), 'SLOW': '200000', 'WATCHDOG_USEC': '20000000'})
+        self.assertGreater(time.monotonic() - begin, 2.4)
+        self.expect_restored(0, 12, 12)
+        extended = [m for m in self.store.messages if m == b'EXTEND_TIMEOUT_USEC=20000000']
+        self.assertGreaterEqual(len(extended), 2)
+        for survivor in survivors:
+            self.assertEqual(survivor.resume(), [])
+        self.end_daemon(signal.SIGTERM)
+
     def test_killed_in_a_detach(self):
         """A holder whom it has stopped does not stand still for ever."""
         self.write(self.config, '[Revocation]\nRevokeGraceSec=0\n')
