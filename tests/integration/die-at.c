@@ -1,9 +1,10 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * Preloaded into the daemon: ends it, as SIGKILL does, before ($DIE_AT=N) or after ($DIE_AFTER=N) the Nth
- * time that its loop writes anything or sends anything to anybody; or when it has stopped a process
- * ($DIE_ON_STOP). Or has the loop hang for ever, deaf to all signals, the next time, as soon as there is a file
- * named $HANG_IF. $SLOW: how many microseconds each fstat() takes.
+ * Preloaded into the daemon: ends it, as SIGKILL does, before ($DIE_AT=N) or after ($DIE_AFTER=N)
+ * the Nth time that its loop writes anything or sends anything to anybody; or when it has stopped a
+ * process
+ * ($DIE_ON_STOP). Or has the loop hang for ever, deaf to all signals, the next time that there is a
+ * file named $HANG_IF, which it removes. $SLOW: how many microseconds each fstat() takes.
  */
 #include <dlfcn.h>
 #include <fcntl.h>
@@ -22,7 +23,7 @@ static void maybe_hang(void)
 	const char *path = getenv("HANG_IF");
 	sigset_t all;
 
-	if (!path || gettid() != getpid() || access(path, F_OK) < 0)
+	if (!path || gettid() != getpid() || unlink(path) < 0)
 		return;
 	sigfillset(&all);
 	sigprocmask(SIG_BLOCK, &all, NULL);

@@ -19,6 +19,7 @@ from installed import (ADDRESS, MANAGER, NAME, ROOT, SECOND, SERVICE, SOCKET, TE
                        busctl, call, daemon_pid, journal, leases, output, properties, run, show)
 from client import PAGE, Connection, is_readable, truncate_in_child
 
+UNIT_DROP_IN = f'/run/systemd/system/{SERVICE}.d/test.conf'
 RULES = '/etc/polkit-1/rules.d/10-test.rules'
 DROP_IN = '/etc/pinbroker/pinbroker.conf.d/test.conf'
 SIZE = 64 * PAGE
@@ -384,6 +385,88 @@ class Restart(Case):
         _, result = self.truncate(self.path)
         self.wait_for_restart()
         output('journalctl', '--boot', '--grep', 'Watchdog timeout', '-u', SERVICE)
+        self.expect_going_on(result)
+
+    def test_left_by_hand(self):
+        """It ends well, as it was told to, and follows itself."""
+        output('systemctl', 'kill', '--signal=USR1', '--kill-whom=main', SERVICE)
+        self.wait_for_restart()
+        self.expect_going_on()
+
+    def test_reload(self):
+        """Everything stays as it is, but for what the configuration says."""
+        with open(DROP_IN, encoding='utf-8') as f:
+            text = f.read()
+
+        def configure(text):
+            with open(DROP_IN, 'w', encoding='utf-8') as f:
+                f.write(text)
+            output('systemctl', 'reload', SERVICE)
+        self.addCleanup(configure, text)
+        configure(text.replace(f'RevokeGraceSec={GRACE}s', 'RevokeGraceSec=3min'))
+        end = time.monotonic() + TIMEOUT
+        while show(SERVICE, 'SubState') != 'running':  # the signal may come a little later
+            self.assertLess(time.monotonic(), end)
+        output('journalctl', '--boot', '--grep', 'Read the configuration anew', '-u', SERVICE)
+        self.assertEqual(daemon_pid(), self.before)
+        self.assertEqual(output('pinbrokerctl', '--json=short', 'list', 'pins'), self.pins)
+        _, result = self.truncate(self.path)
+        self.holder.expect('revoked')
+        self.holder.expect_release()
+        self.expect_truncated(self.path, result)
+
+    def test_killed_while_it_stops(self):
+        """What had not been let go of is there afterwards, where systemd keeps it; where it does not, the holder
+        is told.
+        """
+        stubborn = self.make_file()
+        holder = self.hold(stubborn, '--on-revoke', 'ignore')
+        output('systemctl', 'stop', '--no-block', SERVICE)
+        self.assertEqual(holder.expect('revoked')['cause'], 'shutdown')
+        output('systemctl', 'kill', '--signal=KILL', '--kill-whom=main', SERVICE)
+        output('systemctl', 'start', SERVICE)
+        self.wait_for_restart()
+        if show(SERVICE, 'FileDescriptorStorePreserve') == 'yes':  # systemd 254
+            restored = journal(MESSAGES['STATE_RESTORED'], _PID=daemon_pid())
+            self.assertRegex(restored['MESSAGE'], '^Took up [12] pins of [12] files .* 0 objects were lost')
+            self.assertEqual(len(leases(stubborn)), 1)
+        else:
+            self.assertEqual(holder.expect('revoked')['cause'], 'lost')
+
+    def hang(self, sign):
+        """Deaf to all signals, with its loop stuck, when the sign is there."""
+        def configure(text):
+            os.makedirs(os.path.dirname(UNIT_DROP_IN), exist_ok=True)
+            with open(UNIT_DROP_IN, 'w', encoding='utf-8') as f:
+                f.write(text)
+            output('systemctl', 'daemon-reload')
+        self.addCleanup(configure, '')
+        configure('[Service]\nEnvironment=LD_PRELOAD=/build/tests/integration/die-at.so '
+                  f'HANG_IF={sign}\n')
+        output('systemctl', 'restart', SERVICE)
+        self.wait_for_restart()
+        self.before = daemon_pid()
+        with open(sign, 'w', encoding='ascii'):
+            pass
+
+    def test_hang(self):
+        """The watchdog ends it."""
+        sign = '/run/pinbroker/hang'
+        self.hang(sign)
+        end = time.monotonic() + TIMEOUT
+        while os.path.exists(sign):  # it is about to do something
+            self.assertLess(time.monotonic(), end)
+        _, result = self.truncate(self.path)
+        self.wait_for_restart()
+        self.expect_going_on(result)
+
+    def test_hang_before_it_is_ready(self):
+        """... and so does the time that it has for its start."""
+        self.hang('/run/pinbroker/hang')
+        output('systemctl', 'kill', '--signal=KILL', '--kill-whom=main', SERVICE)
+        _, result = self.truncate(self.path)
+        self.wait_for_restart()
+        output('journalctl', '--boot', '--grep', 'start operation timed out', '-u', SERVICE)
         self.expect_going_on(result)
 
     def test_socket_meanwhile(self):
