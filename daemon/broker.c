@@ -50,6 +50,20 @@ static void forget_absent(struct broker *broker)
 	}
 }
 
+/* Files are looked at by the sweep, all the time. */
+static void keep_contexts(struct broker *broker)
+{
+	struct context *context;
+	uint64_t after = 0;
+
+	if (!store_has_room_again(&broker->store))
+		return;
+	while (!broker->store.full && (context = broker_next_context(broker, after))) {
+		after = context->id;
+		context_keep(context);
+	}
+}
+
 static int on_audit(sd_event_source *source, uint64_t usec, void *userdata)
 {
 	struct broker *broker = userdata;
@@ -61,6 +75,7 @@ static int on_audit(sd_event_source *source, uint64_t usec, void *userdata)
 		r = sd_event_source_set_enabled(source, SD_EVENT_ONESHOT);
 	hearing_sweep(broker->hearing);
 	reap_orphans(broker);
+	keep_contexts(broker);
 	forget_absent(broker);
 	state_touch(broker);
 	return r;

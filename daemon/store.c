@@ -143,8 +143,16 @@ static bool has_room(struct store *store)
 		log_warning("The service manager's store is full with %zu descriptors: what else is "
 			    "pinned will not outlive a crash of this process.",
 			    store->n_descriptors);
-	store->full = true;
+	store->full = store->refused = true;
 	return false;
+}
+
+bool store_has_room_again(struct store *store)
+{
+	bool again = store->refused && !store->full;
+
+	store->refused &= store->full;
+	return again;
 }
 
 void store_keep(struct store *store, struct store_copy *copy, char kind, uint64_t id, int fd)

@@ -31,6 +31,7 @@ struct store {
 	struct kept_tree kept;     /* by description */
 	size_t n_descriptors, n_bytes; /* of names */
 	bool full;                     /* it has been said */
+	bool refused;                  /* something has found no room since it was last looked for that */
 	uint64_t dropped_usec;         /* when something was last dropped */
 };
 
@@ -47,6 +48,8 @@ static inline bool store_has(const struct store_copy *copy)
 void store_keep(struct store *store, struct store_copy *copy, char kind, uint64_t id, int fd);
 /* One that was passed by the manager, by this name, is in the store. */
 void store_kept(struct store *store, struct store_copy *copy, char kind, uint64_t id, int fd);
+/* There is room now for what has found none, and may try again. */
+bool store_has_room_again(struct store *store);
 /* The identifier in the name. */
 uint64_t store_name(const struct store_copy *copy);
 /* Is not of use any more. With the last of a description the manager closes its own, a moment later. */
