@@ -66,6 +66,7 @@ static void reply_context(struct peer *peer, const struct context *context)
 	struct msg_context_info info;
 
 	context_info(context, &info);
+	peer_hold(peer);
 	peer_reply(peer, &schema_msg_add_context_out,
 		   &(struct msg_add_context_out){
 			   .context = info.context,

@@ -22,6 +22,7 @@ static void open_done(struct open_result *result, void *userdata)
 		struct msg_open_file_out out = { .file = (int64_t)result->file };
 
 		file_info(file, &out.info);
+		peer_hold(peer);
 		peer_reply(peer, &schema_msg_open_file_out, &out, &result->fd, 1);
 		peer_done(peer);
 	}

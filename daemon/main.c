@@ -467,6 +467,7 @@ int main(int argc, char *argv[])
 	if (service.leaving) {
 		/* to be freed would be to be let go */
 		state_free(service.broker->state, false);
+		notifier_stop(&service.notifier);
 		log_close(1000);
 		_exit(EXIT_SUCCESS);
 	}

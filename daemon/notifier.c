@@ -4,6 +4,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
+#include <poll.h>
 #include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -17,6 +18,9 @@
 /* TimeoutStartSec= of the unit, and how often it is asked for again */
 #define START_USEC  (20 * USEC_PER_SEC)
 #define EXTEND_USEC (1 * USEC_PER_SEC)
+/* How long a manager may not read until nobody waits for it any more. */
+#define PATIENCE_USEC (5 * USEC_PER_SEC)
+#define DRAIN_USEC    (1 * USEC_PER_SEC)
 
 /* -EAGAIN: once it can be written to, it is tried again. */
 static int notifier_write(struct notifier *n, const char *text, int fd)
@@ -77,6 +81,53 @@ static int send_status(struct notifier *n)
 	return r;
 }
 
+static void wake_waiters(struct notifier *n)
+{
+	const struct notifier_message *m = STAILQ_FIRST(&n->messages);
+	struct notifier_waiter *waiter;
+
+	while ((waiter = TAILQ_FIRST(&n->waiters)) &&
+		(n->hangs || !m || m->serial > waiter->serial)) {
+		notifier_forget(n, waiter);
+		waiter->told(waiter);
+	}
+	if (TAILQ_EMPTY(&n->waiters))
+		(void)sd_event_source_set_enabled(n->patience, SD_EVENT_OFF);
+}
+
+static int on_notifier_patience(sd_event_source *source, uint64_t usec, void *userdata)
+{
+	struct notifier *n = userdata;
+
+	n->hangs = true;
+	log_warning("The service manager has not heard for %llu s what it is told: what is pinned "
+		    "meanwhile "
+		    "would not outlive a crash of this process.",
+		PATIENCE_USEC / USEC_PER_SEC);
+	wake_waiters(n);
+	return 0;
+}
+
+bool notifier_wait(struct notifier *n, struct notifier_waiter *waiter)
+{
+	if (STAILQ_EMPTY(&n->messages) || n->hangs || waiter->serial != 0)
+		return waiter->serial != 0;
+	if (TAILQ_EMPTY(&n->waiters) &&
+		(sd_event_source_set_time(n->patience, now_usec() + PATIENCE_USEC) < 0 ||
+			sd_event_source_set_enabled(n->patience, SD_EVENT_ONESHOT) < 0))
+		return false;
+	waiter->serial = n->n_messages;
+	TAILQ_INSERT_TAIL(&n->waiters, waiter, of_notifier);
+	return true;
+}
+
+void notifier_forget(struct notifier *n, struct notifier_waiter *waiter)
+{
+	if (waiter->serial != 0)
+		TAILQ_REMOVE(&n->waiters, waiter, of_notifier);
+	waiter->serial = 0;
+}
+
 static void send_messages(struct notifier *n)
 {
 	struct notifier_message *m;
@@ -85,6 +136,8 @@ static void send_messages(struct notifier *n)
 		STAILQ_REMOVE_HEAD(&n->messages, of_notifier);
 		message_free(m);
 	}
+	n->hangs &= m != NULL;
+	wake_waiters(n);
 }
 
 int notifier_post(struct notifier *n, const char *text, int fd)
@@ -107,6 +160,7 @@ int notifier_post(struct notifier *n, const char *text, int fd)
 		free(m);
 		return -errno;
 	}
+	m->serial = ++n->n_messages;
 	STAILQ_INSERT_TAIL(&n->messages, m, of_notifier);
 	return 0;
 }
@@ -119,6 +173,7 @@ bool notifier_cancel(struct notifier *n, const char *text)
 		if (strcmp(m->text, text) == 0) {
 			STAILQ_REMOVE(&n->messages, m, notifier_message, of_notifier);
 			message_free(m);
+			wake_waiters(n);
 			return true;
 		}
 	return false;
@@ -186,11 +241,17 @@ int notifier_open(struct notifier *n, struct broker *broker)
 	}
 	n->broker = broker;
 	STAILQ_INIT(&n->messages);
+	TAILQ_INIT(&n->waiters);
 	n->fd = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
 	if (n->fd < 0)
 		return -errno;
 	r = sd_event_add_io(broker->event, &n->writable, n->fd, EPOLLOUT, on_notifier_writable, n);
-	return r < 0 ? r : sd_event_source_set_enabled(n->writable, SD_EVENT_OFF);
+	if (r >= 0)
+		r = sd_event_source_set_enabled(n->writable, SD_EVENT_OFF);
+	if (r >= 0)
+		r = sd_event_add_time(broker->event, &n->patience, CLOCK_MONOTONIC, 0, 0,
+			on_notifier_patience, n);
+	return r < 0 ? r : sd_event_source_set_enabled(n->patience, SD_EVENT_OFF);
 }
 
 void notifier_tell_progress(struct notifier *n)
@@ -246,17 +307,31 @@ void notifier_tell_stopping(struct notifier *n)
 		(void)send_status(n);
 }
 
+static void drain(struct notifier *n)
+{
+	uint64_t now = now_usec(), until = now + DRAIN_USEC;
+	struct pollfd pfd = {.fd = n->fd, .events = POLLOUT};
+
+	for (send_messages(n); !STAILQ_EMPTY(&n->messages) && now < until; now = now_usec()) {
+		if (n->hangs || poll(&pfd, 1, (int)((until - now) / 1000) + 1) <= 0)
+			return;
+		send_messages(n);
+	}
+}
+
 void notifier_stop(struct notifier *n)
 {
 	struct notifier_message *m;
 
 	if (!notifier_is_open(n))
 		return;
+	drain(n);
 	while ((m = STAILQ_FIRST(&n->messages))) {
 		STAILQ_REMOVE_HEAD(&n->messages, of_notifier);
 		message_free(m);
 	}
 	sd_event_source_disable_unref(n->writable);
 	sd_event_source_disable_unref(n->timer);
+	sd_event_source_disable_unref(n->patience);
 	n->fd = safe_close(n->fd);
 }

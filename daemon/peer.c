@@ -36,6 +36,11 @@ static void close_fd(int fd, void *userdata)
 		offload_close(offload, peer->user, fd);
 }
 
+static bool is_held(const struct peer *peer)
+{
+	return peer->told.serial != 0;
+}
+
 struct peer *peer_ref(struct peer *peer)
 {
 	peer->n_refs++;
@@ -75,6 +80,8 @@ void peer_close(struct peer *peer)
 	if (!peer->connection)
 		return;
 	LIST_REMOVE(peer, of_rpc);
+	if (is_held(peer))
+		notifier_forget(peer->broker->store.notifier, &peer->told);
 	peer->io = sd_event_source_disable_unref(peer->io);
 	peer->later = sd_event_source_disable_unref(peer->later);
 	peer->connection = connection_free(peer->connection);
@@ -120,9 +127,9 @@ static void set_events(struct peer *peer)
 
 	if (!peer->connection)
 		return;
-	if (!peer->pending)
+	if (!peer->pending && !is_held(peer))
 		events |= EPOLLIN;
-	if (connection_queued(peer->connection) > 0)
+	if (!is_held(peer) && connection_queued(peer->connection) > 0)
 		events |= EPOLLOUT;
 	if (sd_event_source_set_io_events(peer->io, events) < 0)
 		fail(peer);
@@ -130,7 +137,7 @@ static void set_events(struct peer *peer)
 
 static void flush(struct peer *peer)
 {
-	if (peer->failed || !peer->connection)
+	if (peer->failed || !peer->connection || is_held(peer))
 		return;
 	if (connection_flush(peer->connection) < 0)
 		fail(peer);
@@ -148,7 +155,8 @@ static int answer(struct peer *peer)
 	struct peer_private *p = container_of(peer, struct peer_private, peer);
 	int r;
 
-	for (unsigned n = 0; peer->connection && !peer->pending && !peer->failed; n++) {
+	for (unsigned n = 0; peer->connection && !peer->pending && !peer->failed && !is_held(peer);
+		n++) {
 		json_object *message;
 		struct fds fds;
 
@@ -229,6 +237,25 @@ static int on_later(sd_event_source *source, void *userdata)
 	turn(peer, 0);
 	peer_unref(peer);
 	return 0;
+}
+
+static void peer_told(struct notifier_waiter *waiter)
+{
+	struct peer *peer = container_of(waiter, struct peer, told);
+
+	flush(peer);
+	if (!peer->pending)
+		go_on_later(peer);
+	set_events(peer);
+}
+
+void peer_hold(struct peer *peer)
+{
+	struct notifier *notifier = peer->broker->store.notifier;
+
+	peer->told.told = peer_told;
+	if (notifier && peer->connection)
+		(void)notifier_wait(notifier, &peer->told);
 }
 
 void peer_done(struct peer *peer)

@@ -6,6 +6,7 @@
 #include <sys/queue.h>
 #include <systemd/sd-event.h>
 
+#include "notifier.h"
 #include "process.h"
 #include "protocol/connection.h"
 #include "protocol/interface.h"
@@ -31,6 +32,8 @@ struct peer {
 	bool pending;                  /* a call is under way */
 	bool watching;                 /* the call is Watch */
 	bool oneway;                   /* the call wants no reply */
+	struct notifier_waiter
+		told; /* nothing more is sent or answered until the manager has been told */
 	bool failed;                   /* to be closed on its next turn */
 
 	/* a List call that is under way */
@@ -60,6 +63,11 @@ void peer_set_client(struct peer *peer, struct client *client);
 /* The client is being freed. */
 void peer_forget_client(struct peer *peer);
 
+/*
+ * The reply to the call under way tells of what the service manager is to keep: it goes out when
+ * that has gone to the manager, as what its receiver knows of has to outlive this process.
+ */
+void peer_hold(struct peer *peer);
 /* Replies to the call under way; fds are taken over. A failure ends the connection on its next turn. */
 void peer_reply(struct peer *peer, const struct schema *schema, const void *out, const int *fds,
 		size_t n_fds);

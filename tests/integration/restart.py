@@ -652,8 +652,9 @@ class Restart(Case):
         second.pin()
         first.unpin()
         first.connection.call('org.pinbroker.CloseFile', {'file': first.file})
+        first.connection.call('org.pinbroker.RemoveContext', {'context': first.context})
         # there is room again: the audit finds that
-        self.wait_for_kept({name('c', first.context), name('f', second.file)})
+        self.wait_for_kept({name('c', second.context), name('f', second.file)})
         self.end_daemon()
         _, result = self.truncate(second.data)
         self.assertFalse(is_readable(result, 0.2))
@@ -662,10 +663,94 @@ class Restart(Case):
         second.unpin()
         self.truncated(result)
 
-    def test_manager_that_does_not_read(self):
-        """Nobody waits for it; what it was not told before it is told in order."""
+    def test_told_before_answered(self):
+        """Who has a file or context is told so once the manager has its descriptor: what is lost with the daemon
+        until then nobody knew of.
+        """
         self.run_daemon()
-        with self.store.changed:  # it hangs
+        survivor = self.survivor(self.file)
+        other = self.make_file('other')
+
+        def open_other():
+            fd = os.open(other, os.O_PATH)
+            survivor.connection.send('org.pinbroker.OpenFile', {'fileDescriptor': 0, 'access': 'write'}, [fd])
+            os.close(fd)
+
+        def add_context():
+            event = os.eventfd(0)
+            survivor.connection.send('org.pinbroker.AddContext', {'fileDescriptor': 0}, [event])
+            os.close(event)
+        for call, method in ((open_other, 'OpenFile'), (add_context, 'AddContext')):
+            for killed in (True, False):
+                with self.store.hanging():
+                    call()
+                    self.assertFalse(is_readable(survivor.connection.socket.fileno(), 0.3))
+                    # whoever asks for nothing of the kind is answered
+                    self.expect_served()
+                    if killed:
+                        self.end_daemon()
+                if killed:
+                    self.run_daemon()
+                    self.assertEqual([n['pins'] for n in survivor.resume() if n['pins']], [])
+                else:
+                    reply, _ = survivor.connection.reply('org.pinbroker.' + method)
+                    self.store.catch_up()
+                    kind, key = ('f', 'file') if call == open_other else ('c', 'context')
+                    self.assertIn(name(kind, reply[key]), self.store.kept)
+
+    def test_told_before_it_ends(self):
+        """The manager is busy while it ends: it is told the rest all the same."""
+        self.run_daemon()
+        survivor = self.survivor(self.file)
+        for sig in (RESTART, signal.SIGTERM):
+            with self.store.hanging():
+                survivor.connection.call('org.pinbroker.RemoveContext', {'context': survivor.context})
+                self.daemon.kill(sig)
+                self.wait_until_it_waits()
+            self.assertEqual(self.daemon.wait(), 0)
+            self.store.catch_up()
+            if sig == RESTART:
+                self.assertEqual(set(self.store.kept), {name('f', survivor.file)})
+                self.run_daemon()
+                survivor.resume()
+                event = os.eventfd(0)
+                survivor.context = survivor.connection.call('org.pinbroker.AddContext', {'fileDescriptor': 0},
+                                                            [event])['context']
+                os.close(event)
+            else:
+                self.assertEqual(self.store.kept, {})
+
+    def wait_until_it_waits(self):
+        """Not in its loop, but for the manager; or it has ended."""
+        end = time.monotonic() + WAIT
+        while self.daemon.process.poll() is None:
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                with open(f'/proc/{self.daemon.pid}/wchan', encoding='ascii') as f:
+                    if 'poll_schedule' in f.read():
+                        break
+            self.assertLess(time.monotonic(), end)
+
+    def test_killed_while_it_ends(self):
+        """What had not been let go of by then is there afterwards."""
+        self.run_daemon()
+        survivor = self.survivor(self.file)
+        pin = survivor.pin()
+        watch = survivor.watch()
+        self.daemon.kill(signal.SIGTERM)
+        self.assertEqual(watch.reply('org.pinbroker.Watch')[0]['notice']['conflict']['cause'], 'shutdown')
+        watch.close()
+        self.restart()
+        self.expect_restored(1, 1, 1)
+        self.assertEqual(survivor.resume(), [])
+        _, result = self.truncate()
+        self.assertFalse(is_readable(result, 0.1))
+        survivor.unpin([pin])
+        self.truncated(result)
+
+    def test_manager_that_does_not_read(self):
+        """One that hangs is waited for once, and not for ever; what it was not told before it is told in order."""
+        self.run_daemon()
+        with self.store.hanging():
             survivors = [self.survivor(self.make_file(f'file-{i}')) for i in range(12)]
             for survivor in survivors:
                 survivor.pin()
@@ -673,6 +758,7 @@ class Restart(Case):
             gone.unpin()
             gone.connection.call('org.pinbroker.CloseFile', {'file': gone.file})
             self.assertLess(len(self.store.kept), 23)
+            self.daemon.wait_for_log('The service manager has not heard for 5 s')
         self.wait_for_kept({name('c', s.context) for s in survivors} |
                            {name('f', s.file) for s in survivors if s is not gone})
         self.restart()
@@ -893,16 +979,13 @@ class Restart(Case):
         survivor = self.survivor(self.file)
         survivor.pin()
         for before in (False, True):
-            begin = time.monotonic()
             self.write(hang, '')
+            begin = time.monotonic()
             if before:
-                self.daemon.wait()
-                begin = time.monotonic()
                 self.run_daemon(env=env, may_end=True)
             self.assertEqual(self.daemon.wait(), -signal.SIGKILL, self.daemon.text())
             seconds = time.monotonic() - begin
             self.assertTrue(seconds < (2.5 if before else 4.5), seconds)
-        os.unlink(hang)
         _, result = self.truncate()
         self.wait_for_break(survivor)
         self.run_daemon(env=env)

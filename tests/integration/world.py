@@ -183,6 +183,17 @@ class Manager(DeafManager):
         for fd in fds:
             os.close(fd)
 
+    @contextlib.contextmanager
+    def hanging(self):
+        """It reads nothing, and its queue is full."""
+        with self.changed:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as s:
+                s.sendto(b'FILLER=1', self.address)
+            while is_readable(self.socket.fileno(), 0):  # until it has taken that, and waits for us
+                time.sleep(0.001)
+            self.fill()
+            yield
+
     def catch_up(self):
         """What was said by now has been heard, as systemd sees to before it looks who has ended."""
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as s:
