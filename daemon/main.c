@@ -424,6 +424,7 @@ int main(int argc, char *argv[])
 	if (block_signals() < 0)
 		return EX_OSERR;
 	raise_limits();
+	watchdog_open(&service.notifier.watchdog);
 	/* before there are threads */
 	sentinel_error = sentinel_start(&sentinel);
 	(void)mallopt(M_ARENA_MAX, 2); /* the threads allocate little: they share one */

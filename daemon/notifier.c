@@ -199,7 +199,7 @@ static int on_notifier_timer(sd_event_source *source, uint64_t usec, void *userd
 	struct notifier *n = userdata;
 	int r;
 
-	if (watchdog_look(&n->watchdog))
+	if (watchdog_look(&n->watchdog, true))
 		tell_watchdog(n);
 	watchdog_feed(&n->watchdog, true);
 	n->alive = n->watchdog.usec > 0;
@@ -231,7 +231,6 @@ int notifier_open(struct notifier *n, struct broker *broker)
 	const char *name = getenv("NOTIFY_SOCKET");
 	int r;
 
-	watchdog_open(&n->watchdog);
 	if (!name)
 		return 0;
 	if (!notifier_parse_address(n, name)) {

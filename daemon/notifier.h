@@ -42,7 +42,7 @@ struct notifier {
 	TAILQ_HEAD(, notifier_waiter) waiters;
 	sd_event_source *patience; /* of the waiters */
 	bool hangs; /* it has run out: nobody waits until the manager has heard everything */
-	struct watchdog watchdog;
+	struct watchdog watchdog; /* opened before anything else */
 	uint64_t extended_usec; /* when more time to start was last asked for */
 	bool ready, stopping, alive; /* to be told */
 	bool failed;

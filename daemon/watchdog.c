@@ -37,25 +37,15 @@ static void set_timer(struct watchdog *w, uint64_t usec)
 		(void)timer_settime(w->timer, 0, &its, NULL);
 }
 
-void watchdog_open(struct watchdog *w)
+void watchdog_feed(struct watchdog *w, bool ready)
 {
-	*w = (struct watchdog){};
-	if (sd_watchdog_enabled(false, &w->asked_usec) <= 0)
-		w->asked_usec = 0;
-	w->usec = w->asked_usec;
-	w->break_usec = PATIENCE_USEC;
-	(void)watchdog_look(w);
-	watchdog_feed(w, false);
+	/* The manager is to be first, as it says what it does, if it watches already. */
+	uint64_t usec = ready ? w->break_usec / PARTS * 2 : w->break_usec / PARTS;
+
+	set_timer(w, w->break_usec < PATIENCE_USEC ? usec : 0);
 }
 
-void watchdog_close(struct watchdog *w)
-{
-	if (w->has_timer)
-		timer_delete(w->timer);
-	w->has_timer = false;
-}
-
-bool watchdog_look(struct watchdog *w)
+bool watchdog_look(struct watchdog *w, bool ready)
 {
 	uint64_t before = w->usec, break_usec = w->asked_usec > 0 ? lease_break_usec() : w->break_usec;
 
@@ -67,17 +57,28 @@ bool watchdog_look(struct watchdog *w)
 		if (break_usec / PARTS < w->usec)
 			w->usec = break_usec / PARTS;
 		make_timer(w);
-		log_notice("lease-break-time is %.0f s, where the service is made for %.0f s: this process is "
-			   "ended when it hangs for %.1f s.",
-			   (double)break_usec / 1e6, PATIENCE_USEC / 1e6, (double)w->usec / 1e6);
 	}
+	/* before anything that could hang, as logging */
+	watchdog_feed(w, ready);
+	if (break_usec < PATIENCE_USEC)
+		log_notice("lease-break-time is %.0f s, where the service is made for %.0f s: this process "
+			   "is ended when it hangs for %.1f s.",
+			   (double)break_usec / 1e6, PATIENCE_USEC / 1e6, (double)w->usec / 1e6);
 	return w->usec != before;
 }
 
-void watchdog_feed(struct watchdog *w, bool ready)
+void watchdog_open(struct watchdog *w)
 {
-	/* The manager is to be first, as it says what it does, if it watches already. */
-	uint64_t usec = ready ? w->break_usec / PARTS * 2 : w->break_usec / PARTS;
+	*w = (struct watchdog){ .break_usec = PATIENCE_USEC };
+	if (sd_watchdog_enabled(false, &w->asked_usec) <= 0)
+		w->asked_usec = 0;
+	w->usec = w->asked_usec;
+	(void)watchdog_look(w, false);
+}
 
-	set_timer(w, w->break_usec < PATIENCE_USEC ? usec : 0);
+void watchdog_close(struct watchdog *w)
+{
+	if (w->has_timer)
+		timer_delete(w->timer);
+	w->has_timer = false;
 }

@@ -22,7 +22,7 @@ struct watchdog {
 void watchdog_open(struct watchdog *watchdog);
 /* What follows ends by itself, or by the manager's word. */
 void watchdog_close(struct watchdog *watchdog);
-/* Looks how patient the kernel is by now. True: `usec` is another than before. */
-bool watchdog_look(struct watchdog *watchdog);
 /* Here we are, and get on. ready: from now on the manager watches, too. */
 void watchdog_feed(struct watchdog *watchdog, bool ready);
+/* Looks how patient the kernel is by now. True: `usec` is another than before. */
+bool watchdog_look(struct watchdog *watchdog, bool ready);

@@ -4,12 +4,15 @@
  * the Nth time that its loop writes anything or sends anything to anybody; or when it has stopped a
  * process
  * ($DIE_ON_STOP). Or has the loop hang for ever, deaf to all signals, the next time that there is a
- * file named $HANG_IF, which it removes. $SLOW: how many microseconds each fstat() takes.
+ * file named $HANG_IF, which it removes. $SLOW: how many microseconds each fstat() of a file takes.
  */
 #include <dlfcn.h>
+#include <errno.h>
 #include <fcntl.h>
 #include <signal.h>
+#include <stdbool.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/pidfd.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -17,13 +20,26 @@
 #include <unistd.h>
 
 static long n_calls;
+static pid_t daemon_pid;
+
+__attribute__((constructor)) static void begin(void)
+{
+	if (strcmp(program_invocation_short_name, "pinbrokerd") == 0)
+		daemon_pid = getpid();
+}
+
+/* Not another thread, nor the sentinel, nor what becomes the daemon. */
+static bool is_loop(void)
+{
+	return gettid() == daemon_pid;
+}
 
 static void maybe_hang(void)
 {
 	const char *path = getenv("HANG_IF");
 	sigset_t all;
 
-	if (!path || gettid() != getpid() || unlink(path) < 0)
+	if (!path || !is_loop() || unlink(path) < 0)
 		return;
 	sigfillset(&all);
 	sigprocmask(SIG_BLOCK, &all, NULL);
@@ -35,7 +51,7 @@ static void maybe_die(const char *variable)
 {
 	const char *value = getenv(variable);
 
-	if (value && gettid() == getpid() && atol(value) == n_calls)
+	if (value && is_loop() && atol(value) == n_calls)
 		kill(getpid(), SIGKILL);
 }
 
@@ -45,7 +61,7 @@ static void maybe_die(const char *variable)
 		ssize_t result;                                                                    \
                                                                                                    \
 		maybe_hang();                                                                      \
-		if (gettid() == getpid())                                                          \
+		if (is_loop())                                                          \
 			n_calls++;                                                                 \
 		maybe_die("DIE_AT");                                                               \
 		result = real(__VA_ARGS__);                                                        \
@@ -70,11 +86,11 @@ __attribute__((visibility("default"))) ssize_t sendmsg(int fd, const struct msgh
 
 __attribute__((visibility("default"))) int fstat(int fd, struct stat *st)
 {
-	const char *slow = getenv("SLOW");
+	int r = fstatat(fd, "", st, AT_EMPTY_PATH);
 
-	if (slow && gettid() == getpid())
-		usleep((useconds_t)atol(slow));
-	return fstatat(fd, "", st, AT_EMPTY_PATH);
+	if (r >= 0 && S_ISREG(st->st_mode) && getenv("SLOW") && is_loop())
+		usleep((useconds_t)atol(getenv("SLOW")));
+	return r;
 }
 
 __attribute__((visibility("default"))) int pidfd_send_signal(int pidfd, int sig, siginfo_t *info, unsigned flags)
