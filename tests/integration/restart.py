@@ -211,6 +211,7 @@ class Restart(Case):
         """Its copy of the description is still looked after: it could keep others from hearing of breaks."""
         os.chmod(self.dir, 0o755)
         os.chmod(self.file, 0o666)
+        os.chmod(self.path, 0o666)
         self.run_daemon()
         survivor = self.survivor(self.file)
         survivor.pin()
