@@ -152,6 +152,7 @@ class Manager(DeafManager):
     def __init__(self, address):
         super().__init__(address)
         self.kept, self.messages = {}, []
+        self.n_taken = self.n_heard = 0
         self.changed = threading.Condition()
         self.socket.settimeout(None)
         self.thread = threading.Thread(target=self.run, daemon=True)
@@ -160,12 +161,14 @@ class Manager(DeafManager):
     def run(self):
         while True:
             data, control, _, _ = self.socket.recvmsg(4096, 256, socket.MSG_CMSG_CLOEXEC)
+            self.n_taken += 1
             fds = array.array('i')
             for level, kind, value in control:
                 if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
                     fds.frombytes(value)
             fields = dict(line.split('=', 1) for line in data.decode().splitlines())
             with self.changed:
+                self.n_heard += 1
                 if 'END' in fields:
                     return
                 self.apply(fields, fds)
@@ -189,7 +192,7 @@ class Manager(DeafManager):
         with self.changed:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as s:
                 s.sendto(b'FILLER=1', self.address)
-            while is_readable(self.socket.fileno(), 0):  # until it has taken that, and waits for us
+            while self.n_taken == self.n_heard:  # until it has taken a message, and waits for us
                 time.sleep(0.001)
             self.fill()
             yield

@@ -428,7 +428,7 @@ class Restart(Case):
         self.wait_for_restart()
         if show(SERVICE, 'FileDescriptorStorePreserve') == 'yes':  # systemd 254
             restored = journal(MESSAGES['STATE_RESTORED'], _PID=daemon_pid())
-            self.assertRegex(restored['MESSAGE'], '^Took up [12] pins of [12] files .* 0 objects were lost')
+            self.assertRegex(restored['MESSAGE'], r'^Took up \d pins? of \d files? .* 0 objects lost')
             self.assertEqual(len(leases(stubborn)), 1)
         else:
             self.assertEqual(holder.expect('revoked')['cause'], 'lost')
