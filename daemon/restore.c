@@ -1,6 +1,4 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-#define HASH_NONFATAL_OOM 1
-#define HASH_FUNCTION     HASH_OAT /* HASH_JEN falls through cases, which clang warns of */
 #include "restore.h"
 
 #include <fcntl.h>
@@ -10,7 +8,6 @@
 #include <string.h>
 #include <sys/stat.h>
 #include <sys/sysmacros.h>
-#include <uthash.h>
 
 #include "access.h"
 #include "admin.h"
@@ -20,171 +17,21 @@
 #include "log.h"
 #include "macro.h"
 #include "notifier.h"
+#include "state-reader.h"
 #include "state-record.h"
 #include "state.h"
 
 /* How long holders without pins are waited for. */
 #define RESUME_USEC (60 * USEC_PER_SEC)
 
-/* The last line about an object: its identifier and 0, or, of a use, those of client and file. */
-struct entry {
-	uint64_t key[2];
-	char *line;
-	const char *path; /* of a file; NULL: it has none */
-	UT_hash_handle hh;
-};
-
 struct restorer {
 	struct broker *broker;
-	struct entry *entries; /* owned, in the order in which they were made */
-	uint64_t since_usec;   /* nobody has looked at the leases since */
+	struct state_reader reader;
 	struct kept_descriptor *kept;
 	size_t n_kept;
 	unsigned n_lost; /* objects that could not be taken up */
 	struct label *label; /* the last one */
 };
-
-/* ---- Reading ---- */
-
-static struct entry *find_entry(struct restorer *r, const uint64_t key[static 2])
-{
-	struct entry *e;
-
-	HASH_FIND(hh, r->entries, key, sizeof(e->key), e);
-	return e;
-}
-
-static int add_entry(struct restorer *r, const uint64_t key[static 2], char *line)
-{
-	struct entry *e = find_entry(r, key);
-
-	if (e) {
-		e->line = line;
-		return 0;
-	}
-	e = calloc(1, sizeof(*e));
-	if (!e)
-		return -ENOMEM;
-	memcpy(e->key, key, sizeof(e->key));
-	e->line = line;
-	HASH_ADD(hh, r->entries, key, sizeof(e->key), e);
-	if (!e->hh.tbl) { /* how uthash tells of missing memory */
-		free(e);
-		return -ENOMEM;
-	}
-	return 0;
-}
-
-static void remove_entry(struct restorer *r, const uint64_t key[static 2])
-{
-	struct entry *e = find_entry(r, key);
-
-	if (e) {
-		HASH_DEL(r->entries, e);
-		free(e);
-	}
-}
-
-/* " KEY=123", where a line goes on: 1; something else: 0; no identifier: -EBADMSG. */
-static int read_id(struct restorer *r, const char **line, const char *key, uint64_t *ret)
-{
-	size_t n = strlen(key);
-
-	if (strncmp(*line, key, n) != 0)
-		return 0;
-	if (!ids_parse(*line + n, line, ret) || (**line && **line != ' '))
-		return -EBADMSG;
-	ids_pass(&r->broker->ids, *ret);
-	return 1;
-}
-
-/* What a line is about, by the fields that it begins with. */
-static int read_key(struct restorer *r, const char *line, uint64_t key[static 2])
-{
-	const char *fields = line + strcspn(line, " ");
-	int n = read_id(r, &fields, " id=", &key[0]);
-
-	if (n != 0)
-		return n;
-	n = read_id(r, &fields, " client=", &key[0]);
-	if (n > 0)
-		n = read_id(r, &fields, " file=", &key[1]);
-	return n != 0 ? n : read_id(r, &fields, " reserved=", &key[1]);
-}
-
-static int read_line(struct restorer *r, char *line)
-{
-	uint64_t key[2] = {};
-	int n = read_key(r, line, key);
-
-	if (n < 0) {
-		r->n_lost++;
-		log_error("The state of the run before has a damaged line about a %.*s.",
-			  (int)strcspn(line, " "), line);
-	}
-	if (n <= 0 || key[0] == 0)
-		return 0;
-	if (strncmp(line, "gone ", 5) != 0 && strncmp(line, "unuse ", 6) != 0)
-		return add_entry(r, key, line);
-	remove_entry(r, key);
-	return 0;
-}
-
-/* What follows the last newline was cut off by the end of its writer. */
-static int read_lines(struct restorer *r, char *text)
-{
-	char *line = text, *end = strchr(text, '\n');
-	int error = 0;
-
-	if (!end || (size_t)(end - line) != strlen(STATE_HEADER) ||
-	    strncmp(line, STATE_HEADER, strlen(STATE_HEADER)) != 0)
-		return -EPROTONOSUPPORT;
-	for (line = end + 1; error >= 0 && (end = strchr(line, '\n')); line = end + 1) {
-		*end = 0;
-		notifier_tell_progress(r->broker->store.notifier);
-		error = read_line(r, line);
-	}
-	return error;
-}
-
-/* The file's time is of when its writer was last seen awake. */
-static uint64_t written_usec(const struct stat *st)
-{
-	struct timespec now;
-	int64_t age;
-
-	clock_gettime(CLOCK_REALTIME, &now);
-	age = (now.tv_sec - st->st_mtim.tv_sec) * (int64_t)USEC_PER_SEC +
-	      (now.tv_nsec - st->st_mtim.tv_nsec) / 1000;
-	return age > 0 && (uint64_t)age < now_usec() ? now_usec() - (uint64_t)age : now_usec();
-}
-
-static int read_file(struct restorer *r, const char *path, char **ret)
-{
-	_cleanup_(close_fdp) int fd = open(path, O_RDONLY | O_CLOEXEC | O_NOFOLLOW);
-	_cleanup_(freep) char *text = NULL;
-	struct stat st;
-	size_t n = 0;
-
-	if (fd < 0 || fstat(fd, &st) < 0)
-		return -errno;
-	r->since_usec = written_usec(&st);
-	text = malloc((size_t)st.st_size + 1);
-	if (!text)
-		return -ENOMEM;
-	while (n < (size_t)st.st_size) {
-		ssize_t k = read(fd, text + n, (size_t)st.st_size - n);
-
-		if (k < 0)
-			return -errno;
-		if (k == 0)
-			break;
-		n += (size_t)k;
-	}
-	text[n] = 0;
-	*ret = TAKE_PTR(text);
-	return 0;
-}
 
 /* ---- Building ---- */
 
@@ -338,7 +185,7 @@ static int restore_file(struct restorer *r, uint64_t id, const struct record *re
 	struct stat st;
 	int error;
 
-	find_entry(r, (const uint64_t[2]){ id })->path = path;
+	state_reader_find(&r->reader, (const uint64_t[2]){ id })->path = path;
 	probe.mount_device = record_unsigned(record, "mount-device", probe.device, &bad);
 	probe.backing.kind = (enum backing_kind)read_enumeration(record, "backing",
 								 &enumeration_backing_kind, &bad);
@@ -349,8 +196,8 @@ static int restore_file(struct restorer *r, uint64_t id, const struct record *re
 	lease.access = (enum access)read_enumeration(record, "access", &enumeration_access, &bad);
 	lease.state = (enum lease_state)read_enumeration(record, "lease", &enumeration_lease_state,
 							 &bad);
-	lease.settled_usec = record_unsigned(record, "settled", r->since_usec, &bad);
-	lease.broken_usec = record_unsigned(record, "broken", r->since_usec, &bad);
+	lease.settled_usec = record_unsigned(record, "settled", r->reader.since_usec, &bad);
+	lease.broken_usec = record_unsigned(record, "broken", r->reader.since_usec, &bad);
 	shared = record_unsigned(record, "shared", 0, &bad);
 	tampered = record_unsigned(record, "tampered", 0, &bad);
 	if (bad)
@@ -393,7 +240,7 @@ static void log_lost(struct restorer *r, const struct client *client, const char
 static int lose_use(struct restorer *r, struct client *client, uint64_t file_id,
 		    const struct record *record)
 {
-	const struct entry *file = find_entry(r, (const uint64_t[2]){ file_id });
+	const struct entry *file = state_reader_find(&r->reader, (const uint64_t[2]){ file_id });
 	const char *path = record_string(record, "path");
 	bool bad = false;
 	uint64_t lost = record_unsigned(record, "lost", 0, &bad);
@@ -625,14 +472,12 @@ static void build_one(struct restorer *r, size_t builder, struct entry *e)
 
 static void build(struct restorer *r)
 {
-	struct entry *e, *next;
+	struct entry *e;
 
 	users_enforce(r->broker->users, false);
 	for (size_t i = 0; i < ELEMENTS(builders); i++)
-		for (e = r->entries; e; e = next) {
-			next = e->hh.next;
+		for (e = NULL; (e = state_reader_next(&r->reader, e));)
 			build_one(r, i, e);
-		}
 	users_enforce(r->broker->users, true);
 	label_unref(r->label);
 }
@@ -688,21 +533,23 @@ static void go_on(struct restorer *r)
 		  "was last awake; %u object%s lost.",
 		  broker->n_pins, PLURAL(broker->n_pins), broker->n_files, PLURAL(broker->n_files),
 		  broker->n_clients, PLURAL(broker->n_clients),
-		  (double)(now_usec() - r->since_usec) / 1e6, r->n_lost, PLURAL(r->n_lost));
+		  (double)(now_usec() - r->reader.since_usec) / 1e6, r->n_lost, PLURAL(r->n_lost));
 }
 
 void restore(struct broker *broker, const char *path, struct kept_descriptor *kept, size_t n_kept)
 {
-	struct restorer r = { .broker = broker, .kept = kept, .n_kept = n_kept };
-	_cleanup_(freep) char *text = NULL;
-	struct entry *e, *next;
+	struct restorer r = {
+		.broker = broker,
+		.reader = { .ids = &broker->ids, .notifier = broker->store.notifier },
+		.kept = kept,
+		.n_kept = n_kept,
+	};
 	int error;
 
 	sort_kept(&r);
-	error = read_file(&r, path, &text);
-	if (error >= 0)
-		error = read_lines(&r, text);
-	if (error >= 0 && r.entries) {
+	error = state_reader_open(&r.reader, path);
+	r.n_lost = r.reader.n_damaged;
+	if (error >= 0 && state_reader_next(&r.reader, NULL)) {
 		build(&r);
 		go_on(&r);
 	} else if (error < 0 && (error != -ENOENT || n_kept > 0)) {
@@ -710,9 +557,5 @@ void restore(struct broker *broker, const char *path, struct kept_descriptor *ke
 			  path, n_kept, PLURAL(n_kept));
 	}
 	drop_rest(&r);
-	for (e = r.entries; e; e = next) {
-		next = e->hh.next;
-		HASH_DEL(r.entries, e);
-		free(e);
-	}
+	state_reader_close(&r.reader);
 }
