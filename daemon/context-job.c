@@ -446,6 +446,7 @@ static void detach_done(struct job *job)
 		struct log_fields fields = {
 			.revocation = j->revocation,
 			.pid = j->holder.pid,
+			.uid = &j->holder.uid,
 			.error = -j->result,
 		};
 
@@ -454,7 +455,11 @@ static void detach_done(struct job *job)
 			  j->holder.comm, j->holder.pid, strerror(-j->result));
 	}
 	if (j->result >= 0) {
-		struct log_fields fields = { .revocation = j->revocation, .pid = j->holder.pid };
+		struct log_fields fields = {
+			.revocation = j->revocation,
+			.pid = j->holder.pid,
+			.uid = &j->holder.uid,
+		};
 
 		log_event(LOG_WARNING, MESSAGE_REVOKE_ESCALATED, &fields,
 			  "Detached %zu pin%s of %s (pid %d) by force.", j->n_wanted,

@@ -31,7 +31,13 @@
 
 static struct log_fields file_fields(const struct file *file)
 {
-	return (struct log_fields){ .file = file->id, .path = file->path };
+	const struct use *use = LIST_FIRST(&file->uses);
+
+	return (struct log_fields){
+		.file = file->id,
+		.path = file->path,
+		.charged_uid = use ? &use->client->process.uid : NULL,
+	};
 }
 
 static void set_fd(struct file *file, int fd)

@@ -17,6 +17,7 @@
 #include <sys/uio.h>
 #include <systemd/sd-journal.h>
 
+#include "log-rate.h"
 #include "macro.h"
 #include "protocol/utf8.h"
 
@@ -50,6 +51,9 @@ static struct {
 	bool journal;     /* set before the thread starts */
 	int max_priority; /* likewise */
 	sd_event_source *wake; /* the loop's; NULL: the thread is woken at once */
+	sd_event_source
+		*tell; /* the loop's, enabled while lines are left out that are not told of yet */
+	struct log_rate rate;
 	pthread_t loop;
 } state = {
 	.lock = PTHREAD_MUTEX_INITIALIZER,
@@ -280,46 +284,12 @@ int log_open(int max_priority)
 	return r;
 }
 
-void log_close(unsigned timeout_msec)
-{
-	struct timespec until;
-	int r = 0;
-
-	clock_gettime(CLOCK_MONOTONIC, &until);
-	until.tv_sec += timeout_msec / 1000;
-	until.tv_nsec += (long)(timeout_msec % 1000) * 1000000;
-	if (until.tv_nsec >= 1000000000) {
-		until.tv_sec++;
-		until.tv_nsec -= 1000000000;
-	}
-
-	pthread_mutex_lock(&state.lock);
-	state.closing = true;
-	pthread_cond_signal(&state.work);
-	while (state.running && r == 0)
-		r = pthread_cond_clockwait(&state.ended, &state.lock, CLOCK_MONOTONIC, &until);
-	pthread_mutex_unlock(&state.lock);
-}
-
 static int on_wake(sd_event_source *source, uint64_t usec, void *userdata)
 {
 	pthread_mutex_lock(&state.lock);
 	pthread_cond_signal(&state.work);
 	pthread_mutex_unlock(&state.lock);
 	return 0;
-}
-
-int log_attach(sd_event *event)
-{
-	int r = sd_event_add_time(event, &state.wake, CLOCK_MONOTONIC, 0, USEC_PER_MSEC, on_wake, NULL);
-
-	state.loop = pthread_self();
-	return r < 0 ? r : sd_event_source_set_enabled(state.wake, SD_EVENT_OFF);
-}
-
-void log_detach(void)
-{
-	state.wake = sd_event_source_disable_unref(state.wake);
 }
 
 static bool wake_later(int priority)
@@ -359,34 +329,145 @@ static bool entry_push(int priority, const struct text *t)
 	return running;
 }
 
-static void __attribute__((format(printf, 4, 0))) log_eventv(int priority, const char *message_id,
-	const struct log_fields *fields, const char *format, va_list ap)
+static void write_line(
+	int priority, const char *message_id, const struct log_fields *fields, const char *message)
 {
-	char message[MESSAGE_MAX];
 	struct text t; /* not cleared: it is large */
-	int e = errno;
 
-	if (priority > state.max_priority)
-		return;
 	t.n = 0;
-	vsnprintf(message, sizeof(message), format, ap);
 	text_add(&t, "MESSAGE", message);
 	text_add(&t, "MESSAGE_ID", message_id);
 	if (fields)
 		text_add_fields(&t, fields);
 	if (!entry_push(priority, &t))
 		(void)write_text(priority, t.s);
-	errno = e;
+}
+
+/* Of a uid, or of the place in the code, which the format stands for. */
+static uint64_t rate_key(int priority, const struct log_fields *fields, const char *format)
+{
+	const uid_t *uid = fields ? fields->uid ?: fields->charged_uid : NULL;
+
+	return uid ? (uint64_t)*uid << 2 | (uint64_t)(priority <= LOG_ERR) << 1 | 1
+		   : (uint64_t)(uintptr_t)format << 1;
+}
+
+static void tell_left_out(const struct log_rate_count *count)
+{
+	char message[MESSAGE_MAX];
+	uid_t uid = (uid_t)(count->key >> 2);
+	bool of_uid = count->key & 1;
+
+	if (count->n == 0)
+		return;
+	if (of_uid)
+		snprintf(message, sizeof(message), "Left out %" PRIu64 " message%s about uid %u.",
+			count->n, PLURAL(count->n), uid);
+	else
+		snprintf(message, sizeof(message), "Left out %" PRIu64 " message%s like: %s",
+			count->n, PLURAL(count->n), (const char *)(uintptr_t)(count->key >> 1));
+	write_line(LOG_WARNING, NULL, of_uid ? &(struct log_fields){.uid = &uid} : NULL, message);
+}
+
+static void tell_all_left_out(uint64_t now)
+{
+	struct log_rate_count count;
+	bool found;
+
+	do {
+		pthread_mutex_lock(&state.lock);
+		found = log_rate_expire(&state.rate, now, &count);
+		pthread_mutex_unlock(&state.lock);
+		if (found)
+			tell_left_out(&count);
+	} while (found);
+}
+
+static int on_tell(sd_event_source *source, uint64_t usec, void *userdata)
+{
+	tell_all_left_out(now_usec());
+	return 0;
+}
+
+static void tell_later(void)
+{
+	if (!state.tell || !pthread_equal(pthread_self(), state.loop) ||
+		sd_event_source_get_enabled(state.tell, NULL) > 0)
+		return;
+	(void)sd_event_source_set_time_relative(state.tell, LOG_RATE_USEC + USEC_PER_SEC);
+	(void)sd_event_source_set_enabled(state.tell, SD_EVENT_ONESHOT);
+}
+
+int log_attach(sd_event *event)
+{
+	int r = sd_event_add_time(
+		event, &state.wake, CLOCK_MONOTONIC, 0, USEC_PER_MSEC, on_wake, NULL);
+
+	if (r >= 0)
+		r = sd_event_source_set_enabled(state.wake, SD_EVENT_OFF);
+	if (r >= 0)
+		r = sd_event_add_time(
+			event, &state.tell, CLOCK_MONOTONIC, 0, USEC_PER_SEC, on_tell, NULL);
+	state.loop = pthread_self();
+	return r < 0 ? r : sd_event_source_set_enabled(state.tell, SD_EVENT_OFF);
+}
+
+void log_detach(void)
+{
+	state.wake = sd_event_source_disable_unref(state.wake);
+	state.tell = sd_event_source_disable_unref(state.tell);
+}
+
+void log_close(unsigned timeout_msec)
+{
+	struct timespec until;
+	int r = 0;
+
+	tell_all_left_out(UINT64_MAX);
+	clock_gettime(CLOCK_MONOTONIC, &until);
+	until.tv_sec += timeout_msec / 1000;
+	until.tv_nsec += (long)(timeout_msec % 1000) * 1000000;
+	if (until.tv_nsec >= 1000000000) {
+		until.tv_sec++;
+		until.tv_nsec -= 1000000000;
+	}
+
+	pthread_mutex_lock(&state.lock);
+	state.closing = true;
+	pthread_cond_signal(&state.work);
+	while (state.running && r == 0)
+		r = pthread_cond_clockwait(&state.ended, &state.lock, CLOCK_MONOTONIC, &until);
+	pthread_mutex_unlock(&state.lock);
+}
+
+static bool rate_admits(uint64_t key)
+{
+	struct log_rate_count over;
+	bool admitted;
+
+	pthread_mutex_lock(&state.lock);
+	admitted = log_rate_admit(&state.rate, key, now_usec(), &over);
+	pthread_mutex_unlock(&state.lock);
+	tell_left_out(&over);
+	if (!admitted)
+		tell_later();
+	return admitted;
 }
 
 void log_event(int priority, const char *message_id, const struct log_fields *fields,
 	const char *format, ...)
 {
+	char message[MESSAGE_MAX];
+	int e = errno;
 	va_list ap;
 
+	if (priority > state.max_priority || !rate_admits(rate_key(priority, fields, format)))
+		return;
 	va_start(ap, format);
-	log_eventv(priority, message_id, fields, format, ap);
+	vsnprintf(message, sizeof(message), format, ap);
 	va_end(ap);
+	write_line(priority, message_id, fields, message);
+	errno = e;
 }
 
 static void add_sysctl(char *text, size_t size, const char *name)
@@ -444,11 +525,16 @@ static void __attribute__((format(printf, 4, 0)))
 log_errnov(int priority, int error, enum log_resource resource, const char *format, va_list ap)
 {
 	char message[MESSAGE_MAX], reason[128], limit[128];
+	size_t n;
 
+	if (priority > state.max_priority || !rate_admits(rate_key(priority, NULL, format)))
+		return;
 	vsnprintf(message, sizeof(message), format, ap);
 	find_limit(error, resource, limit, sizeof(limit));
-	log_event(priority, NULL, &(struct log_fields){.error = error}, "%s: %s%s", message,
+	n = strlen(message);
+	snprintf(message + n, sizeof(message) - n, ": %s%s",
 		strerror_r(error, reason, sizeof(reason)), limit);
+	write_line(priority, NULL, &(struct log_fields){.error = error}, message);
 }
 
 int log_errno(int priority, int error, const char *format, ...)

@@ -10,7 +10,9 @@
  * The log: to the journal where the process's stderr is connected to it (or it cannot be told where
  * stderr leads and the journal's socket exists), to stderr otherwise. Either can block when the
  * other side doesn't read, so a thread of its own writes; a line that finds the queue of
- * LOG_QUEUE_MAX full is dropped, and the next that gets through says how many were.
+ * LOG_QUEUE_MAX full is dropped, and the next that gets through says how many were. Nobody can fill
+ * the journal: what a uid, or a place in the code, has over the rate of log-rate.h is counted, and
+ * told once.
  *
  * On stderr an entry is one line: the message, then the fields that are set as KEY=VALUE in
  * brackets, e.g.
@@ -29,6 +31,8 @@ struct log_fields {
 	const char *path;       /* PINBROKER_PATH= */
 	pid_t pid;              /* PINBROKER_CLIENT_PID=: the holder */
 	const uid_t *uid;       /* PINBROKER_CLIENT_UID= */
+	const uid_t *charged_uid; /* no field: whose doing the line is, where .uid is not set, see
+				     log-rate.h */
 	const char *unit;       /* PINBROKER_CLIENT_UNIT= */
 	pid_t breaker_pid;      /* PINBROKER_BREAKER_PID= */
 	const char *breaker_comm; /* PINBROKER_BREAKER_COMM= */

@@ -49,10 +49,14 @@ void conflict_message(const struct conflict *conflict, struct msg_conflict *ret)
 
 struct log_fields revocation_fields(const struct revocation *rev)
 {
+	const struct file *file = rev->file ? broker_find_file(rev->broker, rev->file) : NULL;
+	const struct use *use = file ? LIST_FIRST(&file->uses) : NULL;
+
 	return (struct log_fields){
 		.revocation = rev->id,
 		.file = rev->file,
 		.path = rev->path,
+		.charged_uid = use ? &use->client->process.uid : NULL,
 		.breaker_pid = rev->conflict.pid,
 		.breaker_comm = rev->conflict.comm[0] ? rev->conflict.comm : NULL,
 		.cause = enumeration_name(&enumeration_cause, rev->conflict.cause),

@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 #define SD_JOURNAL_SUPPRESS_LOCATION
+#include "daemon/log-rate.h"
 #include "daemon/log.h"
 #include "daemon/macro.h"
 
@@ -283,8 +284,10 @@ static void test_blocked(void **state)
 	char line[256];
 
 	log_open(LOG_INFO);
-	for (int i = 0; i < N_SENT; i++)
-		log_info("Line %d", i);
+	for (unsigned i = 0; i < N_SENT; i++)
+		log_event(LOG_INFO, NULL,
+			&(struct log_fields){.charged_uid = &(uid_t){i / LOG_RATE_BURST}},
+			"Line %u", i);
 	log_close(1);
 
 	while (n_lines + n_lost < N_SENT && fgets(line, sizeof(line), f)) {
@@ -301,6 +304,31 @@ static void test_blocked(void **state)
 	pipe_end = -1;
 	assert_int_equal(n_lines + n_lost, N_SENT);
 	assert_in_range(n_lines, LOG_QUEUE_MAX, LOG_QUEUE_MAX + 1000);
+}
+
+/* Who makes much noise is counted, and keeps out neither others nor what is urgent. */
+static void test_storm(void **state)
+{
+	const struct log_fields noisy = {.uid = &(uid_t){1007}}, other = {.uid = &(uid_t){1008}};
+	char *s;
+
+	fcntl(STDERR_FILENO, F_SETPIPE_SZ, 1 << 20);
+	log_open(LOG_INFO);
+	for (unsigned i = 0; i < LOG_RATE_BURST + 9; i++) {
+		log_event(LOG_INFO, NULL, &noisy, "Noise");
+		log_errno(LOG_NOTICE, EPERM, "Place");
+	}
+	log_event(LOG_CRIT, NULL, &noisy, "Urgent");
+	log_event(LOG_INFO, NULL, &other, "Other");
+	log_info("Elsewhere");
+	s = strstr(written(), "pinbrokerd: Urgent");
+	assert_non_null(s);
+	assert_string_equal(s,
+		"pinbrokerd: Urgent [PINBROKER_CLIENT_UID=1007]\n"
+		"pinbrokerd: Other [PINBROKER_CLIENT_UID=1008]\n"
+		"pinbrokerd: Elsewhere\n"
+		"pinbrokerd: Left out 9 messages about uid 1007. [PINBROKER_CLIENT_UID=1007]\n"
+		"pinbrokerd: Left out 9 messages like: Place\n");
 }
 
 static void test_without_thread(void **state)
@@ -325,6 +353,7 @@ int main(void)
 		cmocka_unit_test_setup_teardown(test_long_path, setup, teardown),
 		cmocka_unit_test_setup_teardown(test_no_memory, setup, teardown),
 		cmocka_unit_test_setup_teardown(test_blocked, setup, teardown),
+		cmocka_unit_test_setup_teardown(test_storm, setup, teardown),
 		cmocka_unit_test_setup_teardown(test_without_thread, setup, teardown),
 	};
 
