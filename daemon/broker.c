@@ -3,6 +3,7 @@
 
 #include <assert.h>
 #include <string.h>
+#include <sys/resource.h>
 
 #include "blame.h"
 #include "device-monitor.h"
@@ -15,6 +16,8 @@
 /* What the signals should have told is looked up now and then all the same: a client that shares the
  * description can redirect them. Orphaned contexts are looked at again, too. */
 #define AUDIT_USEC      (5 * USEC_PER_SEC)
+#define RESERVED_DESCRIPTORS 1024U
+
 #define AUDIT_SOON_USEC (100 * USEC_PER_MSEC)
 
 static void reap_orphans(struct broker *broker)
@@ -95,6 +98,19 @@ static void add_devices(struct broker *broker)
 		log_errno(LOG_WARNING, r, "Cannot listen for devices that are being removed");
 }
 
+/* Numbers are left for one read, for the threads, and for what is the broker's own. */
+static void set_capacity(struct users *users)
+{
+	struct rlimit limit;
+	rlim_t reserved;
+
+	if (getrlimit(RLIMIT_NOFILE, &limit) < 0 || limit.rlim_cur == RLIM_INFINITY)
+		return;
+	reserved = limit.rlim_cur / 3 < RESERVED_DESCRIPTORS ? limit.rlim_cur / 3
+							     : RESERVED_DESCRIPTORS;
+	users_set_capacity(users, limit.rlim_cur - reserved);
+}
+
 int broker_new(sd_event *event, struct config *config, struct broker **ret)
 {
 	struct broker *broker;
@@ -107,6 +123,8 @@ int broker_new(sd_event *event, struct config *config, struct broker **ret)
 	TAILQ_INIT(&broker->ended);
 	broker->ids.fd = -1;
 	r = users_new(config->limits, &broker->users);
+	if (r >= 0)
+		set_capacity(broker->users);
 	if (r >= 0)
 		r = hearing_new(broker, &broker->hearing);
 	if (r >= 0)

@@ -15,6 +15,7 @@ struct context_new_job {
 	struct config *config; /* reference */
 	int fd;            /* owned; -1: to be fetched */
 	int remote;        /* its number in the client */
+	bool charged;      /* one LIMIT_DESCRIPTORS */
 	char *label;
 	struct process process; /* a copy */
 	const struct context_ops *ops;
@@ -25,6 +26,8 @@ struct context_new_job {
 
 static void context_new_free(struct context_new_job *j)
 {
+	if (j->fd < 0 && j->charged)
+		user_discharge(j->peer->user, LIMIT_DESCRIPTORS, 1);
 	offload_close(j->peer->broker->offload, j->peer->user, j->fd);
 	process_clear(&j->process);
 	free(j->label);
@@ -96,6 +99,7 @@ static void context_new_done(struct job *job)
 		if (j->remote >= 0)
 			context_set_remote(context, j->remote);
 		j->fd = -1;
+		j->charged = false;
 		context_keep(context);
 		reply_context(peer, context);
 	} else {
@@ -103,6 +107,17 @@ static void context_new_done(struct job *job)
 	}
 	peer_done(peer);
 	context_new_free(j);
+}
+
+/* One that was sent has been charged already. */
+static int charge_remote(struct context_new_job *j, struct refusal *ret_refusal)
+{
+	struct user *user = j->peer->user;
+
+	if (j->fd < 0 && user_charge(user, LIMIT_DESCRIPTORS, 1) < 0)
+		return refuse_limit(ret_refusal, user, LIMIT_DESCRIPTORS);
+	j->charged = true;
+	return 0;
 }
 
 int call_add_context(struct call *call, const union call_in *in)
@@ -157,9 +172,12 @@ int call_add_context(struct call *call, const union call_in *in)
 	j->remote = add->remoteDescriptor != INT_NULL ? (int)add->remoteDescriptor : -1;
 	j->job.run = context_new_run;
 	j->job.done = context_new_done;
-	if (offload_submit(client->broker->offload, client->user, &j->job) < 0) {
+	r = charge_remote(j, &call->refusal);
+	if (r == 0 && offload_submit(client->broker->offload, client->user, &j->job) < 0)
+		r = refuse_limit(&call->refusal, client->user, LIMIT_UNFINISHED);
+	if (r != 0) {
 		context_new_free(j);
-		return refuse_limit(&call->refusal, client->user, LIMIT_UNFINISHED);
+		return r;
 	}
 	return CALL_PENDING;
 }

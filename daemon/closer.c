@@ -131,6 +131,8 @@ static void discharge(struct closer_queue *q, unsigned n)
 {
 	struct closer *c = q->closer;
 
+	if (q->user && q->kind == CLOSER_RECEIVED)
+		user_discharge(q->user, LIMIT_DESCRIPTORS, n);
 	if (q->user)
 		user_discharge(q->user,
 			q->kind == CLOSER_CONNECTION ? LIMIT_CLIENTS : LIMIT_UNFINISHED, n);

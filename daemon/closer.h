@@ -48,9 +48,10 @@ void closer_detach(struct closer *closer);
 void closer_free(struct closer *closer);
 
 /*
- * Closes a descriptor on the pool. user: who sent it, charged with one LIMIT_UNFINISHED, past the
- * limit if need be, until it is closed; NULL: it is a data file's, or another that no client has
- * sent. fd < 0 is ignored. Returns -1, for `x->fd = offload_close(…)`. On the loop only.
+ * Closes a descriptor on the pool. user: who sent it, and was charged one LIMIT_DESCRIPTORS for it, which
+ * is discharged once it is closed. Until then the user is charged one LIMIT_UNFINISHED as well, past the
+ * limit if need be. NULL: it is a data file's, or another that no client has sent. fd < 0 is ignored.
+ * Returns -1, for `x->fd = offload_close(…)`. On the loop only.
  */
 int offload_close(struct offload *o, struct user *user, int fd);
 

@@ -36,6 +36,8 @@ static const struct config defaults = {
 			[LIMIT_PINS] = 131072,
 			[LIMIT_PINNED_BYTES] = UINT64_MAX,
 			[LIMIT_UNFINISHED] = 64,
+			[LIMIT_DESCRIPTORS] = UINT64_MAX,
+			[LIMIT_QUEUED_BYTES] = 64ULL << 20,
 		},
 };
 

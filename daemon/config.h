@@ -31,7 +31,8 @@ struct config {
 	/* [Limits], "infinity": UINT64_MAX */
 	uint64_t limits[LIMIT_COUNT]; /* MaxClientsPerUser=256 MaxFilesPerUser=1024
 					 MaxContextsPerUser=256 MaxPinsPerUser=131072
-					 MaxPinnedBytesPerUser=infinity MaxUnfinishedPerUser=64 */
+					 MaxPinnedBytesPerUser=infinity MaxUnfinishedPerUser=64
+					 MaxDescriptorsPerUser=infinity MaxQueuedBytesPerUser=64M */
 };
 
 /*

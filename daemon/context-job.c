@@ -324,9 +324,10 @@ static void reap_done(struct job *job)
 
 	context->reap_revocation = 0;
 	context->reaping = false;
-	if (j->closed)
+	if (j->closed) {
 		context->fd = -1;
-	else if (j->found < 0)
+		user_discharge(context->user, LIMIT_DESCRIPTORS, 1);
+	} else if (j->found < 0)
 		log_errno(LOG_WARNING, j->found, "Cannot find out who else holds context %" PRIu64,
 			  context->id);
 	else if (j->found > 0 && j->holder_dead && j->found != context->other_holder)

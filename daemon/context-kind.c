@@ -159,6 +159,7 @@ bool context_fetch(const struct client *client, int number, const struct context
 	fd = pidfd_getfd(client->process.pidfd, number, 0);
 	if (fd < 0)
 		return false;
+	user_charge_force(client->user, LIMIT_DESCRIPTORS, 1);
 	if (read_link(fd, link) < 0 || !ops->identify(fd, link)) {
 		/* It is another by now, whose closing may hang. */
 		offload_close(client->broker->offload, client->user, fd);

@@ -100,7 +100,7 @@ struct context {
 	struct client *client; /* client::contexts; NULL: removed, and kept for a job's sake */
 	struct user *user;     /* reference; one LIMIT_CONTEXTS */
 	const struct context_ops *ops;
-	int fd; /* owned; a client's: closed by offload; -1: closed already, by a reap */
+	int fd; /* owned, with one LIMIT_DESCRIPTORS; closed by offload; -1: closed already, by a reap */
 	char *label;
 	struct context_description description;
 	LIST_HEAD(, pin) pins; /* owned; of the client's */
@@ -146,7 +146,7 @@ int context_new(struct client *client, const struct context_ops *ops,
 		struct context **ret, struct refusal *ret_refusal);
 /* It was taken from the client, by its number there. */
 void context_set_remote(struct context *context, int number);
-/* Takes a descriptor of this kind from the client, by its number there. (scan) */
+/* Takes a descriptor of this kind from the client, by its number there, and charges it. */
 bool context_fetch(const struct client *client, int number, const struct context_ops *ops, int *ret_fd);
 /* Can the last close of such a descriptor keep nobody waiting? The service manager must not hang in that of
  * a lingering socket, or of whatever else is not known. */

@@ -37,6 +37,7 @@ struct open_request {
 	bool owns_file;     /* file->opening is ours */
 	uint64_t file;
 	int leased_fd, client_fd; /* owned; opened by the pool */
+	unsigned n_charged;       /* LIMIT_DESCRIPTORS, for these two */
 	unsigned n_tries;
 	sd_event_source *retry;
 	struct open_result result;
@@ -51,8 +52,11 @@ static void request_free(struct open_request *q)
 
 	sd_event_source_disable_unref(q->retry);
 	offload_close(offload, q->user, q->fd);
+	/* what these have been charged goes with them */
+	q->n_charged -= (unsigned)(q->leased_fd >= 0) + (unsigned)(q->client_fd >= 0);
 	offload_close(offload, q->user, q->leased_fd);
 	offload_close(offload, q->user, q->client_fd);
+	user_discharge(q->user, LIMIT_DESCRIPTORS, q->n_charged);
 	probe_clear(&q->probe);
 	process_clear(&q->process);
 	user_unref(q->user);
@@ -66,6 +70,7 @@ static void finish(struct open_request *q, int r)
 
 	q->result.r = r;
 	q->result.fd = r == 0 ? TAKE_FD(q->client_fd) : -1;
+	q->n_charged -= q->result.fd >= 0;
 	q->result.file = q->file;
 	if (file) {
 		file->opening = false;
@@ -383,6 +388,14 @@ void open_wake(struct file *file)
 	}
 }
 
+static int charge_descriptors(struct open_request *q, struct refusal *ret_refusal)
+{
+	if (user_charge(q->user, LIMIT_DESCRIPTORS, 2) < 0)
+		return refuse_limit(ret_refusal, q->user, LIMIT_DESCRIPTORS);
+	q->n_charged = 2;
+	return 0;
+}
+
 int open_start(struct client *client, int fd, enum access access,
 	       void (*done)(struct open_result *result, void *userdata), void *userdata,
 	       struct refusal *ret_refusal)
@@ -410,10 +423,12 @@ int open_start(struct client *client, int fd, enum access access,
 	q->job.run = run;
 	q->job.done = on_done;
 	q->step = STEP_PROBE;
-	if (offload_submit(q->broker->offload, q->user, &q->job) < 0) {
+	r = charge_descriptors(q, ret_refusal);
+	if (r == 0 && offload_submit(q->broker->offload, q->user, &q->job) < 0)
+		r = refuse_limit(ret_refusal, client->user, LIMIT_UNFINISHED);
+	if (r != 0) {
 		q->fd = -1;
 		request_free(q);
-		return refuse_limit(ret_refusal, client->user, LIMIT_UNFINISHED);
 	}
-	return 0;
+	return r;
 }

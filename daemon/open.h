@@ -21,7 +21,7 @@ struct open_result {
 	int r; /* 0, REFUSED, or negative errno */
 	struct refusal refusal;
 	uint64_t file;
-	int fd; /* for the client; the callee's */
+	int fd; /* for the client; the callee's, with one LIMIT_DESCRIPTORS */
 };
 
 struct open_request;

@@ -10,6 +10,7 @@
 
 #include "broker.h"
 #include "bus.h"
+#include "closer.h"
 #include "log.h"
 #include "macro.h"
 #include "protocol/service.h"
@@ -30,7 +31,7 @@ static void close_fd(int fd, void *userdata)
 	struct peer *peer = userdata;
 	struct offload *offload = peer->broker->offload;
 
-	if (fd == connection_get_fd(peer->connection))
+	if (fd == peer->fd)
 		offload_close_connection(offload, peer->user, fd);
 	else
 		offload_close(offload, peer->user, fd);
@@ -84,7 +85,8 @@ void peer_close(struct peer *peer)
 		notifier_forget(peer->broker->store.notifier, &peer->told);
 	peer->io = sd_event_source_disable_unref(peer->io);
 	peer->later = sd_event_source_disable_unref(peer->later);
-	peer->connection = connection_free(peer->connection);
+	if (!intake_close(peer))
+		peer->connection = connection_free(peer->connection);
 	if (client) {
 		peer_forget_client(peer);
 		if (LIST_EMPTY(&client->peers))
@@ -121,13 +123,13 @@ static void log_bad_input(struct peer *peer, int error)
 }
 
 /* What to wait for on the socket. */
-static void set_events(struct peer *peer)
+void peer_set_events(struct peer *peer)
 {
 	uint32_t events = 0;
 
 	if (!peer->connection)
 		return;
-	if (!peer->pending && !is_held(peer))
+	if (!peer->pending && !is_held(peer) && !peer->intake.stalled && !intake_is_full(peer))
 		events |= EPOLLIN;
 	if (!is_held(peer) && connection_queued(peer->connection) > 0)
 		events |= EPOLLOUT;
@@ -155,8 +157,9 @@ static int answer(struct peer *peer)
 	struct peer_private *p = container_of(peer, struct peer_private, peer);
 	int r;
 
-	for (unsigned n = 0; peer->connection && !peer->pending && !peer->failed && !is_held(peer);
-		n++) {
+	for (unsigned n = 0; peer->connection && !peer->pending && !peer->failed &&
+			     !is_held(peer) && !intake_is_full(peer);
+	     n++) {
 		json_object *message;
 		struct fds fds;
 
@@ -200,32 +203,32 @@ static void turn(struct peer *peer, int r)
 {
 	if (r >= 0 && !peer->failed && !peer->pending)
 		r = answer(peer);
-	if (r < 0 && r != -EPIPE && r != -ECONNRESET)
+	if (r < 0 && r != -EPIPE && r != -ECONNRESET && r != -ECANCELED)
 		log_bad_input(peer, r);
 	if (r >= 0 && peer->connection) {
 		flush(peer);
 		stream(peer);
-		set_events(peer);
+		peer_set_events(peer);
 	}
 	if (r < 0 || peer->failed)
 		peer_close(peer);
 }
 
+void peer_read(struct peer *peer, int r)
+{
+	if (r == 0)
+		r = -EPIPE; /* the end of the stream */
+	turn(peer, r == -EAGAIN ? 0 : r);
+}
+
 static int on_io(sd_event_source *source, int fd, uint32_t revents, void *userdata)
 {
 	struct peer *peer = peer_ref(userdata);
-	int r = 0;
 
-	if (revents & EPOLLIN && !peer->pending) {
-		r = connection_read(peer->connection);
-		if (r == 0)
-			r = -EPIPE; /* the end of the stream */
-		else if (r == -EAGAIN)
-			r = 0;
-	} else if (revents & (EPOLLHUP | EPOLLERR)) {
-		r = -EPIPE;
-	}
-	turn(peer, r);
+	if (revents & EPOLLIN && !peer->pending)
+		peer_read(peer, intake_read(peer));
+	else
+		turn(peer, revents & (EPOLLHUP | EPOLLERR) ? -EPIPE : 0);
 	peer_unref(peer);
 	return 0;
 }
@@ -246,7 +249,7 @@ static void peer_told(struct notifier_waiter *waiter)
 	flush(peer);
 	if (!peer->pending)
 		go_on_later(peer);
-	set_events(peer);
+	peer_set_events(peer);
 }
 
 void peer_hold(struct peer *peer)
@@ -265,7 +268,7 @@ void peer_done(struct peer *peer)
 		return;
 	if (connection_has_message(peer->connection))
 		go_on_later(peer);
-	set_events(peer);
+	peer_set_events(peer);
 }
 
 static int peer_start(struct peer *peer, int fd)
@@ -283,6 +286,8 @@ static int peer_start(struct peer *peer, int fd)
 		r = sd_event_source_set_enabled(peer->later, SD_EVENT_OFF);
 	if (r >= 0)
 		r = connection_new(fd, close_fd, peer, &peer->connection);
+	if (r >= 0)
+		connection_set_charge(peer->connection, intake_charge);
 	return r;
 }
 
@@ -342,6 +347,7 @@ int peer_new(struct rpc *rpc, struct broker *broker, struct peer_list *peers, in
 	peer->broker = broker;
 	peer->user = user;
 	peer->process = process;
+	peer->fd = fd;
 	peer->n_refs = 1;
 	r = peer_start(peer, fd);
 	if (r < 0) {
@@ -403,9 +409,10 @@ static void send_message(struct peer *peer, const char *error, bool more,
 		fail(peer);
 		return;
 	}
+	peer->intake.n_unread_fds += (unsigned)n_fds;
 	flush(peer);
 	if (connection_queued(peer->connection) > 0)
-		set_events(peer);
+		peer_set_events(peer);
 }
 
 void peer_reply(struct peer *peer, const struct schema *schema, const void *out, const int *fds,

@@ -6,6 +6,7 @@
 #include <sys/queue.h>
 #include <systemd/sd-event.h>
 
+#include "intake.h"
 #include "notifier.h"
 #include "process.h"
 #include "protocol/connection.h"
@@ -27,9 +28,11 @@ struct peer {
 	struct user *user;             /* reference; one LIMIT_CLIENTS, until the connection is closed */
 	struct process process;        /* owned; who connected */
 	struct connection *connection; /* owned; NULL: closed, kept for a job's sake */
+	int fd;                        /* its number */
+	struct intake intake;
 	sd_event_source *io, *later;   /* later: more to do without waiting for the socket */
 	struct client *client;         /* client::peers; NULL: no Hello yet */
-	bool pending;                  /* a call is under way */
+	bool pending;                  /* a call is under way, or being read */
 	bool watching;                 /* the call is Watch */
 	bool oneway;                   /* the call wants no reply */
 	struct notifier_waiter
@@ -75,6 +78,10 @@ void peer_reply_more(struct peer *peer, const struct schema *schema, const void 
 void peer_error(struct peer *peer, const char *interface, const struct schema *schema,
 		const void *out);
 void peer_refuse(struct peer *peer, int r, const struct refusal *refusal);
+
+/* For intake: connection_read() has returned this; what is to be waited for has changed. */
+void peer_read(struct peer *peer, int r);
+void peer_set_events(struct peer *peer);
 
 /* A call that was pending has been answered: goes on with the next. */
 void peer_done(struct peer *peer);

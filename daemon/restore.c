@@ -302,7 +302,9 @@ static int find_context(struct restorer *r, uint64_t id, uint64_t name, const st
 {
 	int fd = take_context(r, id, name);
 
-	if (fd < 0 && ops && remote >= 0 && remote <= INT_MAX)
+	if (fd >= 0)
+		user_charge_force(client->user, LIMIT_DESCRIPTORS, 1);
+	else if (ops && remote >= 0 && remote <= INT_MAX)
 		(void)context_fetch(client, (int)remote, ops, &fd);
 	return fd;
 }

@@ -15,6 +15,10 @@
 #include "protocol/service.h"
 
 #define ACCEPTS_PER_TURN  16
+
+/* Room for descriptors without which no connection is accepted: those who are there can send some. */
+#define ACCEPT_ROOM (CONNECTION_READ_FDS_MAX + 16U)
+
 #define ACCEPT_PAUSE_USEC (500 * USEC_PER_MSEC)
 
 struct listener {
@@ -192,7 +196,14 @@ static int on_connection(sd_event_source *source, int fd, uint32_t revents, void
 	struct listener *l = userdata;
 
 	for (unsigned n = 0; n < ACCEPTS_PER_TURN; n++) {
-		int r, s = accept4(fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
+		int r, s;
+
+		if (!users_have_room(l->rpc->broker->users, ACCEPT_ROOM)) {
+			log_error("Out of descriptors, accepting no connections for the moment.");
+			pause_accepting(l);
+			break;
+		}
+		s = accept4(fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
 
 		if (s < 0 && (errno == EMFILE || errno == ENFILE || errno == ENOBUFS ||
 			      errno == ENOMEM)) {

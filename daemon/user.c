@@ -8,8 +8,13 @@
 
 #include "macro.h"
 
+/* What two reads can bring, and some more */
+#define SHARE_MIN 640U
+
 struct users {
 	uint64_t maxima[LIMIT_COUNT];
+	uint64_t capacity, share; /* descriptors: of all users, of one */
+	uint64_t n_descriptors;
 	bool lax; /* not enforced */
 	struct user *by_uid;
 };
@@ -21,6 +26,15 @@ static const char *const limit_names[LIMIT_COUNT] = {
 	[LIMIT_PINS] = "MaxPinsPerUser",
 	[LIMIT_PINNED_BYTES] = "MaxPinnedBytesPerUser",
 	[LIMIT_UNFINISHED] = "MaxUnfinishedPerUser",
+	[LIMIT_DESCRIPTORS] = "MaxDescriptorsPerUser",
+	[LIMIT_QUEUED_BYTES] = "MaxQueuedBytesPerUser",
+};
+
+/* How many descriptors go with each that is charged: a connection and its process, a file. */
+static const unsigned n_descriptors_of[LIMIT_COUNT] = {
+	[LIMIT_CLIENTS] = 2,
+	[LIMIT_FILES] = 1,
+	[LIMIT_DESCRIPTORS] = 1,
 };
 
 const char *limit_name(enum limit limit)
@@ -36,6 +50,7 @@ int users_new(const uint64_t maxima[LIMIT_COUNT], struct users **ret)
 	if (!users)
 		return -ENOMEM;
 	memcpy(users->maxima, maxima, sizeof(users->maxima));
+	users->capacity = users->share = UINT64_MAX;
 	*ret = users;
 	return 0;
 }
@@ -101,8 +116,25 @@ struct user *user_unref(struct user *user)
 
 uint64_t user_maximum(const struct user *user, enum limit limit)
 {
+	const struct users *users = user->users;
+
 	assert(limit < LIMIT_COUNT);
-	return user->users->maxima[limit];
+	if (limit == LIMIT_DESCRIPTORS && users->share < users->maxima[limit])
+		return users->share;
+	return users->maxima[limit];
+}
+
+void users_set_capacity(struct users *users, uint64_t n_descriptors)
+{
+	uint64_t share = n_descriptors / 8 > SHARE_MIN ? n_descriptors / 8 : SHARE_MIN;
+
+	users->capacity = n_descriptors;
+	users->share = share < n_descriptors ? share : n_descriptors;
+}
+
+bool users_have_room(const struct users *users, uint64_t n)
+{
+	return users->n_descriptors <= users->capacity && n <= users->capacity - users->n_descriptors;
 }
 
 void users_enforce(struct users *users, bool on)
@@ -110,19 +142,23 @@ void users_enforce(struct users *users, bool on)
 	users->lax = !on;
 }
 
+int user_charge_reserve(struct user *user, enum limit limit, uint64_t amount, uint64_t reserve)
+{
+	uint64_t maximum = user_maximum(user, limit), n = n_descriptors_of[limit] * amount;
+
+	if (__builtin_add_overflow(maximum, reserve, &maximum))
+		maximum = UINT64_MAX;
+	/* Forced charges may have gone past it; sums of bytes must not wrap. */
+	if (!user->users->lax && (user->used[limit] > maximum || amount > maximum - user->used[limit] ||
+				  (n > 0 && !users_have_room(user->users, n))))
+		return -EDQUOT;
+	user_charge_force(user, limit, amount);
+	return 0;
+}
+
 int user_charge(struct user *user, enum limit limit, uint64_t amount)
 {
-	uint64_t maximum = user_maximum(user, limit);
-
-	/* Forced charges may have gone past it; sums of bytes must not wrap. */
-	if (user->users->lax) {
-		user_charge_force(user, limit, amount);
-		return 0;
-	}
-	if (user->used[limit] > maximum || amount > maximum - user->used[limit])
-		return -EDQUOT;
-	user->used[limit] += amount;
-	return 0;
+	return user_charge_reserve(user, limit, amount, 0);
 }
 
 void user_charge_force(struct user *user, enum limit limit, uint64_t amount)
@@ -130,6 +166,7 @@ void user_charge_force(struct user *user, enum limit limit, uint64_t amount)
 	assert(limit < LIMIT_COUNT);
 	assert(amount <= UINT64_MAX - user->used[limit]);
 	user->used[limit] += amount;
+	user->users->n_descriptors += n_descriptors_of[limit] * amount;
 }
 
 void user_discharge(struct user *user, enum limit limit, uint64_t amount)
@@ -137,4 +174,5 @@ void user_discharge(struct user *user, enum limit limit, uint64_t amount)
 	assert(limit < LIMIT_COUNT);
 	assert(user->used[limit] >= amount);
 	user->used[limit] -= amount;
+	user->users->n_descriptors -= n_descriptors_of[limit] * amount;
 }

@@ -21,6 +21,8 @@ enum limit {
 	LIMIT_PINS,
 	LIMIT_PINNED_BYTES,
 	LIMIT_UNFINISHED, /* jobs on the offload pool: opens, closes, look-ups */
+	LIMIT_DESCRIPTORS, /* that were sent, or are being sent, until they are closed */
+	LIMIT_QUEUED_BYTES, /* half messages, and answers that were not read */
 	LIMIT_COUNT,
 };
 
@@ -55,8 +57,18 @@ void users_set_maxima(struct users *users, const uint64_t maxima[LIMIT_COUNT]);
 /* While they are not enforced, every charge goes through. */
 void users_enforce(struct users *users, bool on);
 
+/*
+ * How many descriptors there may be in all, for clients, files and what they send. No user has more than an
+ * eighth of LIMIT_DESCRIPTORS, whatever its maximum. Without it there is no such limit.
+ */
+void users_set_capacity(struct users *users, uint64_t n_descriptors);
+/* Is there room for so many more? */
+bool users_have_room(const struct users *users, uint64_t n_descriptors);
+
 /* Returns 0, or -EDQUOT and charges nothing. */
 int user_charge(struct user *user, enum limit limit, uint64_t amount);
+/* The same, up to so much past the maximum. */
+int user_charge_reserve(struct user *user, enum limit limit, uint64_t amount, uint64_t reserve);
 /* Charges past the maximum, for what must be done (closing a descriptor that is already there). */
 void user_charge_force(struct user *user, enum limit limit, uint64_t amount);
 void user_discharge(struct user *user, enum limit limit, uint64_t amount); /* asserts used >= amount */

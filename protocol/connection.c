@@ -16,7 +16,7 @@
 #define SEGMENTS_MAX   16  /* in one sendmsg() */
 #define PARSED_OBJECT  1200U /* bytes that a parsed object or array takes at most, when small, */
 #define PARSED_BYTE    8U    /* and what is in it, a byte of text */
-#define KERNEL_FDS_MAX 253 /* SCM_MAX_FD: what one recvmsg() can bring */
+#define KERNEL_FDS_MAX CONNECTION_READ_FDS_MAX
 
 /* What is queued: one message with its descriptors, or any number without. */
 struct segment {
@@ -35,7 +35,9 @@ struct arrival {
 struct connection {
 	int fd;
 	void (*close_fd)(int fd, void *userdata);
+	int (*charge)(int64_t bytes, void *userdata);
 	void *userdata;
+	int64_t charged;
 	json_tokener *tokener;
 
 	char *input;
@@ -51,9 +53,13 @@ struct connection {
 	 */
 	struct arrival arrivals[2];
 	size_t n_arrivals;
+	int rejected[KERNEL_FDS_MAX]; /* came against the rule */
+	size_t n_rejected;
+	size_t n_received; /* by the last read */
 
 	TAILQ_HEAD(segments, segment) segments;
 	size_t queued;
+	size_t output_size; /* of the segments */
 };
 
 static void connection_close_fd(struct connection *c, int fd)
@@ -68,6 +74,26 @@ static void connection_close_fds(struct connection *c, const int *fds, size_t n_
 {
 	for (size_t i = 0; i < n_fds; i++)
 		connection_close_fd(c, fds[i]);
+}
+
+/* What may be kept now: what is beyond the allowance is charged. */
+static int connection_charge(struct connection *c, size_t input, size_t output)
+{
+	int64_t charged = (input > CONNECTION_FREE ? (int64_t)(input - CONNECTION_FREE) : 0) +
+			  (output > CONNECTION_FREE ? (int64_t)(output - CONNECTION_FREE) : 0);
+	int r = 0;
+
+	if (c->charge && charged != c->charged)
+		r = c->charge(charged - c->charged, c->userdata);
+	if (r < 0)
+		return r;
+	c->charged = charged;
+	return 0;
+}
+
+void connection_set_charge(struct connection *c, int (*charge)(int64_t bytes, void *userdata))
+{
+	c->charge = charge;
 }
 
 int connection_new(
@@ -105,6 +131,7 @@ struct connection *connection_free(struct connection *c)
 		return NULL;
 	for (size_t i = 0; i < c->n_arrivals; i++)
 		connection_close_fds(c, c->arrivals[i].fds.fds, c->arrivals[i].fds.n_fds);
+	connection_close_fds(c, c->rejected, c->n_rejected);
 	while ((s = TAILQ_FIRST(&c->segments))) {
 		TAILQ_REMOVE(&c->segments, s, next);
 		connection_close_fds(c, s->fds.fds, s->fds.n_fds);
@@ -112,6 +139,7 @@ struct connection *connection_free(struct connection *c)
 	}
 	json_tokener_free(c->tokener);
 	free(c->input);
+	(void)connection_charge(c, 0, 0);
 	connection_close_fd(c, c->fd);
 	free(c);
 	return NULL;
@@ -132,6 +160,7 @@ static int connection_make_room(struct connection *c)
 {
 	size_t size;
 	char *input;
+	int r;
 
 	if (c->start > 0) {
 		memmove(c->input, c->input + c->start, c->end - c->start);
@@ -145,9 +174,14 @@ static int connection_make_room(struct connection *c)
 	if (c->input_size >= CONNECTION_MESSAGE_MAX)
 		return -EMSGSIZE;
 	size = c->input_size * 4;
+	r = connection_charge(c, size, c->output_size);
+	if (r < 0)
+		return r;
 	input = realloc(c->input, size);
-	if (!input)
+	if (!input) {
+		(void)connection_charge(c, c->input_size, c->output_size);
 		return -ENOMEM;
+	}
 	c->input = input;
 	c->input_size = size;
 	return 0;
@@ -168,13 +202,16 @@ static int connection_take_fds(struct connection *c, struct msghdr *mh, size_t n
 			n_fds = (cmsg->cmsg_len - CMSG_LEN(0)) / sizeof(int);
 			memcpy(fds, CMSG_DATA(cmsg), n_fds * sizeof(int));
 		}
+	c->n_received = n_fds;
 	if (n_fds == 0)
 		return mh->msg_flags & MSG_CTRUNC ? -EPROTO : 0;
 
 	nul = memrchr(bytes, 0, n - 1);
 	begins = nul || c->start == c->end;
 	if (mh->msg_flags & MSG_CTRUNC || n_fds > CONNECTION_FDS_MAX || !begins) {
-		connection_close_fds(c, fds, n_fds);
+		/* They are closed with the connection, which is of no use any more: this may be any thread. */
+		memcpy(c->rejected, fds, n_fds * sizeof(int));
+		c->n_rejected = n_fds;
 		return -EPROTO;
 	}
 	a = &c->arrivals[c->n_arrivals++];
@@ -182,6 +219,55 @@ static int connection_take_fds(struct connection *c, struct msghdr *mh, size_t n
 	a->fds.n_fds = n_fds;
 	memcpy(a->fds.fds, fds, n_fds * sizeof(int));
 	return 0;
+}
+
+static void connection_add(struct connection *c, size_t n)
+{
+	c->nul = memchr(c->input + c->end, 0, n);
+	c->end += n;
+}
+
+/* Makes room for a read. */
+static int connection_begin(struct connection *c, struct iovec *ret)
+{
+	size_t room;
+	int r;
+
+	c->n_received = 0;
+	if (c->nul)
+		return -EAGAIN;
+	r = connection_make_room(c);
+	if (r < 0)
+		return r;
+	room = c->input_size - c->end;
+	*ret = (struct iovec){ c->input + c->end, room < READ_MAX ? room : READ_MAX };
+	return 0;
+}
+
+int connection_read_bytes(struct connection *c)
+{
+	struct iovec iov;
+	struct msghdr mh = { .msg_iov = &iov, .msg_iovlen = 1 };
+	ssize_t n;
+	int r;
+
+	r = connection_begin(c, &iov);
+	if (r < 0)
+		return r;
+	n = recvmsg(c->fd, &mh, MSG_DONTWAIT | MSG_PEEK);
+	if (n < 0)
+		return errno == EINTR ? -EAGAIN : -errno;
+	if (n == 0)
+		return 0;
+	/* Without room for any, the kernel says only that there are some. */
+	if (mh.msg_flags & MSG_CTRUNC)
+		return CONNECTION_DESCRIPTORS;
+	/* So much and no more: it could be merged with what has some. */
+	n = recv(c->fd, iov.iov_base, (size_t)n, MSG_DONTWAIT);
+	if (n < 0)
+		return errno == EINTR ? -EAGAIN : -errno;
+	connection_add(c, (size_t)n);
+	return 1;
 }
 
 int connection_read(struct connection *c)
@@ -197,19 +283,12 @@ int connection_read(struct connection *c)
 		.msg_control = &control,
 		.msg_controllen = sizeof(control),
 	};
-	size_t room;
 	ssize_t n;
 	int r;
 
-	if (c->nul)
-		return -EAGAIN;
-	r = connection_make_room(c);
+	r = connection_begin(c, &iov);
 	if (r < 0)
 		return r;
-	room = c->input_size - c->end;
-	iov.iov_base = c->input + c->end;
-	iov.iov_len = room < READ_MAX ? room : READ_MAX;
-
 	n = recvmsg(c->fd, &mh, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
 	if (n < 0)
 		return errno == EINTR ? -EAGAIN : -errno;
@@ -220,9 +299,13 @@ int connection_read(struct connection *c)
 		if (r < 0)
 			return r;
 	}
-	c->nul = memchr(c->input + c->end, 0, (size_t)n);
-	c->end += (size_t)n;
+	connection_add(c, (size_t)n);
 	return 1;
+}
+
+size_t connection_received(const struct connection *c)
+{
+	return c->n_received;
 }
 
 /* json-c 0.16 crashes where its tokener is refused memory for a key: so there has to be some. */
@@ -277,6 +360,7 @@ static void connection_shrink(struct connection *c)
 		return;
 	c->input = input;
 	c->input_size = INPUT_MIN;
+	(void)connection_charge(c, c->input_size, c->output_size);
 }
 
 int connection_receive(struct connection *c, json_object **ret_message, struct fds *ret_fds)
@@ -309,21 +393,31 @@ int connection_receive(struct connection *c, json_object **ret_message, struct f
 }
 
 /* A segment with room for n bytes: the last one, or a new one. */
-static struct segment *connection_get_segment(struct connection *c, size_t n, bool alone)
+static int connection_get_segment(struct connection *c, size_t n, bool alone, struct segment **ret)
 {
 	struct segment *s = TAILQ_LAST(&c->segments, segments);
 	size_t size = n < SEGMENT_MIN && !alone ? SEGMENT_MIN : n;
+	int r;
 
 	/* One with descriptors never has any. */
-	if (s && !alone && s->size - s->end >= n)
-		return s;
+	if (s && !alone && s->size - s->end >= n) {
+		*ret = s;
+		return 0;
+	}
+	r = connection_charge(c, c->input_size, c->output_size + size);
+	if (r < 0)
+		return r;
 	s = malloc(sizeof(*s) + size);
-	if (!s)
-		return NULL;
+	if (!s) {
+		(void)connection_charge(c, c->input_size, c->output_size);
+		return -ENOMEM;
+	}
+	c->output_size += size;
 	s->fds.n_fds = s->start = s->end = 0;
 	s->size = size;
 	TAILQ_INSERT_TAIL(&c->segments, s, next);
-	return s;
+	*ret = s;
+	return 0;
 }
 
 int connection_send(struct connection *c, json_object *message, const int *fds, size_t n_fds)
@@ -331,6 +425,7 @@ int connection_send(struct connection *c, json_object *message, const int *fds, 
 	struct segment *s;
 	const char *text;
 	size_t n;
+	int r;
 
 	if (n_fds > CONNECTION_FDS_MAX)
 		return -EINVAL;
@@ -343,9 +438,9 @@ int connection_send(struct connection *c, json_object *message, const int *fds, 
 	n++;
 	if (n > CONNECTION_OUTPUT_MAX - c->queued)
 		return -ENOBUFS;
-	s = connection_get_segment(c, n, n_fds > 0);
-	if (!s)
-		return -ENOMEM;
+	r = connection_get_segment(c, n, n_fds > 0, &s);
+	if (r < 0)
+		return r;
 	memcpy(s->bytes + s->end, text, n);
 	s->end += n;
 	c->queued += n;
@@ -370,6 +465,8 @@ static void connection_sent(struct connection *c, size_t n)
 		if (s->start < s->end)
 			return;
 		TAILQ_REMOVE(&c->segments, s, next);
+		c->output_size -= s->size;
+		(void)connection_charge(c, c->input_size, c->output_size);
 		free(s);
 		if (n == 0)
 			return;

@@ -19,6 +19,8 @@
 #define CONNECTION_OUTPUT_MAX  (32U * 1024U * 1024U) /* bytes queued for sending */
 #define CONNECTION_DEPTH_MAX   16                    /* of the JSON */
 #define CONNECTION_FDS_MAX     16                    /* descriptors with one message */
+#define CONNECTION_READ_FDS_MAX 253 /* SCM_MAX_FD: descriptors that one read can bring */
+#define CONNECTION_FREE        (64U * 1024U)         /* bytes kept each way that are not charged */
 /* { and [ in a message: json-c makes up to 800 bytes of each. */
 #define CONNECTION_BRACKETS_MAX 8192
 
@@ -38,6 +40,13 @@ int connection_new(
 	int fd, void (*close_fd)(int fd, void *userdata), void *userdata, struct connection **ret);
 struct connection *connection_free(struct connection *c); /* accepts NULL, returns NULL */
 
+/*
+ * charge is called, with the userdata of connection_new(), before bytes are kept beyond CONNECTION_FREE,
+ * and with a negative number when they are kept no more. What it refuses with a negative errno is not kept: reading
+ * fails with that, and can be tried again, or sending.
+ */
+void connection_set_charge(struct connection *c, int (*charge)(int64_t bytes, void *userdata));
+
 int connection_get_fd(const struct connection *c);
 
 /*
@@ -48,6 +57,16 @@ int connection_get_fd(const struct connection *c);
  * negative errno from the socket. After any error but -EAGAIN the connection is of no use any more.
  */
 int connection_read(struct connection *c);
+
+/*
+ * The same, but leaves alone what comes with descriptors, and returns CONNECTION_DESCRIPTORS: it is for
+ * connection_read(), which then takes no memory and calls nothing, so that it may run on any thread.
+ */
+#define CONNECTION_DESCRIPTORS 2
+int connection_read_bytes(struct connection *c);
+
+/* How many descriptors the last read has brought, in whatever way it ended. */
+size_t connection_received(const struct connection *c);
 
 /*
  * Takes the next whole message. Returns 1 and hands over the object and, in *ret_fds, the

@@ -7,9 +7,9 @@ loop nor on the pool, and what a user has kept is bounded, with room left for Un
 import array
 import contextlib
 import ctypes
-import errno
 import json
 import os
+import resource
 import signal
 import socket
 import struct
@@ -136,9 +136,11 @@ class LimitsCase(Case):
         super().setUp()
         os.chmod(self.dir, 0o755)
 
-    def attack(self, function, uid=NOBODY):
+    def attack(self, function, uid=NOBODY, fuse=None):
         attacker = Attacker(function, uid)
         self.addCleanup(attacker.close)
+        if fuse:  # before that: whoever has its file hangs at its end
+            self.addCleanup(fuse.close)
         attacker.wait()
         return attacker
 
@@ -350,8 +352,7 @@ class Closes(LimitsCase):
             yield
 
         for uid in range(FIRST_UID, FIRST_UID + 20):
-            self.attack(attack, uid)
-        self.addCleanup(fuse.close)
+            self.attack(attack, uid, fuse)
         fuse.wait_for_flushes(20)
         self.expect_protected()
         # what others send is closed
@@ -364,6 +365,164 @@ class Closes(LimitsCase):
         os.close(reader)
         fuse.close()
         self.expect_end(daemon)
+
+
+class Kept(LimitsCase):
+    """What a user has kept, against its limits."""
+
+    def descriptors(self, daemon):
+        return len(os.listdir(f'/proc/{daemon.pid}/fd'))
+
+    def resident(self, daemon):
+        """KiB."""
+        with open(f'/proc/{daemon.pid}/status', encoding='ascii') as f:
+            return next(int(line.split()[1]) for line in f if line.startswith('VmRSS'))
+
+    def send_until_full(self, connection, data, fds=(), most=1 << 30, patience=0.3):
+        """As often as it is taken, with time for the broker to take it; returns how often."""
+        n, last = 0, time.monotonic()
+        connection.socket.setblocking(False)
+        while n < most and time.monotonic() < last + patience:
+            try:
+                send_fds(connection.socket, data, fds) if fds else connection.socket.send(data)
+                n, last = n + 1, time.monotonic()
+            except BlockingIOError:
+                time.sleep(0.005)
+        connection.socket.settimeout(WAIT)
+        return n
+
+    def test_closes_that_hang(self):
+        """Descriptors whose closes hang are taken up to a limit, and from that connection no more."""
+        daemon = self.start()
+        before = self.descriptors(daemon)
+        other = self.connect()
+        fuse = HangingFiles(os.path.join(self.dir, 'fuse'))
+        info = json.dumps({'method': INFO}).encode() + b'\0'
+
+        def attack():
+            fd = os.open(fuse.path, os.O_RDWR | os.O_CLOEXEC)
+            null = os.open('/dev/null', os.O_RDWR)
+            first = Connection(self.path)
+            kept = []
+            first.call('org.pinbroker.Hello')
+            for _ in range(4):
+                first.call(INFO, {}, [fd])
+            for _ in range(4):
+                c = Connection(self.path)
+                kept.append((c, self.send_until_full(c, info, [null] * 16, 200)))
+            # others of the same user go on
+            for _ in range(100):
+                first.call('org.pinbroker.Unpin', {'pins': []})
+            yield sum(n for _, n in kept)
+            for c, n in kept:
+                for _ in range(n):
+                    c.reply(INFO)
+            yield
+
+        attacker = self.attack(attack, fuse=fuse)
+        self.assertLess(self.descriptors(daemon), before + 300)
+        self.expect_quick(other)
+        self.expect_served()
+        # once there is room, they are answered
+        fuse.close()
+        attacker.go_on()
+        self.expect_end(daemon)
+
+    def test_half_messages(self):
+        """Bytes of messages sent in part; a client that is to let go gets a large Unpin through."""
+        self.write(self.config, '[Limits]\nMaxQueuedBytesPerUser=4M\n')
+        daemon = self.start()
+        before = self.resident(daemon)
+        file = self.make_file('own')
+        os.chown(file, NOBODY, NOBODY)
+
+        def attack():
+            holder = Holder(self.path, file)
+            kept = []
+            for _ in range(60):
+                c = Connection(self.path)
+                self.send_until_full(c, b'{' + b' ' * 32767, most=30, patience=0.03)
+                kept.append(c)
+            other = Connection(self.path)
+            other.call(INFO)
+            yield
+            equal(holder.notice()['pins'], holder.pins)
+            message = json.dumps({'method': 'org.pinbroker.Unpin',
+                                  'parameters': {'pins': holder.pins}})
+            holder.connection.send_bytes(b' ' * 900000 + message.encode() + b'\0')
+            holder.connection.reply('org.pinbroker.Unpin')
+            yield
+
+        attack = self.attack(attack)
+        self.assertLess(self.resident(daemon) - before, 60 * 128 + 8192)
+        _, result = self.truncate(file)
+        attack.go_on()
+        self.truncated(result)
+        self.expect_end(daemon)
+
+    def test_unread_answers(self):
+        """They wait, bounded, and calls with them; none is lost."""
+        daemon = self.start()
+        before = self.resident(daemon)
+        method = 'org.varlink.service.GetInterfaceDescription'
+        message = json.dumps({'method': method,
+                              'parameters': {'interface': 'org.pinbroker'}}).encode() + b'\0'
+        c = self.connect()
+        n = self.send_until_full(c, message * 10) * 10
+        self.assertLess(self.resident(daemon) - before, 2048)
+        # the last may have been taken in part
+        c.socket.shutdown(socket.SHUT_WR)
+        for _ in range(n - 10):
+            c.reply(method)
+        self.expect_end(daemon)
+
+    def test_unread_descriptors(self):
+        """Answers with descriptors that are not read."""
+        daemon = self.start()
+        c = self.connect()
+        c.call('org.pinbroker.Hello')
+        before = self.descriptors(daemon)
+        fd = os.open(self.file, os.O_PATH | os.O_CLOEXEC)
+        message = json.dumps({'method': 'org.pinbroker.OpenFile', 'parameters': {
+            'fileDescriptor': 0, 'access': 'write'}}).encode() + b'\0'
+        n = self.send_until_full(c, message, [fd], 100)
+        os.close(fd)
+        equal(n, 100)
+        self.expect_quick(self.connect(), 1000)  # whatever it answers it has answered
+        self.assertLess(self.descriptors(daemon), before + 50)
+        taken = 0
+        with self.stopped(daemon):
+            while is_readable(c.socket, 0):
+                c.reply('org.pinbroker.OpenFile')
+                os.close(c.fds[0])
+                taken += 1
+        self.assertIn(taken, range(10, 40))
+        for _ in range(n - taken):
+            c.reply('org.pinbroker.OpenFile')
+            os.close(c.fds[0])
+        self.expect_end(daemon)
+
+    def test_all_descriptors(self):
+        """With most numbers in use no connection is accepted, and who is there goes on."""
+        daemon = self.start(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE,
+                                                                  (1024, 1024)))
+        holder = self.hold()
+
+        def attack():
+            kept = [Connection(self.path) for _ in range(120)]
+            yield len(kept)
+
+        for uid in range(FIRST_UID, FIRST_UID + 4):
+            self.attack(attack, uid)
+        daemon.wait_for_log('Out of descriptors')
+        self.assertLess(self.descriptors(daemon), 1024 - 253)
+        file = self.make_file('another')
+        open_file(holder.connection, file)
+        self.expect_quick(holder.connection)
+        _, result = self.truncate()
+        holder.notice()
+        holder.release()
+        self.truncated(result)
 
 
 if __name__ == '__main__':

@@ -23,7 +23,7 @@
 #define N_USERS     20
 #define NUMBERS_MAX 4096
 
-static const uint64_t maxima[LIMIT_COUNT] = {[LIMIT_CLIENTS] = 64, [LIMIT_UNFINISHED] = 64};
+static const uint64_t maxima[LIMIT_COUNT] = {[LIMIT_CLIENTS] = 64, [LIMIT_UNFINISHED] = 64, [LIMIT_DESCRIPTORS] = 1024};
 
 static sd_event *event;
 static struct users *users;
@@ -131,6 +131,13 @@ static struct descriptor descriptor_new(bool hang)
 	return (struct descriptor){fds[1], fds[0]};
 }
 
+static void close_later(struct user *user, int fd)
+{
+	if (user)
+		assert_int_equal(user_charge(user, LIMIT_DESCRIPTORS, 1), 0);
+	assert_int_equal(offload_close(offload, user, fd), -1);
+}
+
 static void expect_closed(struct descriptor *d, bool closed)
 {
 	ssize_t n;
@@ -156,7 +163,7 @@ static void everything_is_closed_and_discharged(void **state)
 			user_charge_force(user, LIMIT_CLIENTS, 1);
 			assert_int_equal(offload_close_connection(offload, user, d[i].fd), -1);
 		} else {
-			assert_int_equal(offload_close(offload, user, d[i].fd), -1);
+			close_later(user, d[i].fd);
 		}
 		closing_on_the_loop_fails = false;
 	}
@@ -164,8 +171,10 @@ static void everything_is_closed_and_discharged(void **state)
 	run_until_unfinished(0);
 	for (size_t i = 0; i < ELEMENTS(d); i++)
 		expect_closed(&d[i], true);
-	assert_int_equal(alice->used[LIMIT_UNFINISHED] + alice->used[LIMIT_CLIENTS], 0);
-	assert_int_equal(bob->used[LIMIT_UNFINISHED] + bob->used[LIMIT_CLIENTS], 0);
+	assert_int_equal(alice->used[LIMIT_UNFINISHED] + alice->used[LIMIT_CLIENTS] +
+				 alice->used[LIMIT_DESCRIPTORS], 0);
+	assert_int_equal(bob->used[LIMIT_UNFINISHED] + bob->used[LIMIT_CLIENTS] +
+				 bob->used[LIMIT_DESCRIPTORS], 0);
 }
 
 /* With no memory they wait for their turn as ever. */
@@ -175,14 +184,14 @@ static void nothing_is_allocated(void **state)
 
 	for (size_t i = 0; i < ELEMENTS(hung); i++) {
 		hung[i] = descriptor_new(true);
-		offload_close(offload, alice, hung[i].fd);
+		close_later(alice, hung[i].fd);
 	}
 	await_hanging(ELEMENTS(hung));
 	closing_on_the_loop_fails = true;
 	for (size_t i = 0; i < ELEMENTS(d); i++) {
 		d[i] = descriptor_new(false);
 		allocations_fail = true;
-		offload_close(offload, alice, d[i].fd);
+		close_later(alice, d[i].fd);
 		allocations_fail = false;
 	}
 	closing_on_the_loop_fails = false;
@@ -204,10 +213,10 @@ static void a_hanging_close_is_charged_alone(void **state)
 
 	for (size_t i = 0; i < ELEMENTS(d); i++) {
 		d[i] = descriptor_new(false);
-		offload_close(offload, alice, d[i].fd);
+		close_later(alice, d[i].fd);
 	}
-	offload_close(offload, alice, hung.fd);
-	offload_close(offload, alice, last.fd);
+	close_later(alice, hung.fd);
+	close_later(alice, last.fd);
 	await_hanging(2);
 	run_until_unfinished(2);
 	assert_int_equal(alice->used[LIMIT_UNFINISHED], 2);
@@ -254,10 +263,10 @@ static void hanging_closes_hold_up_nothing(void **state)
 		assert_int_equal(user_get(users, 100 + i, &user), 0);
 		for (unsigned k = 0; k < OFFLOAD_CLOSES_PER_USER; k++) {
 			hung[i][k] = descriptor_new(true);
-			offload_close(offload, user, hung[i][k].fd);
+			close_later(user, hung[i][k].fd);
 		}
 		waiting[i] = descriptor_new(false);
-		offload_close(offload, user, waiting[i].fd);
+		close_later(user, waiting[i].fd);
 		if (i == 0)
 			first = user_ref(user);
 		user_unref(user);
@@ -277,8 +286,8 @@ static void hanging_closes_hold_up_nothing(void **state)
 	assert_int_equal(offload_submit(offload, first, &jobs[3].job), 0);
 	assert_int_equal(offload_submit(offload, bob, &jobs[4].job), 0);
 	assert_int_equal(offload_submit(offload, NULL, &jobs[5].job), 0);
-	offload_close(offload, bob, other.fd);
-	offload_close(offload, NULL, file.fd);
+	close_later(bob, other.fd);
+	close_later(NULL, file.fd);
 	for (size_t i = 0; i < ELEMENTS(jobs); i++)
 		run_until_done(&jobs[i]);
 	run_until_unfinished(N_USERS * (OFFLOAD_CLOSES_PER_USER + 1));
@@ -351,7 +360,7 @@ static void lingering_ends(void **state)
 	for (int i = 0; i < 9; i++) {
 		fd = lingering_socket(&listener[i], &peer[i]);
 		if (i % 3 == 0) {
-			offload_close(offload, alice, fd);
+			close_later(alice, fd);
 			continue;
 		}
 		assert_int_equal(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair), 0);
@@ -384,10 +393,10 @@ static void the_end_does_not_wait(void **state)
 
 	for (size_t i = 0; i < ELEMENTS(hung); i++) {
 		hung[i] = descriptor_new(true);
-		offload_close(offload, alice, hung[i].fd);
+		close_later(alice, hung[i].fd);
 	}
 	await_hanging(ELEMENTS(hung));
-	offload_close(offload, alice, waiting.fd);
+	close_later(alice, waiting.fd);
 	assert_int_equal(offload_free(offload), ELEMENTS(hung));
 	assert_int_equal(alice->used[LIMIT_UNFINISHED], ELEMENTS(hung) + 1);
 	offload = NULL;
@@ -399,6 +408,7 @@ static void the_end_does_not_wait(void **state)
 	}
 	/* what the process's exit would end */
 	user_discharge(alice, LIMIT_UNFINISHED, alice->used[LIMIT_UNFINISHED]);
+	user_discharge(alice, LIMIT_DESCRIPTORS, alice->used[LIMIT_DESCRIPTORS]);
 }
 
 int main(void)

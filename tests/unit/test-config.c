@@ -135,6 +135,8 @@ static void assert_defaults(const struct config *c)
 	assert_int_equal(c->limits[LIMIT_PINS], 131072);
 	assert_int_equal(c->limits[LIMIT_PINNED_BYTES], UINT64_MAX);
 	assert_int_equal(c->limits[LIMIT_UNFINISHED], 64);
+	assert_int_equal(c->limits[LIMIT_DESCRIPTORS], UINT64_MAX);
+	assert_int_equal(c->limits[LIMIT_QUEUED_BYTES], 64ULL << 20);
 }
 
 static void test_empty(void **state)

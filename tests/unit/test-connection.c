@@ -60,18 +60,15 @@ static int set_up(void **state)
 	return 0;
 }
 
-/* The connection's own descriptor goes last, and is closed at once at the end of the stream. */
+/* The connection's own descriptor goes last. */
 static int tear_down(void **state)
 {
 	struct pair *p = *state;
-	int fd = connection_get_fd(p->c);
-	bool ended = connection_read(p->c) == 0;
+	int fd = p->c ? connection_get_fd(p->c) : p->last_closed;
 
 	connection_free(p->c);
-	if (ended)
-		assert_int_equal(fcntl(fd, F_GETFD), -1);
-	else
-		assert_int_equal(p->last_closed, fd);
+	assert_int_equal(p->last_closed, fd);
+	assert_int_equal(fcntl(fd, F_GETFD), -1);
 	safe_close(p->peer);
 	assert_int_equal(count_descriptors(), p->n_descriptors);
 	free(p);
@@ -231,6 +228,16 @@ static void a_message_in_parts_keeps_its_descriptors(void **state)
 	expect_message(p, 4, 4);
 }
 
+/* They came against the rule: the connection is of no use any more, and they are closed with it. */
+static void expect_refused(struct pair *p, size_t n_fds)
+{
+	assert_int_equal(connection_read(p->c), -EPROTO);
+	assert_int_equal(connection_received(p->c), n_fds);
+	assert_int_equal(p->n_closed, 0);
+	p->c = connection_free(p->c);
+	assert_in_range(p->n_closed, n_fds + 1, n_fds + 2); /* its own, and what came before */
+}
+
 static void descriptors_in_a_continuation_are_refused(void **state)
 {
 	struct pair *p = *state;
@@ -238,53 +245,135 @@ static void descriptors_in_a_continuation_are_refused(void **state)
 	put_with(p, "{\"n\"", 4, 1);
 	assert_int_equal(connection_read(p->c), 1);
 	PUT_WITH(p, ":1}", 2);
-	assert_int_equal(connection_read(p->c), -EPROTO);
-	assert_int_equal(p->n_closed, 2);
+	expect_refused(p, 2);
 }
 
 static void too_many_descriptors_are_refused(void **state)
 {
-	static const size_t n_fds[] = {CONNECTION_FDS_MAX + 1, 253};
-	struct pair *p = *state;
+	static const size_t n_fds[] = {CONNECTION_FDS_MAX + 1, CONNECTION_READ_FDS_MAX};
 
 	for (size_t i = 0; i < ELEMENTS(n_fds); i++) {
-		p->n_closed = 0;
-		PUT_WITH(p, "{\"n\":1}", n_fds[i]);
-		assert_int_equal(connection_read(p->c), -EPROTO);
-		assert_int_equal(p->n_closed, n_fds[i]);
+		void *fresh;
+
+		assert_int_equal(set_up(&fresh), 0);
+		PUT_WITH((struct pair *)fresh, "{\"n\":1}", n_fds[i]);
+		expect_refused(fresh, n_fds[i]);
+		tear_down(&fresh);
 	}
 }
 
 static void lost_descriptors_are_noticed(void **state)
 {
-	struct pair *p = *state;
-	struct rlimit limit, low;
-	int highest, r;
-
-	PUT_WITH(p, "{\"n\":1}", 8);
-	PUT_WITH(p, "{\"n\":2}", 8);
-	highest = open("/dev/null", O_RDONLY | O_CLOEXEC);
-	close(highest);
-	assert_int_equal(getrlimit(RLIMIT_NOFILE, &limit), 0);
-
 	/* Room for three of the eight, then for none. */
-	for (rlim_t room = 3;; room = 0) {
+	static const rlim_t rooms[] = {3, 0};
+
+	for (size_t i = 0; i < ELEMENTS(rooms); i++) {
+		struct rlimit limit, low;
+		struct pair *p;
+		void *fresh;
+		int highest, r;
+
+		assert_int_equal(set_up(&fresh), 0);
+		p = fresh;
+		PUT_WITH(p, "{\"n\":1}", 8);
+		highest = open("/dev/null", O_RDONLY | O_CLOEXEC);
+		close(highest);
+		assert_int_equal(getrlimit(RLIMIT_NOFILE, &limit), 0);
 		low = limit;
-		low.rlim_cur = (rlim_t)highest + room;
-		p->n_closed = 0;
+		low.rlim_cur = (rlim_t)highest + rooms[i];
 		assert_int_equal(setrlimit(RLIMIT_NOFILE, &low), 0);
 		r = connection_read(p->c);
 		assert_int_equal(setrlimit(RLIMIT_NOFILE, &limit), 0);
 		if (r == 1) {
 			/* Nothing was lost: valgrind does not pass the limit on to the kernel. */
 			expect_message(p, 1, 8);
+			tear_down(&fresh);
 			skip();
 		}
 		assert_int_equal(r, -EPROTO);
-		assert_int_equal(p->n_closed, room);
-		if (room == 0)
-			break;
+		assert_int_equal(connection_received(p->c), rooms[i]);
+		p->c = connection_free(p->c);
+		assert_int_equal(p->n_closed, rooms[i] + 1);
+		tear_down(&fresh);
 	}
+}
+
+/* Bytes are read up to what comes with descriptors, and those are left for another thread. */
+static void descriptors_can_be_left_alone(void **state)
+{
+	struct pair *p = *state;
+	size_t before = count_descriptors();
+
+	assert_int_equal(connection_read_bytes(p->c), -EAGAIN);
+	PUT(p, "{\"n\":1}");
+	assert_int_equal(connection_read_bytes(p->c), 1);
+	expect_message(p, 1, 0);
+	PUT_WITH(p, "{\"n\":2}", 3);
+	PUT(p, "{\"n\":3}");
+	before = count_descriptors();
+	for (int i = 0; i < 3; i++)
+		assert_int_equal(connection_read_bytes(p->c), CONNECTION_DESCRIPTORS);
+	assert_int_equal(count_descriptors(), before);
+	expect_none(p);
+	assert_int_equal(connection_read(p->c), 1);
+	assert_int_equal(connection_received(p->c), 3);
+	expect_message(p, 2, 3);
+	assert_int_equal(connection_read_bytes(p->c), 1);
+	assert_int_equal(connection_received(p->c), 0);
+	expect_message(p, 3, 0);
+	p->peer = safe_close(p->peer);
+	assert_int_equal(connection_read_bytes(p->c), 0);
+}
+
+static int64_t bytes_charged, bytes_max;
+
+static int charge(int64_t bytes, void *userdata)
+{
+	if (bytes_charged + bytes > bytes_max)
+		return -EDQUOT;
+	bytes_charged += bytes;
+	return 0;
+}
+
+/* What is kept beyond the allowance is charged before; refused, it can be tried again. */
+static void bytes_are_charged(void **state)
+{
+	_cleanup_(freep) char *text = calloc(1, 3 * CONNECTION_FREE);
+	struct pair *p = *state;
+	json_object *o = json_object_new_object();
+	int r;
+
+	bytes_charged = bytes_max = 0;
+	connection_set_charge(p->c, charge);
+	/* half a message */
+	memset(text, ' ', 3 * CONNECTION_FREE);
+	for (size_t i = 0; i < CONNECTION_FREE; i += 4096) {
+		put(p, text, 4096);
+		assert_int_equal(connection_read_bytes(p->c), 1);
+	}
+	assert_int_equal(bytes_charged, 0);
+	PUT(p, "{\"n\":1}");
+	assert_int_equal(connection_read_bytes(p->c), -EDQUOT);
+	assert_int_equal(connection_read(p->c), -EDQUOT);
+	bytes_max = INT64_MAX;
+	assert_int_equal(connection_read_bytes(p->c), 1);
+	assert_true(bytes_charged > 0);
+	expect_message(p, 1, 0);
+	assert_int_equal(bytes_charged, 0);
+
+	/* answers that nobody reads */
+	memset(text, 'x', 2 * CONNECTION_FREE);
+	text[2 * CONNECTION_FREE] = 0;
+	json_object_object_add(o, "s", json_object_new_string(text));
+	bytes_max = 4 * (int64_t)CONNECTION_FREE;
+	while ((r = connection_send(p->c, o, NULL, 0)) == 0)
+		;
+	assert_int_equal(r, -EDQUOT);
+	assert_in_range(bytes_charged, 2 * CONNECTION_FREE, 4 * CONNECTION_FREE);
+	assert_in_range(connection_queued(p->c), 4 * CONNECTION_FREE, 6 * CONNECTION_FREE);
+	json_object_put(o);
+	p->c = connection_free(p->c);
+	assert_int_equal(bytes_charged, 0);
 }
 
 /* Sends {"s":"xxx..."} of that size, NUL included, in pieces; returns the first error. */
@@ -702,6 +791,8 @@ int main(void)
 		TEST(descriptors_in_a_continuation_are_refused),
 		TEST(too_many_descriptors_are_refused),
 		TEST(lost_descriptors_are_noticed),
+		TEST(descriptors_can_be_left_alone),
+		TEST(bytes_are_charged),
 		TEST(messages_have_a_largest_size),
 		TEST(a_large_message_may_follow_a_small_one),
 		TEST(what_is_no_message_is_refused),

@@ -116,6 +116,61 @@ static void test_names(void **state)
 }
 
 /* Each allocation on the way fails once; what is there already stays whole. */
+/* A reserve goes past the maximum, and no further. */
+static void test_reserve(void **state)
+{
+	struct users *users;
+	struct user *a;
+
+	assert_int_equal(users_new(maxima, &users), 0);
+	assert_int_equal(user_get(users, 1, &a), 0);
+	assert_int_equal(user_charge(a, LIMIT_UNFINISHED, 4), 0);
+	assert_int_equal(user_charge_reserve(a, LIMIT_UNFINISHED, 3, 2), -EDQUOT);
+	assert_int_equal(user_charge_reserve(a, LIMIT_UNFINISHED, 2, 2), 0);
+	assert_int_equal(user_charge_reserve(a, LIMIT_UNFINISHED, 1, 2), -EDQUOT);
+	assert_int_equal(user_charge_reserve(a, LIMIT_PINNED_BYTES, 1, 1), 0);
+	user_discharge(a, LIMIT_PINNED_BYTES, 1);
+	user_discharge(a, LIMIT_UNFINISHED, 6);
+	user_unref(a);
+	users_free(users);
+}
+
+/* Of all the descriptors that there can be, connections and files included, none takes more than an eighth. */
+static void test_capacity(void **state)
+{
+	static const uint64_t none[LIMIT_COUNT] = { [0 ... LIMIT_COUNT - 1] = UINT64_MAX };
+	struct users *users;
+	struct user *a, *b;
+
+	assert_int_equal(users_new(none, &users), 0);
+	assert_int_equal(user_get(users, 1, &a), 0);
+	assert_int_equal(user_get(users, 2, &b), 0);
+	assert_int_equal(user_maximum(a, LIMIT_DESCRIPTORS), UINT64_MAX);
+	users_set_capacity(users, 600);
+	assert_int_equal(user_maximum(a, LIMIT_DESCRIPTORS), 600);
+	users_set_capacity(users, 8000);
+	assert_int_equal(user_maximum(a, LIMIT_DESCRIPTORS), 1000);
+	assert_int_equal(user_charge(a, LIMIT_DESCRIPTORS, 1001), -EDQUOT);
+	assert_int_equal(user_charge(a, LIMIT_DESCRIPTORS, 1000), 0);
+	assert_int_equal(user_charge(b, LIMIT_CLIENTS, 3000), 0);
+	assert_int_equal(user_charge(b, LIMIT_FILES, 900), 0);
+	assert_true(users_have_room(users, 100));
+	assert_false(users_have_room(users, 101));
+	assert_int_equal(user_charge(b, LIMIT_DESCRIPTORS, 101), -EDQUOT);
+	assert_int_equal(user_charge(b, LIMIT_CLIENTS, 51), -EDQUOT);
+	assert_int_equal(user_charge(b, LIMIT_PINS, 1000), 0);
+	user_charge_force(b, LIMIT_CLIENTS, 60);
+	assert_false(users_have_room(users, 0));
+	user_discharge(a, LIMIT_DESCRIPTORS, 1000);
+	assert_true(users_have_room(users, 900));
+	user_discharge(b, LIMIT_CLIENTS, 3060);
+	user_discharge(b, LIMIT_FILES, 900);
+	user_discharge(b, LIMIT_PINS, 1000);
+	user_unref(a);
+	user_unref(b);
+	users_free(users);
+}
+
 static void test_no_memory(void **state)
 {
 	struct users *users;
@@ -152,6 +207,8 @@ int main(void)
 		cmocka_unit_test_setup_teardown(test_one_user_per_uid, setup, teardown),
 		cmocka_unit_test_setup_teardown(test_charges, setup, teardown),
 		cmocka_unit_test_setup_teardown(test_bytes_do_not_wrap, setup, teardown),
+		cmocka_unit_test(test_reserve),
+		cmocka_unit_test(test_capacity),
 		cmocka_unit_test(test_names),
 		cmocka_unit_test_setup_teardown(test_no_memory, setup, teardown),
 	};
