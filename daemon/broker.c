@@ -15,10 +15,12 @@
 
 /* What the signals should have told is looked up now and then all the same: a client that shares the
  * description can redirect them. Orphaned contexts are looked at again, too. */
-#define AUDIT_USEC      (5 * USEC_PER_SEC)
+#define AUDIT_USEC          (5 * USEC_PER_SEC)
+#define AUDIT_SOON_USEC     (100 * USEC_PER_MSEC)
+#define AUDIT_SLACK_USEC    (250 * USEC_PER_MSEC)
+/* There are pinned files that inotify does not watch. */
+#define AUDIT_UNWATCHED_USEC (500 * USEC_PER_MSEC)
 #define RESERVED_DESCRIPTORS 1024U
-
-#define AUDIT_SOON_USEC (100 * USEC_PER_MSEC)
 
 static void reap_orphans(struct broker *broker)
 {
@@ -73,7 +75,9 @@ static int on_audit(sd_event_source *source, uint64_t usec, void *userdata)
 	int r;
 
 	/* first: what follows may want the next one sooner */
-	r = sd_event_source_set_time(source, now_usec() + AUDIT_USEC);
+	r = sd_event_source_set_time(
+		source, now_usec() + (watch_was_incomplete(broker->watch) ? AUDIT_UNWATCHED_USEC
+									  : AUDIT_USEC));
 	if (r >= 0)
 		r = sd_event_source_set_enabled(source, SD_EVENT_ONESHOT);
 	hearing_sweep(broker->hearing);
@@ -131,7 +135,7 @@ int broker_new(sd_event *event, struct config *config, struct broker **ret)
 		r = sharings_new(broker, &broker->sharings);
 	if (r >= 0)
 		r = sd_event_add_time(broker->event, &broker->audit, CLOCK_MONOTONIC,
-				      now_usec() + AUDIT_USEC, USEC_PER_SEC, on_audit, broker);
+				      now_usec() + AUDIT_USEC, AUDIT_SLACK_USEC, on_audit, broker);
 	if (r >= 0)
 		r = offload_new(event, NULL, &broker->offload);
 	if (r >= 0)

@@ -6,6 +6,7 @@
 #include <inttypes.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/inotify.h>
 #include <sys/stat.h>
 
 #include "access.h"
@@ -86,6 +87,7 @@ int file_new(struct broker *broker, const struct probe *probe, struct file **ret
 	file->lease.fd = -1;
 	file->opening = true;
 	file->watch = FILE_NOT_WATCHED;
+	file->change.emergency_size = UINT64_MAX;
 	STAILQ_INIT(&file->waiting);
 	RB_INIT(&file->pins);
 	LIST_INIT(&file->uses);
@@ -113,6 +115,7 @@ struct file *file_free(struct file *file)
 {
 	if (!file)
 		return NULL;
+	change_clear(&file->change);
 	assert(file->n_uses == 0 && file->n_pins == 0 && STAILQ_EMPTY(&file->waiting));
 	offload_close(file->broker->offload, NULL, file_take_description(file));
 	state_gone(file->broker, file->id);
@@ -170,13 +173,11 @@ static void set_exposed(struct file *file)
 
 	bus_changed(file->broker->bus, &file->view);
 	record(file);
-	if (unguarded != file->unguarded) {
-		file->unguarded = unguarded;
-		file->emergency_size = UINT64_MAX;
-	}
+	file->unguarded = unguarded;
 	if (exposed == file->exposed)
 		return;
 	file->exposed = exposed;
+	file->change.touched &= !exposed;
 	if (exposed)
 		log_event(LOG_WARNING, MESSAGE_LEASE_EXPOSED, &fields,
 			  "%s is exposed: it has %u pin%s, and its lease cannot be held at present.",
@@ -228,6 +229,19 @@ void file_settle_done(struct file *file, bool opened)
 	file_update(file);
 }
 
+/* Without a lease whoever closes it matters, too. */
+static void watch_file(struct file *file)
+{
+	if (!backing_needs_lease(&file->backing) || file->lease.fd < 0)
+		return;
+	if (file->lease.state == LEASE_NONE)
+		watch_add(file->broker->watch, file, IN_CLOSE | IN_MODIFY | IN_ATTRIB);
+	else if (file->n_pins > 0)
+		watch_add(file->broker->watch, file, IN_MODIFY);
+	else
+		watch_remove(file->broker->watch, file);
+}
+
 static void retry_later(struct file *file)
 {
 	uint64_t last = file->n_pins > 0 ? RETRY_EXPOSED_USEC : RETRY_LAST_USEC;
@@ -235,49 +249,15 @@ static void retry_later(struct file *file)
 	file->retry_usec = file->retry_usec == 0 ? RETRY_FIRST_USEC : file->retry_usec * 2;
 	if (file->retry_usec > last)
 		file->retry_usec = last;
-	watch_add(file->broker->watch, file);
+	watch_file(file);
 	arm(file, now_usec() + file->retry_usec);
 }
 
-static void log_shrunk(const struct file *file, size_t n_pinning)
+void file_pinned(struct file *file, uint64_t end)
 {
-	struct log_fields fields = file_fields(file);
-
-	if (n_pinning > 0)
-		log_event(LOG_CRIT, MESSAGE_LEASE_LOST, &fields,
-			  "%s was truncated to %" PRIu64 " bytes while it was exposed, under %zu "
-			  "pin%s, to be revoked by force.",
-			  file->path, file->emergency_size, n_pinning, PLURAL(n_pinning));
-}
-
-static void check_shrunk(struct file *file)
-{
-	_cleanup_(freep) struct pin **pins = NULL;
-	struct conflict conflict = conflict_new(CAUSE_SHRINK);
-	int64_t size = file_size(file);
-	size_t n = 0, n_pinning = 0;
-	struct pin *pin = NULL;
-	int r;
-
-	if (!file->unguarded || size < 0 || (uint64_t)size >= pin_ranges_end(&file->pins) ||
-	    (uint64_t)size >= file->emergency_size)
-		return;
-	pins = calloc(file->n_pins, sizeof(*pins));
-	if (!pins)
-		return; /* the next retry of the lease comes by here again */
-	while ((pin = pin_ranges_find(&file->pins, (uint64_t)size, UINT64_MAX, pin))) {
-		pins[n++] = pin;
-		n_pinning += !pin->on_demand;
-	}
-	conflict.offset = (uint64_t)size;
-	conflict.size = size;
-	file->emergency_size = (uint64_t)size;
-	log_shrunk(file, n_pinning);
-	r = revocation_start(file->broker, file, false, &conflict, pins, n, 0, true, NULL);
-	if (r < 0) {
-		file->emergency_size = UINT64_MAX;
-		log_errno(LOG_ERR, r, "Cannot revoke the pins of %s", file->path);
-	}
+	change_begin(file, end);
+	if (file->n_pins == 1)
+		watch_file(file);
 }
 
 static void release(struct file *file);
@@ -322,8 +302,8 @@ static int take(struct file *file)
 	if (r < 0)
 		return r;
 	/* What happened before the lease was there again counts. */
-	check_shrunk(file);
-	watch_remove(file->broker->watch, file);
+	change_check(file);
+	watch_file(file);
 	disarm(file);
 	file->retry_usec = 0;
 	set_exposed(file);
@@ -332,6 +312,14 @@ static int take(struct file *file)
 	if (file->lease.state == LEASE_WRITE && !file_admits_readers(file->broker))
 		go_on_settling(file);
 	return 0;
+}
+
+static void go_without(struct file *file)
+{
+	watch_file(file);
+	set_exposed(file);
+	file->retry_usec = 0;
+	retry_later(file);
 }
 
 static void release(struct file *file)
@@ -345,10 +333,23 @@ static void release(struct file *file)
 	else
 		log_event(LOG_INFO, MESSAGE_LEASE_RELEASED, &fields, "Lease of %s released.",
 			  file->path);
-	watch_add(file->broker->watch, file);
-	set_exposed(file);
-	file->retry_usec = 0;
-	retry_later(file);
+	go_without(file);
+}
+
+/* The kernel's time was over before anybody here had a look, or before the ladder was: whoever waited has gone
+ * ahead, and nobody waits any more. */
+static void lease_gone(struct file *file)
+{
+	struct log_fields fields = file_fields(file);
+
+	log_event(file_n_pinning(file) > 0 ? LOG_CRIT : LOG_WARNING, MESSAGE_LEASE_LOST, &fields,
+		  "The lease of %s was lost, with %u pins alive: the kernel took it away after its "
+		  "lease-break-time, or a holder gave it up.",
+		  file->path, file_n_pinning(file));
+	go_without(file);
+	change_check(file);
+	if (file->revocation)
+		revocation_event(file->revocation, REVOKE_FORCE);
 }
 
 static void break_by_reader(struct file *file)
@@ -404,7 +405,7 @@ static void break_by_writer(struct file *file)
 static void go_on_after_stripping(struct file *file)
 {
 	file->unguarded = file->n_pins > 0;
-	check_shrunk(file);
+	change_check(file);
 	disarm(file);
 	if (!file_admits_readers(file->broker))
 		go_on_settling(file);
@@ -426,12 +427,18 @@ void file_update(struct file *file)
 	case LEASE_STRIPPED:
 		go_on_after_stripping(file);
 		break;
+	case LEASE_GONE:
+		lease_gone(file);
+		break;
 	case LEASE_INTACT:
 		/* Could not be acted on the last time? */
 		if (file->lease.state == LEASE_BREAKING && !file->revocation)
 			break_by_writer(file);
 		break;
 	}
+	change_check(file);
+	if (file->watch < 0 && file->n_pins > 0)
+		watch_file(file);
 	set_exposed(file);
 }
 
@@ -442,7 +449,7 @@ static int on_timer(sd_event_source *source, uint64_t usec, void *userdata)
 	if (file->opening)
 		return 0;
 	if (file->lease.state == LEASE_NONE) {
-		check_shrunk(file);
+		change_check(file);
 		if (take(file) < 0)
 			retry_later(file);
 	} else if (file->lease.state == LEASE_WRITE || file->lease.state == LEASE_SETTLING) {
@@ -452,11 +459,14 @@ static int on_timer(sd_event_source *source, uint64_t usec, void *userdata)
 	return 0;
 }
 
-void file_touched(struct file *file)
+void file_touched(struct file *file, uint32_t mask)
 {
-	if (file->lease.state != LEASE_NONE || file->opening)
+	if (file->opening)
 		return;
-	check_shrunk(file);
+	change_check(file);
+	change_event(file, mask);
+	if (file->lease.state != LEASE_NONE)
+		return;
 	/* The event comes before the close is complete. */
 	file->retry_usec = 0;
 	if (take(file) < 0)
@@ -494,6 +504,7 @@ void file_resume(struct file *file, const struct lease *lease)
 	file->lease = *lease;
 	store_kept(&file->broker->store, &file->copy, STORE_FILE, file->id, lease->fd);
 	file->opening = false;
+	file->change.resumed = true;
 }
 
 void file_go_on(struct file *file)
@@ -502,12 +513,12 @@ void file_go_on(struct file *file)
 
 	if (lease_resume(&file->lease, since_usec) > 0)
 		file->broker->stale_signals = true;
-	/* what happened to a file that was exposed cannot be seen but by its size */
+	/* what has happened meanwhile cannot be seen but by its size */
 	set_exposed(file);
 	if (!backing_needs_lease(&file->backing))
 		return;
-	if (file->lease.state == LEASE_NONE)
-		watch_add(file->broker->watch, file);
+	change_check(file);
+	watch_file(file);
 	if (file->lease.state == LEASE_NONE || !file_admits_readers(file->broker))
 		arm(file, now_usec());
 	file_update(file);

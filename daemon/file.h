@@ -10,6 +10,7 @@
 
 #include "backing.h"
 #include "bus-view.h"
+#include "change.h"
 #include "lease.h"
 #include "pin.h"
 #include "protocol/interface.h"
@@ -63,9 +64,10 @@ struct file {
 	struct store_copy copy;        /* the service manager's, of the description */
 	struct sharing sharing;        /* sharing.c's: who was given the description */
 	struct lease recorded;         /* what was last written into the state */
-	uint64_t emergency_size;       /* unguarded: a shrink to this has been dealt with already */
+	struct change change;          /* what is done to it all the same */
 	struct settle_job *settle;     /* the job that opens the file as a reader would, or NULL */
-	int watch;                     /* inotify's while there is no lease, or FILE_… */
+	int watch;                     /* inotify's watch descriptor, or FILE_… */
+	uint32_t watch_mask;           /* what for */
 	uint64_t retry_usec;           /* the present back-off */
 	sd_event_source *timer;        /* settling, or taking the lease again */
 
@@ -117,8 +119,10 @@ bool file_admits_readers(const struct broker *broker);
 void file_update(struct file *file);
 /* It has been opened as a reader would, to settle its lease: with success? */
 void file_settle_done(struct file *file, bool opened);
-/* inotify saw something while there was no lease. */
-void file_touched(struct file *file);
+/* Something of it, up to `end`, has been pinned. */
+void file_pinned(struct file *file, uint64_t end);
+/* inotify saw something. */
+void file_touched(struct file *file, uint32_t mask);
 /* The revocation that a break started has ended: the lease may go. lost: with pins alive. */
 void file_revocation_ended(struct file *file, bool lost);
 

@@ -3,9 +3,14 @@
 
 #include <assert.h>
 #include <fcntl.h>
+#include <inttypes.h>
 #include <signal.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/sysmacros.h>
 
 #include "macro.h"
+#include "process.h"
 
 #ifndef F_GETOWNER_UIDS
 #define F_GETOWNER_UIDS 17 /* linux/fcntl.h, which does not go together with fcntl.h */
@@ -122,24 +127,59 @@ static bool was_stripped(const struct lease *lease)
 	       now_usec() - lease->looked_usec < lease_break_usec();
 }
 
-/* Fails if somebody has the file open by now, or if it only looks stripped and is under break. */
+/* Fails if somebody has the file open by now. */
 static int regain(struct lease *lease)
 {
 	lease->state = LEASE_NONE;
 	return lease_take(lease);
 }
 
+int lease_find_line(const struct lease *lease, struct lease_line *ret)
+{
+	_cleanup_(freep) char *info = NULL;
+	unsigned major, minor;
+	struct lease_line l;
+	int r;
+
+	/* those of the description itself: "lock: 1: LEASE  BREAKING  UNLCK 5531 00:1b:3 0 EOF" */
+	r = proc_read(&info, "/proc/self/fdinfo/%d", lease->fd);
+	if (r < 0)
+		return r;
+	for (char *p = info; (p = strstr(p, "\nlock:")); p++)
+		if (sscanf(p, " lock: %*d: LEASE %*s %*s %d %x:%x:%" SCNu64, &l.pid, &major, &minor,
+			   &l.inode) == 4) {
+			l.device = makedev(major, minor);
+			*ret = l;
+			return 1;
+		}
+	return 0;
+}
+
+static bool is_gone(const struct lease *lease)
+{
+	struct lease_line line;
+
+	return lease_find_line(lease, &line) == 0;
+}
+
 enum lease_event lease_look(struct lease *lease)
 {
 	int type;
 
-	if (!lease_is_held(lease))
+	if (lease->state == LEASE_NONE)
 		return LEASE_INTACT;
-	/* Under break F_GETLEASE tells what the breaker wants it to become. */
+	/* Under break F_GETLEASE tells what the breaker wants it to become: F_UNLCK, as of a lease that is gone. */
 	type = fcntl(lease->fd, F_GETLEASE);
-	if (type == F_UNLCK || type < 0) {
-		if (was_stripped(lease) && regain(lease) >= 0)
+	if (type != F_RDLCK && type != F_WRLCK && is_gone(lease)) {
+		if (lease_is_held(lease) && was_stripped(lease) && regain(lease) >= 0)
 			return LEASE_STRIPPED;
+		lease->state = LEASE_NONE;
+		lease->unheard = true;
+		return LEASE_GONE;
+	}
+	if (lease->state == LEASE_BREAKING)
+		return LEASE_INTACT;
+	if (type != F_RDLCK && type != F_WRLCK) {
 		lease->state = LEASE_BREAKING;
 		lease->broken_usec = now_usec();
 		lease->unheard = true;

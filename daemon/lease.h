@@ -4,6 +4,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 #include <sys/types.h>
+#include <sys/types.h>
 
 #include "protocol/interface.h"
 
@@ -25,7 +26,8 @@ struct lease {
 enum lease_event {
 	LEASE_INTACT,
 	LEASE_READER, /* a reader waits for a write lease */
-	LEASE_WRITER, /* somebody opens for writing or truncates; or the lease is gone */
+	LEASE_WRITER, /* somebody opens for writing or truncates */
+	LEASE_GONE,   /* the kernel took it, its lease-break-time being over, or whoever shares it gave it up */
 	LEASE_STRIPPED, /* a client that shares the description had given it up; it has been taken again */
 };
 
@@ -59,7 +61,7 @@ int lease_resume(struct lease *lease, uint64_t since_usec);
  * LEASE_REOWNED. */
 enum lease_tampering lease_inspect(const struct lease *lease, uid_t *ret_uid);
 
-/* Looks (F_GETLEASE) and moves to LEASE_BREAKING if a writer broke it. */
+/* Looks (F_GETLEASE) and moves to LEASE_BREAKING if a writer broke it, to LEASE_NONE if it is gone. */
 enum lease_event lease_look(struct lease *lease);
 
 /* A signal names the lease: true if it is that of a break, which lease_look() has seen. Once for each. */
@@ -83,6 +85,13 @@ static inline bool lease_is_shared(const struct lease *lease)
 {
 	return lease->access == ACCESS_WRITE;
 }
+
+/* What /proc/locks has in the line of this lease: 1, 0 if there is no lease, negative errno. */
+struct lease_line {
+	pid_t pid;
+	uint64_t device, inode; /* btrfs has another device number there than in stat() */
+};
+int lease_find_line(const struct lease *lease, struct lease_line *ret);
 
 /* /proc/sys/fs/lease-break-time, in microseconds; USEC_INFINITY where it is 0: the kernel then never takes a
  * lease away by itself, nor settles one (6.18). */

@@ -75,7 +75,7 @@ static void finish(struct open_request *q, int r)
 	if (file) {
 		file->opening = false;
 		if (r != 0)
-			file_touched(file); /* a conversion that failed: go on trying for the lease */
+			file_touched(file, 0); /* a conversion that failed: go on trying for the lease */
 		file_update(file);
 		if (file->n_uses > 0)
 			file_keep(file);

@@ -25,6 +25,7 @@ static void join_file(struct pin *pin, struct use *use)
 	client->n_pins++;
 	client->pinned_bytes += pin_pinned_bytes(pin);
 	client->broker->n_pins++;
+	file_pinned(use->file, pin_end_offset(pin));
 	bus_changed(client->broker->bus, &use->file->view);
 	bus_changed(client->broker->bus, &client->view);
 }
@@ -144,7 +145,7 @@ int pin_bind(struct pin *pin, int64_t handle, const struct handle_identity *iden
 	pin->identity = *identity;
 	pin->state = PIN_BOUND;
 	pin->revocation = 0;
-	pin->destroyed = false;
+	pin->destroyed = pin->torn = false;
 	state_pin(pin);
 	return 0;
 }

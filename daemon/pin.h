@@ -42,6 +42,7 @@ struct pin {
 	bool over : 1;
 	bool lost : 1; /* over: by a restart, see use::lost; its handle is the holder's still */
 	bool destroyed : 1; /* its handle was, by force, though it has not ended: see Unpin */
+	bool torn : 1;      /* pages of its range were taken from the file, which has been dealt with */
 	bool on_demand : 1; /* it holds no pages: its holder is told of conflicts, and nobody waits for it */
 	uint32_t left_msec; /* leaving: since when, CLOCK_MONOTONIC */
 	int64_t handle; /* INT_NULL: not bound */

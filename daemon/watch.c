@@ -9,6 +9,7 @@
 #include <unistd.h>
 
 #include "broker.h"
+#include "hearing.h"
 #include "log.h"
 #include "macro.h"
 
@@ -28,9 +29,37 @@ struct watch {
 	int fd;              /* -1: no instance of inotify was to be had */
 	uint64_t retry_usec; /* not before this */
 	bool failed;         /* which has been said */
+	bool incomplete;     /* a file could not be watched, since that was last asked */
 	struct watched files;
 	sd_event_source *source;
+	sd_event_source *pause; /* its end */
+	uint64_t paid_usec;     /* until then its turns so far would have taken */
 };
+
+/* A burst of so many turns is followed at once, after that one in so much time: whoever writes on and on keeps
+ * the loop from nothing. */
+#define BURST_TURNS 64
+#define TURN_USEC   (2 * USEC_PER_MSEC)
+
+static int on_pause_end(sd_event_source *source, uint64_t usec, void *userdata)
+{
+	struct watch *watch = userdata;
+
+	return watch->source ? sd_event_source_set_enabled(watch->source, SD_EVENT_ON) : 0;
+}
+
+static void count_turn(struct watch *watch)
+{
+	uint64_t now = now_usec(), paid = watch->paid_usec;
+
+	/* How far ahead of its time it is: by a burst at most. */
+	watch->paid_usec = (paid > now ? paid : now) + TURN_USEC;
+	if (watch->paid_usec - now < BURST_TURNS * TURN_USEC)
+		return;
+	if (sd_event_source_set_time(watch->pause, now + TURN_USEC) >= 0 &&
+	    sd_event_source_set_enabled(watch->pause, SD_EVENT_ONESHOT) >= 0)
+		(void)sd_event_source_set_enabled(watch->source, SD_EVENT_OFF);
+}
 
 static int on_event(sd_event_source *source, int fd, uint32_t revents, void *userdata)
 {
@@ -41,21 +70,19 @@ static int on_event(sd_event_source *source, int fd, uint32_t revents, void *use
 	n = read(fd, buffer, sizeof(buffer));
 	if (n < 0)
 		return 0;
+	count_turn(watch);
 	for (char *p = buffer; p < buffer + n;) {
 		struct inotify_event *event = (struct inotify_event *)p;
-		struct file *file, *next;
+		struct file *file;
 
 		p += sizeof(*event) + event->len;
 		if (event->mask & IN_Q_OVERFLOW) {
-			for (file = RB_MIN(watched, &watch->files); file; file = next) {
-				next = RB_NEXT(watched, &watch->files, file);
-				file_touched(file);
-			}
+			hearing_sweep(watch->broker->hearing);
 			continue;
 		}
 		file = watched_RB_FIND(&watch->files, &(struct file){ .watch = event->wd });
 		if (file)
-			file_touched(file);
+			file_touched(file, event->mask);
 	}
 	return 0;
 }
@@ -71,7 +98,7 @@ static void tell_no_instance(struct watch *watch, int error)
 {
 	if (!watch->failed)
 		log_errno_limit(LOG_WARNING, error, LOG_RESOURCE_INOTIFY,
-			"Cannot watch files that have no lease, looking at each every second "
+			"Cannot watch files that are pinned, looking at each every second "
 			"instead");
 	watch->failed = true;
 }
@@ -89,13 +116,16 @@ static int watch_open(struct watch *watch)
 	r = watch->fd < 0 ? -errno
 			  : sd_event_add_io(watch->broker->event, &watch->source, watch->fd,
 				    EPOLLIN, on_event, watch);
+	/* Whoever asks is told of what is seen here. */
+	if (r >= 0)
+		r = sd_event_source_set_priority(watch->source, SD_EVENT_PRIORITY_IMPORTANT);
 	if (r < 0) {
 		watch_close(watch);
 		tell_no_instance(watch, r);
 		return r;
 	}
 	if (watch->failed)
-		log_info("Files that have no lease can be watched again.");
+		log_info("Files can be watched again.");
 	watch->failed = false;
 	return 0;
 }
@@ -103,12 +133,21 @@ static int watch_open(struct watch *watch)
 int watch_new(struct broker *broker, struct watch **ret)
 {
 	struct watch *watch;
+	int r;
 
 	watch = calloc(1, sizeof(*watch));
 	if (!watch)
 		return -ENOMEM;
 	watch->broker = broker;
 	watch->fd = -1;
+	r = sd_event_add_time(broker->event, &watch->pause, CLOCK_MONOTONIC, 0, 1, on_pause_end,
+			      watch);
+	if (r >= 0)
+		r = sd_event_source_set_enabled(watch->pause, SD_EVENT_OFF);
+	if (r < 0) {
+		watch_free(watch);
+		return r;
+	}
 	(void)watch_open(watch);
 	*ret = watch;
 	return 0;
@@ -119,24 +158,51 @@ struct watch *watch_free(struct watch *watch)
 	if (!watch)
 		return NULL;
 	watch_close(watch);
+	sd_event_source_disable_unref(watch->pause);
 	free(watch);
 	return NULL;
 }
 
-void watch_add(struct watch *watch, struct file *file)
+/* The next audit, which looks at each, follows soon, and once a second. */
+static void tell_incomplete(struct watch *watch)
+{
+	if (!watch->incomplete)
+		broker_audit_soon(watch->broker);
+	watch->incomplete = true;
+}
+
+bool watch_was_incomplete(struct watch *watch)
+{
+	bool incomplete = watch->incomplete;
+
+	watch->incomplete = false;
+	return incomplete;
+}
+
+void watch_add(struct watch *watch, struct file *file, uint32_t mask)
 {
 	char path[64];
 	int r;
 
-	if (file->watch >= 0 || watch_open(watch) < 0)
+	if (file->watch >= 0 && file->watch_mask == mask)
 		return;
+	if (watch_open(watch) < 0) {
+		tell_incomplete(watch);
+		return;
+	}
 	snprintf(path, sizeof(path), "/proc/self/fd/%d", file->lease.fd);
-	r = inotify_add_watch(watch->fd, path, IN_CLOSE | IN_MODIFY | IN_ATTRIB);
+	r = inotify_add_watch(watch->fd, path, mask);
 	if (r >= 0) {
+		file->watch_mask = mask;
+		if (file->watch >= 0)
+			return; /* the same one */
 		file->watch = r;
 		watched_RB_INSERT(&watch->files, file);
 		return;
 	}
+	tell_incomplete(watch);
+	if (file->watch >= 0)
+		return;
 	if (file->watch != FILE_WATCH_FAILED)
 		log_errno_limit(LOG_WARNING, errno, LOG_RESOURCE_INOTIFY,
 			"Cannot watch %s, looking at it every second instead", file->path);

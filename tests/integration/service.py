@@ -623,7 +623,7 @@ class Limits(UserCase):
         give_back = self.use_up_inotify()
         self.write(self.config, '[Files]\nReaders=admit\n')
         daemon = self.start_as(self.UID)
-        daemon.wait_for_log('Cannot watch files that have no lease, .*: Too many open files '
+        daemon.wait_for_log('Cannot watch files that are pinned, .*: Too many open files '
                             r'\(the limit is /proc/sys/fs/inotify/max_user_instances: \d+\)')
         self.hold_as()
         with open(self.own, 'rb'):
@@ -634,7 +634,7 @@ class Limits(UserCase):
         with open(self.other, 'rb'):
             daemon.wait_for_log(f'{self.other} is exposed')
             give_back()
-            daemon.wait_for_log('Files that have no lease can be watched again')
+            daemon.wait_for_log('Files can be watched again')
             self.assertEqual(daemon.text().count('Cannot watch'), 1)
             self.assertIn('inotify wd:', self.descriptions(daemon.pid))
             os.truncate(self.other, 0)
