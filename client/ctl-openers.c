@@ -10,10 +10,11 @@
 #include <sys/sysmacros.h>
 
 struct place {
+	const struct mount *mount;
 	dev_t device;
 	ino_t inode;           /* of a file; 0: a mount is looked for */
-	uint64_t mount_id;     /* of a mount */
-	const char *directory; /* likewise */
+	const char *name;      /* of a file */
+	const char *directory; /* of a mount */
 };
 
 static const struct {
@@ -72,7 +73,7 @@ static unsigned look_at_descriptor(int process_fd, const char *number, const str
 		if (sscanf(line, "ino: %llu", &inode) == 1)
 			break;
 	}
-	if (!f || (place->inode == 0 && mount_id != place->mount_id))
+	if (!f || (place->inode == 0 && mount_id != place->mount->id))
 		return 0;
 	if (place->inode != 0 && (inode != place->inode || !same_file(process_fd, number, place)))
 		return 0;
@@ -104,6 +105,22 @@ static int look_at_descriptors(int process_fd, const struct place *place, unsign
 
 /* ---- Mappings, and what else keeps a mount busy ---- */
 
+/* On btrfs maps has the number of the file system, in which inode numbers recur. Whoever may not follow the link
+ * goes by the name. */
+static bool is_mapped_file(int process_fd, const char *addresses, const char *path,
+	const struct place *place)
+{
+	const char *name = strrchr(path, '/');
+	char link[64];
+	struct stat st;
+
+	snprintf(link, sizeof(link), "map_files/%s", addresses);
+	if (fstatat(process_fd, link, &st, 0) == 0)
+		return st.st_dev == place->device && st.st_ino == place->inode;
+	return place->mount->file_system == place->device ||
+	       (name && strncmp(name + 1, place->name, strlen(place->name)) == 0);
+}
+
 static unsigned look_at_mappings(int process_fd, const struct place *place)
 {
 	_cleanup_(close_filep) FILE *f = open_in(process_fd, "maps");
@@ -112,17 +129,19 @@ static unsigned look_at_mappings(int process_fd, const struct place *place)
 	unsigned uses = 0;
 
 	while (f && getline(&line, &size, f) > 0) {
+		char addresses[48], permissions[5];
 		unsigned major_number, minor_number;
 		unsigned long long inode;
-		char permissions[5];
 		int path = 0;
 
-		if (sscanf(line, "%*s %4s %*s %x:%x %llu %n", permissions, &major_number,
-			    &minor_number, &inode, &path) < 4 ||
-			path == 0 || makedev(major_number, minor_number) != place->device)
+		if (sscanf(line, "%47s %4s %*s %x:%x %llu %n", addresses, permissions,
+			    &major_number, &minor_number, &inode, &path) < 5 ||
+			path == 0 ||
+			makedev(major_number, minor_number) != place->mount->file_system)
 			continue;
-		if (place->inode != 0 ? inode != place->inode
-				      : !is_below(line + path, place->directory))
+		if (place->inode == 0 ? !is_below(line + path, place->directory)
+				      : inode != place->inode || !is_mapped_file(process_fd, addresses,
+									 line + path, place))
 			continue;
 		uses |= permissions[1] == 'w' && permissions[3] == 's' ? OPENER_MAPS_WRITABLE
 								       : OPENER_MAPS;
@@ -133,19 +152,12 @@ static unsigned look_at_mappings(int process_fd, const struct place *place)
 static unsigned look_at_links(int process_fd, const struct place *place)
 {
 	static const char *const links[] = {"exe", "cwd", "root"};
-	char path[PATH_MAX];
-	struct stat st;
+	struct statx stx;
 
-	for (size_t i = 0; i < ELEMENTS(links); i++) {
-		ssize_t n = readlinkat(process_fd, links[i], path, sizeof(path) - 1);
-
-		if (n < 0)
-			continue;
-		path[n] = 0;
-		if (is_below(path, place->directory) &&
-			fstatat(process_fd, links[i], &st, 0) == 0 && st.st_dev == place->device)
+	for (size_t i = 0; i < ELEMENTS(links); i++)
+		if (statx(process_fd, links[i], AT_STATX_DONT_SYNC, STATX_MNT_ID, &stx) == 0 &&
+			stx.stx_mnt_id == place->mount->id)
 			return OPENER_RUNS;
-	}
 	return 0;
 }
 
@@ -197,16 +209,17 @@ static void openers_find(const struct place *place, struct openers *ret)
 			look_at_process(ret, entry->d_name, place);
 }
 
-void openers_of_file(dev_t device, ino_t inode, struct openers *ret)
-{
-	openers_find(&(struct place){.device = device, .inode = inode}, ret);
-}
-
-void openers_of_mount(uint64_t mount_id, dev_t device, const char *directory, struct openers *ret)
+void openers_of_file(const struct mount *mount, dev_t device, ino_t inode, const char *name,
+	struct openers *ret)
 {
 	openers_find(
-		&(struct place){.device = device, .mount_id = mount_id, .directory = directory},
+		&(struct place){.mount = mount, .device = device, .inode = inode, .name = name},
 		ret);
+}
+
+void openers_of_mount(const struct mount *mount, const char *directory, struct openers *ret)
+{
+	openers_find(&(struct place){.mount = mount, .directory = directory}, ret);
 }
 
 void openers_clear(struct openers *openers)

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 #pragma once
 
+#include "ctl-mount.h"
 #include "ctl.h"
 
 #include <sys/stat.h>
@@ -32,9 +33,11 @@ struct openers {
 	size_t n_hidden; /* processes that could not be looked into */
 };
 
-void openers_of_file(dev_t device, ino_t inode, struct openers *ret);
+/* name: the last component of its path */
+void openers_of_file(const struct mount *mount, dev_t device, ino_t inode, const char *name,
+	struct openers *ret);
 /* directory: the mount point, absolute, without a slash at its end */
-void openers_of_mount(uint64_t mount_id, dev_t device, const char *directory, struct openers *ret);
+void openers_of_mount(const struct mount *mount, const char *directory, struct openers *ret);
 void openers_clear(struct openers *openers);
 
 json_object *openers_to_json(const struct openers *openers);

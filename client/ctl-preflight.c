@@ -107,8 +107,8 @@ static int preflight_look(struct preflight *p)
 		return fail(EX_OSERR, "Cannot find out what %s is mounted on: %s.", p->path,
 			strerror(-r));
 	probe_file(p->path, &p->stx, &p->mount, &p->probe);
-	openers_of_file(
-		makedev(p->stx.stx_dev_major, p->stx.stx_dev_minor), p->stx.stx_ino, &p->openers);
+	openers_of_file(&p->mount, makedev(p->stx.stx_dev_major, p->stx.stx_dev_minor),
+		p->stx.stx_ino, basename(p->path), &p->openers);
 	r = preflight_ask_broker(p, fd);
 	if (r == 0)
 		kernel_use_find(p->path, &p->stx, &p->mount, p->broker, &p->kernel);
@@ -348,7 +348,8 @@ static void preflight_print(const struct preflight *p)
 	print_times(p);
 	print_broker(p);
 	puts("    Guard: none besides the lease: what is cut or punched out through a descriptor "
-	     "that the\n           broker handed out is not seen");
+	     "that the\n           broker handed out, or through an overlay, is seen afterwards; what "
+	     "deduplication\n           replaces (on xfs) is not seen");
 	print_pins(p);
 	if (hazard(p))
 		printf("\nHazard: %s\n", hazard(p));

@@ -211,7 +211,7 @@ static void revoke_find_openers(const struct revoke *rv, struct openers *ret)
 	uint64_t until = now_usec() + LEAVE_USEC;
 
 	for (;;) {
-		openers_of_mount(rv->mount.id, rv->mount.device, rv->mount.point, ret);
+		openers_of_mount(&rv->mount, rv->mount.point, ret);
 		if (ret->n == 0 || now_usec() >= until)
 			return;
 		openers_clear(ret);

@@ -5,10 +5,12 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
+#include <limits.h>
 #include <linux/openat2.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/sysmacros.h>
 #include <sys/uio.h>
@@ -31,7 +33,7 @@
 struct suspect {
 	uint64_t file;
 	struct inode_key key;
-	bool any_device; /* btrfs shows another device number in /proc/locks than to stat() */
+	struct lease_line line; /* as /proc/locks has it: on btrfs other files can have the same */
 	char name[64];   /* the last component of the path, cut off */
 	pid_t breakers[BREAKERS_MAX];
 	size_t n_breakers;
@@ -52,17 +54,21 @@ struct blame {
 	sd_event_source *timer; /* enabled: the next is to begin */
 };
 
-static struct suspect *find_suspect(struct blame_job *j, unsigned major, unsigned minor,
-				    uint64_t inode)
+static bool is_line_of(const struct lease_line *line, const struct suspect *suspect)
+{
+	const struct lease_line *own = &suspect->line;
+
+	return own->pid == line->pid && own->device == line->device && own->inode == line->inode;
+}
+
+static void add_breaker(struct blame_job *j, const struct lease_line *line, pid_t pid)
 {
 	for (size_t i = 0; i < j->n_suspects; i++) {
 		struct suspect *s = &j->suspects[i];
 
-		if (s->key.inode == inode &&
-		    (s->any_device || s->key.device == makedev(major, minor)))
-			return s;
+		if (is_line_of(line, s) && s->n_breakers < BREAKERS_MAX)
+			s->breakers[s->n_breakers++] = pid;
 	}
-	return NULL;
 }
 
 /* A lease of ours, and below it those who wait for it, each nested one deeper:
@@ -70,7 +76,7 @@ static struct suspect *find_suspect(struct blame_job *j, unsigned major, unsigne
  *     1: -> LEASE  BREAKER   WRITE 5572 <none>:0 0 EOF */
 static void read_locks(struct blame_job *j)
 {
-	struct suspect *suspect = NULL;
+	struct lease_line lease = {}, none = {};
 	char *line = NULL;
 	size_t size = 0;
 	FILE *f;
@@ -80,16 +86,15 @@ static void read_locks(struct blame_job *j)
 		return;
 	while (getline(&line, &size, f) > 0) {
 		unsigned major, minor;
-		uint64_t inode;
 		pid_t pid;
 
-		if (sscanf(line, "%*d: LEASE %*s %*s %d %x:%x:%" SCNu64, &pid, &major, &minor,
-			   &inode) == 4)
-			suspect = pid == getpid() ? find_suspect(j, major, minor, inode) : NULL;
-		else if (sscanf(line, "%*d: -> LEASE BREAKER WRITE %d", &pid) != 1)
-			suspect = strstr(line, "->") ? suspect : NULL;
-		else if (suspect && suspect->n_breakers < BREAKERS_MAX)
-			suspect->breakers[suspect->n_breakers++] = pid;
+		if (sscanf(line, "%*d: LEASE %*s %*s %d %x:%x:%" SCNu64, &lease.pid, &major, &minor,
+			   &lease.inode) == 4)
+			lease.device = makedev(major, minor);
+		else if (sscanf(line, "%*d: -> LEASE BREAKER WRITE %d", &pid) == 1)
+			add_breaker(j, &lease, pid);
+		else if (!strstr(line, "->"))
+			lease = none;
 	}
 	free(line);
 	fclose(f);
@@ -102,17 +107,39 @@ static bool read_memory(pid_t pid, uint64_t address, void *ret, size_t size)
 	return process_vm_readv(pid, &local, 1, &remote, 1, 0) == (ssize_t)size;
 }
 
-/* The last component of a path in another process, as far as it can be read. */
-static void read_name(pid_t pid, uint64_t address, char *ret, size_t size)
+/* A path in another process, as far as it can be read. */
+static void read_path(pid_t pid, uint64_t address, char ret[static PATH_MAX])
 {
 	size_t n = 0;
 
-	for (char c; n + 1 < size && read_memory(pid, address++, &c, 1) && c;)
-		if (c == '/')
-			n = 0;
-		else
-			ret[n++] = c;
+	while (n + 1 < PATH_MAX && read_memory(pid, address + n, &ret[n], 1) && ret[n])
+		n++;
 	ret[n] = 0;
+}
+
+/* Does the path lead another process to another file? It has just been walked, so that nothing has to be waited
+ * for; else it is not known. */
+static bool leads_elsewhere(pid_t pid, int directory, const char *path, const struct inode_key *key)
+{
+	struct open_how how = { .flags = O_PATH | O_CLOEXEC, .resolve = RESOLVE_CACHED };
+	_cleanup_(close_fdp) int from = -1;
+	_cleanup_(close_fdp) int fd = -1;
+	struct statx stx;
+	char link[64];
+
+	how.resolve |= *path == '/' ? RESOLVE_IN_ROOT : RESOLVE_BENEATH;
+	if (*path == '/')
+		snprintf(link, sizeof(link), "/proc/%d/root", pid);
+	else if (directory == AT_FDCWD)
+		snprintf(link, sizeof(link), "/proc/%d/cwd", pid);
+	else
+		snprintf(link, sizeof(link), "/proc/%d/fd/%d", pid, directory);
+	from = open(link, O_PATH | O_CLOEXEC);
+	fd = from < 0 ? -1 : (int)syscall(SYS_openat2, from, path, &how, sizeof(how));
+	if (fd < 0 || syscall(SYS_statx, fd, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, STATX_INO, &stx) < 0)
+		return false;
+	return stx.stx_ino != key->inode ||
+	       makedev(stx.stx_dev_major, stx.stx_dev_minor) != key->device;
 }
 
 static bool flags_break(uint64_t flags)
@@ -121,7 +148,8 @@ static bool flags_break(uint64_t flags)
 }
 
 /* Does this system call break a lease as a writer? */
-static bool read_syscall(pid_t pid, const char *text, struct conflict *ret, uint64_t *ret_path)
+static bool read_syscall(pid_t pid, const char *text, struct conflict *ret, int *ret_directory,
+			 uint64_t *ret_path)
 {
 	uint64_t nr, arg[4], flags = 0;
 	struct open_how how;
@@ -130,6 +158,7 @@ static bool read_syscall(pid_t pid, const char *text, struct conflict *ret, uint
 		   &arg[1], &arg[2], &arg[3]) != 5)
 		return false;
 	*ret = conflict_new(CAUSE_OPEN);
+	*ret_directory = AT_FDCWD;
 	*ret_path = arg[0];
 	switch (nr) {
 	case SYS_truncate:
@@ -148,10 +177,12 @@ static bool read_syscall(pid_t pid, const char *text, struct conflict *ret, uint
 		break;
 #endif
 	case SYS_openat:
+		*ret_directory = (int)arg[0];
 		*ret_path = arg[1];
 		flags = arg[2];
 		break;
 	case SYS_openat2:
+		*ret_directory = (int)arg[0];
 		*ret_path = arg[1];
 		if (!read_memory(pid, arg[2], &how, sizeof(how)))
 			return false;
@@ -167,17 +198,12 @@ static bool read_syscall(pid_t pid, const char *text, struct conflict *ret, uint
 	return flags_break(flags);
 }
 
-/* /proc/locks names the process; one of its threads is blocked in the call. */
-static void look_at(pid_t pid, struct suspect *suspect)
+/* /proc/locks names the process; one of its threads is blocked in the call. False: on other files alone. */
+static bool read_calls(pid_t pid, const struct suspect *suspect, struct conflict *ret)
 {
-	_cleanup_(freep) char *comm = NULL;
-	_cleanup_(freep) char *status = NULL;
-	struct conflict who = conflict_new(CAUSE_MODIFY);
-	bool found = false, sure = false;
+	bool found = false, sure = false, elsewhere = false;
 	struct dirent *de;
-	char path[64];
-	unsigned uid;
-	char *line;
+	char path[PATH_MAX];
 	DIR *dir;
 
 	snprintf(path, sizeof(path), "/proc/%d/task", pid);
@@ -185,23 +211,42 @@ static void look_at(pid_t pid, struct suspect *suspect)
 	while (dir && !sure && (de = readdir(dir))) {
 		_cleanup_(freep) char *text = NULL;
 		struct conflict c;
+		const char *name;
 		uint64_t address;
-		char name[64];
+		int directory;
 
 		if (de->d_name[0] == '.' ||
 		    proc_read(&text, "/proc/%d/task/%s/syscall", pid, de->d_name) < 0 ||
-		    !read_syscall(pid, text, &c, &address))
+		    !read_syscall(pid, text, &c, &directory, &address))
 			continue;
+		read_path(pid, address, path);
+		if (suspect->line.device != suspect->key.device &&
+		    leads_elsewhere(pid, directory, path, &suspect->key)) {
+			elsewhere = true;
+			continue;
+		}
 		/* Several may be blocked on several files: the name tells them apart. */
-		read_name(pid, address, name, sizeof(name));
-		sure = strcmp(name, suspect->name) == 0;
+		name = strrchr(path, '/');
+		sure = strncmp(name ? name + 1 : path, suspect->name, sizeof(suspect->name) - 1) == 0;
 		if (!found || sure)
-			who = c;
+			*ret = c;
 		found = true;
 	}
 	if (dir)
 		closedir(dir);
+	return found || !elsewhere;
+}
 
+static bool look_at(pid_t pid, const struct suspect *suspect, struct conflict *ret)
+{
+	_cleanup_(freep) char *comm = NULL;
+	_cleanup_(freep) char *status = NULL;
+	struct conflict who = conflict_new(CAUSE_MODIFY);
+	unsigned uid;
+	char *line;
+
+	if (!read_calls(pid, suspect, &who))
+		return false;
 	if (proc_read(&comm, "/proc/%d/comm", pid) >= 0) {
 		comm[strcspn(comm, "\n")] = 0;
 		utf8_sanitize(comm);
@@ -211,7 +256,25 @@ static void look_at(pid_t pid, struct suspect *suspect)
 	    sscanf(line, "\nUid: %u", &uid) == 1)
 		who.uid = uid;
 	who.pid = pid;
-	suspect->who = who;
+	*ret = who;
+	return true;
+}
+
+/* Leaves those that break this lease, and not another with the same line. */
+static void sift_breakers(struct suspect *s)
+{
+	size_t n = 0;
+
+	for (size_t i = 0; i < s->n_breakers; i++) {
+		struct conflict who;
+
+		if (!look_at(s->breakers[i], s, &who))
+			continue;
+		if (n == 0)
+			s->who = who;
+		s->breakers[n++] = s->breakers[i];
+	}
+	s->n_breakers = n;
 }
 
 static void blame_run(struct job *job)
@@ -220,8 +283,7 @@ static void blame_run(struct job *job)
 
 	read_locks(j);
 	for (size_t i = 0; i < j->n_suspects; i++)
-		if (j->suspects[i].n_breakers > 0)
-			look_at(j->suspects[i].breakers[0], &j->suspects[i]);
+		sift_breakers(&j->suspects[i]);
 }
 
 /* Those who still wait for an answer. */
@@ -288,7 +350,9 @@ static void add_suspect(struct blame *blame, const struct file *file)
 	s = &blame->next->suspects[blame->next->n_suspects++];
 	s->file = file->id;
 	s->key = file->key;
-	s->any_device = strcmp(file->file_system, "btrfs") == 0;
+	/* Whose line is not found has no lease any more, and nobody who waits for it. */
+	if (lease_find_line(&file->lease, &s->line) <= 0)
+		s->line = (struct lease_line){};
 	snprintf(s->name, sizeof(s->name), "%s", name ? name + 1 : file->path);
 }
 
