@@ -129,6 +129,39 @@ struct client *client_free(struct client *client)
 	return NULL;
 }
 
+void client_inherit(struct client *client, struct process *heir)
+{
+	struct log_fields fields = client_fields(client);
+
+	if (!client->dead || sd_event_source_set_io_fd(client->death, heir->pidfd) < 0 ||
+	    sd_event_source_set_enabled(client->death, SD_EVENT_ON) < 0)
+		return;
+	log_event(LOG_NOTICE, NULL, &fields,
+		  "Holder %s (pid %d) is dead; %s (pid %d), which has its context, goes on in its place.",
+		  client->process.comm, client->process.pid, heir->comm, heir->pid);
+	process_clear(&client->process);
+	client->process = *heir;
+	*heir = (struct process){ .pidfd = -1 };
+	client->dead = false;
+	client->inherited = true;
+	bus_changed(client->broker->bus, &client->view);
+	state_client(client);
+	revocation_inherited(client);
+}
+
+bool client_can_answer(const struct client *client)
+{
+	const struct context *context;
+	bool lives = !client->dead;
+
+	if (lives && !client->inherited)
+		return true;
+	/* one that has become another user meanwhile is no heir, but has the context and the connection */
+	LIST_FOREACH(context, &client->contexts, of_client)
+		lives |= context->n_pins > 0 && context->other_holder > 0;
+	return lives && !LIST_EMPTY(&client->peers);
+}
+
 void client_collect(struct client *client)
 {
 	bool awaited = client->restored && client->broker->resume_usec != 0;

@@ -51,6 +51,7 @@ struct client {
 	char *bus_name;         /* owned; NULL: none */
 	bool bus_name_verified; /* seen on the bus as this process's */
 	bool dead;              /* the process has ended */
+	bool inherited;         /* it is not the one that connected */
 	bool restored; /* of the run before: without pins or connections it is waited for, too */
 	char token[CLIENT_TOKEN_SIZE];
 	LIST_HEAD(, use) uses;         /* owned */
@@ -67,6 +68,12 @@ struct client {
 int client_new(struct broker *broker, struct user *user, struct process *process,
 	       struct client **ret, struct refusal *ret_refusal);
 struct client *client_free(struct client *client);
+
+/* Its process is dead, and this one has a context of its, and perhaps its connections: it is the holder from now
+ * on. Takes the process over. */
+void client_inherit(struct client *client, struct process *heir);
+/* Is there a process that can be told, and let go? */
+bool client_can_answer(const struct client *client);
 
 /* The last connection has gone: frees it, unless it has pins. */
 void client_disconnected(struct client *client);

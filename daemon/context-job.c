@@ -47,6 +47,7 @@ struct context_job {
 	uint64_t n_pages;    /* reap: that should be freed */
 	pid_t manager;       /* reap: the service manager's, if it has a copy; else 0 */
 	pid_t found;         /* reap: somebody else who holds it */
+	struct process heir; /* reap: who has it of the same user, if the holder is dead; pidfd -1: nobody */
 	int barrier;         /* reap: owned; hangs up when the manager's copy has gone; -1: it has none */
 	bool closed;         /* reap: ours is closed, too */
 	int result;
@@ -67,6 +68,7 @@ static struct context_job *context_job_new(struct context *context, size_t n_han
 	}
 	j->broker = context->client->broker;
 	j->barrier = -1;
+	j->heir.pidfd = -1;
 	j->context = context_hold(context);
 	j->ops = context->ops;
 	j->fd = context->fd;
@@ -78,6 +80,7 @@ static void context_job_free(struct context_job *j)
 {
 	safe_close(j->barrier);
 	process_clear(&j->holder);
+	process_clear(&j->heir);
 	free(j);
 }
 
@@ -280,11 +283,27 @@ static int find_keeper(const struct context_job *j)
 	return found != 0 ? found : -EBUSY;
 }
 
+static int try_heir(pid_t pid, void *userdata)
+{
+	struct context_job *j = userdata;
+
+	/* our own parent stores it for us */
+	if (pid == getppid() || process_succeed(&j->holder, pid, &j->heir) < 0)
+		return 0;
+	/* The number may have been another's before. */
+	if (process_holds(pid, j->fd))
+		return 1;
+	process_clear(&j->heir);
+	return 0;
+}
+
 static void find_run(struct job *job)
 {
 	struct context_job *j = container_of(job, struct context_job, job);
 
 	j->found = find_keeper(j);
+	if (j->found > 0 && j->holder_dead)
+		(void)process_for_each_holder(j->fd, try_heir, j);
 }
 
 /* Nobody else holds it: the manager's copy has gone, or is going, and ours follows. */
@@ -345,6 +364,8 @@ static void reap_done(struct job *job)
 			context_keep(context); /* the copy was dropped too early */
 		}
 		client = broker_find_client(j->broker, client_id);
+		if (client && j->heir.pidfd >= 0)
+			client_inherit(client, &j->heir);
 		revocation_check_reachable(j->broker);
 		if (!j->closed && client && (client->dead || revocation == 0))
 			check_later(context);

@@ -286,6 +286,30 @@ bool process_is_manager(pid_t pid)
 				    (manager && atoi(manager) == pid));
 }
 
+int process_succeed(const struct process *p, pid_t pid, struct process *ret)
+{
+	struct process q;
+	int r;
+
+	if (process_is_manager(pid))
+		return -EPERM;
+	r = process_copy(p, &q);
+	if (r < 0)
+		return r;
+	safe_close(q.pidfd);
+	q.pid = pid;
+	q.pidfd = pidfd_open(pid, 0);
+	r = q.pidfd < 0 ? -errno : process_describe(&q);
+	if (r >= 0 && !process_is_same(&q))
+		r = -EPERM;
+	if (r < 0) {
+		process_clear(&q);
+		return r;
+	}
+	*ret = q;
+	return 0;
+}
+
 static int kcmp_file(pid_t pid1, pid_t pid2, int fd1, int fd2)
 {
 	return (int)syscall(SYS_kcmp, pid1, pid2, KCMP_FILE, fd1, fd2);

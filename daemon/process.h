@@ -32,6 +32,9 @@ int process_describe(struct process *p);
 /* Whether /proc tells of the processes of our own pid namespace, by the numbers that they have there. */
 bool process_has_own_proc(void);
 
+/* Another process, of the same user wholly, that goes on in p's place: -ESRCH, -EPERM. (scan) */
+int process_succeed(const struct process *p, pid_t pid, struct process *ret);
+
 /* Finds a process again by its number and start time; if there is none any more, p becomes one that has ended.
  * (scan) */
 int process_reopen(struct process *p);

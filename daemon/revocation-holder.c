@@ -80,15 +80,44 @@ bool revocation_is_reaping(const struct revocation *rev)
 	return false;
 }
 
+/* Is there anybody left to turn to, by a notice or a signal, as the rung is? */
 static bool has_living(const struct revocation *rev)
 {
 	for (size_t i = 0; i < rev->n_targets; i++) {
 		const struct pin *pin = revocation_awaited_pin(&rev->targets[i]);
 
-		if (pin && !pin->context->client->dead)
+		if (!pin)
+			continue;
+		if (rev->state == REVOCATION_NOTIFIED ? client_can_answer(pin->context->client)
+						      : !pin->context->client->dead)
 			return true;
 	}
 	return false;
+}
+
+void revocation_inherited(const struct client *client)
+{
+	struct broker *broker = client->broker;
+	uint64_t after = 0;
+	struct revocation *rev;
+
+	while ((rev = broker_next_revocation(broker, after))) {
+		bool takes_part = false;
+
+		after = rev->id;
+		if (rev->state != REVOCATION_SIGNALLED && rev->state != REVOCATION_KILLED)
+			continue;
+		for (size_t i = 0; i < rev->n_targets; i++) {
+			const struct pin *pin = revocation_awaited_pin(&rev->targets[i]);
+
+			if (pin && pin->context->client == client) {
+				rev->targets[i].asked = 0;
+				takes_part = true;
+			}
+		}
+		if (takes_part)
+			revocation_repeat(rev);
+	}
 }
 
 /* Could the end of a reap still tell something? */

@@ -117,7 +117,7 @@ static int on_timer(sd_event_source *source, uint64_t usec, void *userdata)
 {
 	struct revocation *rev = userdata;
 
-	if (rev->short_of_memory && now_usec() < rev->deadline_usec)
+	if (rev->again && now_usec() < rev->deadline_usec)
 		start_jobs(rev);
 	else
 		revocation_event(rev, REVOKE_TIMEOUT);
@@ -237,14 +237,14 @@ static int rung_signal(const struct revocation *rev)
 static void start_jobs(struct revocation *rev)
 {
 	const struct client *last = NULL;
-	bool again = rev->short_of_memory;
+	bool again = rev->again;
 	int sig = rung_signal(rev);
 
 	if (!again) {
 		rev->n_jobs = 1; /* ours, so that none that comes back at once ends the rung */
 		rev->n_reached = 0;
 	}
-	rev->short_of_memory = false;
+	rev->again = false;
 	for (size_t i = 0; i < rev->n_targets; i++) {
 		struct target *target = &rev->targets[i];
 		struct context *context;
@@ -265,12 +265,20 @@ static void start_jobs(struct revocation *rev)
 				target->asked = rev->state;
 		}
 		rev->n_jobs += r > 0;
-		rev->short_of_memory |= r < 0;
+		rev->again |= r < 0;
 	}
-	if (rev->short_of_memory || again)
-		set_timer(rev, rev->short_of_memory ? now_usec() + RETRY_USEC : rev->deadline_usec);
-	if (!rev->short_of_memory)
+	if (rev->again || again)
+		set_timer(rev, rev->again ? now_usec() + RETRY_USEC : rev->deadline_usec);
+	if (!rev->again)
 		revocation_job_done(rev->broker, rev->id, rev->state, false);
+}
+
+void revocation_repeat(struct revocation *rev)
+{
+	rev->n_jobs += !rev->again; /* ours */
+	rev->n_reached = 0;
+	rev->again = true;
+	set_timer(rev, now_usec());
 }
 
 void revocation_job_done(struct broker *broker, uint64_t id, enum revocation_state rung,
@@ -311,7 +319,7 @@ static void step(struct revocation *rev, struct revocation_step step)
 
 	rev->state = step.state;
 	bus_changed(rev->broker->bus, &rev->view);
-	rev->short_of_memory = rev->searching = false;
+	rev->again = rev->searching = false;
 	if (actions & REVOKE_ARM)
 		arm(rev, actions);
 	if (actions & REVOKE_DISARM)
@@ -435,7 +443,9 @@ int revocation_start(struct broker *broker, struct file *file, bool by_break,
 		struct pin *pin = rev->targets[i].pin;
 
 		LIST_INSERT_HEAD(&pin->targets, &rev->targets[i], of_pin);
-		alive |= !pin->on_demand && !pin->context->client->dead;
+		/* a dead one may have left its context to a process that lives */
+		alive |= !pin->on_demand && (client_can_answer(pin->context->client) ||
+					     (pin->context->client->dead && pin->context->reaping));
 		/* Let go of before, and not yet seen to be gone: now somebody waits for it. */
 		if (pin->state == PIN_LEAVING)
 			context_check(pin->context);

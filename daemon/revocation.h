@@ -67,7 +67,7 @@ struct revocation {
 	sd_event_source *timer;
 	unsigned n_jobs;    /* of the present rung */
 	unsigned n_reached; /* processes that the present rung's signal reached */
-	bool short_of_memory; /* the present rung has to be tried again */
+	bool again; /* the present rung has to be tried again: it was short of memory, or a holder has changed */
 	bool searching; /* its signal reached nobody: it is looked who has the contexts */
 
 	struct bus_view view; /* bus's */
@@ -94,6 +94,9 @@ void revocation_event(struct revocation *revocation, enum revocation_event event
 /* A pin has ended; called by pin_end() for each of the pin's targets. */
 void revocation_target_gone(struct target *target, enum proof proof);
 
+/* Has the present rung's jobs done again, where they are still to be. */
+void revocation_repeat(struct revocation *revocation);
+
 /* revocation-signal.c: sends a holder the signal of the present rung, if it is still who connected and holds
  * a context of its pins; revocation_job_done() follows. 1, or -ENOMEM. */
 int revocation_signal(struct revocation *revocation, struct client *client, int sig);
@@ -114,6 +117,8 @@ bool revocation_is_reaping(const struct revocation *revocation);
  * its descriptors closed already. Looks who has the contexts; revocation_check_reachable() follows.
  */
 void revocation_search(struct revocation *revocation);
+/* Another process is the client now: the rung's signal is for it, too. */
+void revocation_inherited(const struct client *client);
 /* It has been looked who has a context: is there anybody left to turn to? */
 void revocation_check_reachable(struct broker *broker);
 

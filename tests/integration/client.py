@@ -345,6 +345,9 @@ def truncate_in_child(path, size):
     result, end = os.pipe()
     pid = os.fork()
     if pid == 0:
+        # what it has inherited would count as its own: a context, too
+        os.closerange(3, end)
+        os.closerange(end + 1, 65536)
         code, begin = 0, time.monotonic()
         try:
             os.truncate(path, size)

@@ -10,6 +10,7 @@ import struct
 import time
 import traceback
 import unittest
+import warnings
 
 from client import PAGE, WAIT, Connection, is_readable, truncate_in_child
 from world import DAEMON, NOBODY, READY, Case, DeafManager, Holder, end_child
@@ -28,6 +29,7 @@ class Process:
         commands, self.commands = os.pipe()
         self.pid = os.fork()
         if self.pid == 0:
+            warnings.simplefilter('ignore')  # nothing is closed before the process ends
             try:
                 os.close(self.events)
                 os.close(self.commands)
@@ -211,6 +213,96 @@ class Holders(Case):
         daemon.wait_for_log('was sent no signal')
         self.assertEqual(os.waitpid(process.pid, os.WNOHANG), (0, 0))
         self.assertNotIn('Sent SIGKILL', daemon.text())
+
+    def background(self, function, n=1):
+        """Processes that go on with what their parent, which has ended, has connected for."""
+        def parent(say, hear):
+            holder = Holder(self.path, self.file)
+            say('holds')
+            hear()
+            for _ in range(n):
+                if os.fork() == 0:
+                    function(holder, say, hear)
+                    os._exit(0)
+
+        process = Process(self, parent)
+        self.assertEqual(process.hear(), 'holds')
+        process.tell()
+        self.assertEqual(os.waitpid(process.pid, 0)[1], 0)
+        return process
+
+    @staticmethod
+    def let_go(holder, say, hear):
+        say('there')
+        say(holder.notice()['conflict']['cause'])
+        hear()
+        holder.release()
+        say('let go')
+        hear()
+
+    @staticmethod
+    def ignore(_, say, hear):
+        say(str(os.getpid()))
+        hear()
+
+    def test_background(self):
+        """It is told, and has the time that it needs."""
+        daemon = self.launch('[Revocation]\nRevokeGraceSec=20s\n')
+        process = self.background(self.let_go)
+        self.assertEqual(process.hear(), 'there')
+        _, result = self.truncate()
+        self.assertEqual(process.hear(), 'modify')
+        daemon.wait_for_log('goes on in its place')
+        self.assertEqual(self.revocations()[0]['state'], 'notified')
+        process.tell()
+        self.assertEqual(process.hear(), 'let go')
+        self.truncated(result)
+        self.assertEqual(self.revocations()[0]['state'], 'released')
+        process.tell()
+
+    def test_background_of_another_user(self):
+        """Daemons give up what they may, once they have what they need."""
+        def let_go(holder, say, hear):
+            become(NOBODY)
+            self.let_go(holder, say, hear)
+
+        daemon = self.launch('[Revocation]\nRevokeGraceSec=20s\n')
+        process = self.background(let_go)
+        self.assertEqual(process.hear(), 'there')
+        daemon.wait_for_log('still held by process')
+        _, result = self.truncate()
+        self.assertEqual(process.hear(), 'modify')
+        self.assertEqual(self.revocations()[0]['state'], 'notified')
+        process.tell()
+        self.assertEqual(process.hear(), 'let go')
+        self.truncated(result)
+        process.tell()
+
+    def test_background_without_connection(self):
+        """Nobody can be told: no time is lost."""
+        def ignore(holder, say, hear):
+            holder.connection.close()
+            holder.watch.close()
+            self.ignore(holder, say, hear)
+
+        self.launch('[Revocation]\nRevokeGraceSec=60s\n')
+        process = self.background(ignore)
+        self.assertTrue(process.hear())
+        _, result = self.truncate()
+        self.truncated(result)
+        self.assertEqual(self.revocations()[0]['state'], 'released')
+
+    def test_background_ignores(self):
+        """Whoever has the context is signalled, one after the other."""
+        daemon = self.launch('[Revocation]\nRevokeGraceSec=200ms\nSignalGraceSec=10s\n')
+        process = self.background(self.ignore, 2)
+        pids = {int(process.hear()) for _ in range(2)}
+        _, result = self.truncate()
+        self.truncated(result)
+        self.assertIsNone(process.hear())
+        self.assertEqual(self.revocations()[0]['state'], 'released')
+        for pid in pids:
+            daemon.wait_for_log(rf'Sent SIGBUS to \S+ \(pid {pid}\)')
 
 
 if __name__ == '__main__':

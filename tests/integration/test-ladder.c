@@ -212,7 +212,7 @@ static void test_unmapped(void **state)
 	world_stop();
 }
 
-/* The holder dies, and a child has the ring still: it holds the file up, and is detached at once. */
+/* The holder dies, and a child has all that it had: it is the holder from now on, and has its time. */
 static void test_child_keeps_ring(void **state)
 {
 	const struct holder_options options = { .ignore = true };
@@ -225,7 +225,7 @@ static void test_child_keeps_ring(void **state)
 	kill(holder.pid, SIGKILL);
 	assert_int_equal(waitpid(holder.pid, NULL, 0), holder.pid);
 	expect_pinned(pinned(), base, PAGES);
-	truncate_and_wait(base, 5, PINBROKER_PROOF_CLAIMED);
+	truncate_and_wait(base, GRACE_MSEC, PINBROKER_PROOF_CLAIMED);
 	assert_int_equal(kill(child, 0), 0);
 	kill(child, SIGKILL);
 	close(holder.events);
