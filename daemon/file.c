@@ -414,10 +414,14 @@ static void go_on_after_stripping(struct file *file)
 
 void file_update(struct file *file)
 {
+	enum lease_event event;
+
 	if (file->lease.fd < 0 || file->opening)
 		return;
-	sharing_inspect(file);
-	switch (lease_look(&file->lease)) {
+	event = lease_look(&file->lease);
+	if (event != LEASE_INTACT)
+		sharing_inspect(file);
+	switch (event) {
 	case LEASE_READER:
 		break_by_reader(file);
 		break;

@@ -26,6 +26,7 @@ struct hearing {
 	uint64_t complain_usec; /* … or missed something, of which nothing is said before */
 	uint64_t sweep_after;   /* a sweep is under way, and has come to this file */
 	uint64_t sweep_usec;    /* it goes on not before this */
+	bool sweep_inspects;    /* it looks at what has been done to shared leases, in its second round */
 	bool sweep_again;       /* another one is to follow */
 };
 
@@ -42,10 +43,27 @@ static bool sweep_some(struct hearing *h)
 		if (!file)
 			return false;
 		h->sweep_after = file->id;
+		if (h->sweep_inspects) {
+			sharing_look(file);
+			continue;
+		}
 		if (file->n_pins > 0)
 			file_keep(file);
-		sharing_look(file);
+		file_update(file);
 	}
+	return true;
+}
+
+/* The first round is for those who may be held up, and quick. True if there is a next one. */
+static bool begin_round(struct hearing *h)
+{
+	h->sweep_after = 0;
+	h->sweep_inspects = !h->sweep_inspects;
+	if (h->sweep_inspects)
+		return true;
+	if (!h->sweep_again)
+		return false;
+	h->sweep_again = false;
 	return true;
 }
 
@@ -59,14 +77,9 @@ static int arm_sweep(struct hearing *h)
 static int on_sweep(sd_event_source *source, uint64_t usec, void *userdata)
 {
 	struct hearing *h = userdata;
-	bool more = sweep_some(h);
+	bool more = sweep_some(h) || begin_round(h);
 
 	h->sweep_usec = now_usec() + SWEEP_PAUSE_USEC;
-	if (!more) {
-		more = h->sweep_again;
-		h->sweep_again = false;
-		h->sweep_after = 0;
-	}
 	return more ? arm_sweep(h) : 0;
 }
 
@@ -76,7 +89,7 @@ void hearing_sweep(struct hearing *h)
 
 	/* One that is under way is finished first, so that it gets to the last file however many
 	 * are asked for. */
-	if (h->sweep_after > 0)
+	if (h->sweep_after > 0 || h->sweep_inspects)
 		h->sweep_again = true;
 	else if (sd_event_source_get_enabled(h->sweep, &enabled) == 0)
 		(void)arm_sweep(h);

@@ -265,6 +265,9 @@ void sharing_look(struct file *file)
 	bool known;
 	uid_t uid;
 
+	if (file->lease.fd >= 0 && !file->opening)
+		sharing_inspect(file);
+	/* a break may have gone unheard until now */
 	file_update(file);
 	tampering = file->sharing.seen;
 	if (tampering == LEASE_UNTOUCHED || file->opening)

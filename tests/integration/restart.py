@@ -250,10 +250,12 @@ class Restart(Case):
         pid, answer = fork_nobody(copy)
         self.addCleanup(answer.close)
         self.addCleanup(end_child, pid)
-        os.read(ready, 1)
-        for fd in (told, ready, end):
-            os.close(fd)
         self.addCleanup(os.close, tell)
+        os.close(told)
+        os.close(end)
+        said = os.read(ready, 1)
+        os.close(ready)
+        self.assertEqual(said, b'x', said or answer.read())
         return pid, tell
 
     def test_break_meanwhile(self):
