@@ -189,7 +189,8 @@ struct pinbroker_notice {
 	uint64_t client; /* this one */
 	uint64_t file;
 	const char *path;
-	const uint64_t *pins; /* those to let go of; an update names again what has not gone yet */
+	const uint64_t *pins; /* those to let go of; an update names again what has not gone yet, or others: of very many
+				 some are named at a time */
 	size_t n_pins;
 	enum pinbroker_cause cause;
 	uint64_t offset;        /* the range that is wanted … */

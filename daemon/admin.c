@@ -9,57 +9,17 @@
 #include "log.h"
 #include "macro.h"
 
-struct selection {
-	struct broker *broker;
-	struct pin **pins; /* owned */
-	size_t n;
-};
-
-static void selection_clear(struct selection *s)
-{
-	free(s->pins);
-}
-
-static int selection_init(struct selection *s, struct broker *broker, size_t n_max)
-{
-	s->broker = broker;
-	s->pins = calloc(n_max + 1, sizeof(*s->pins));
-	return s->pins ? 0 : -ENOMEM;
-}
-
-/* Is it one of those that are meant? use: what one client has of it, as clients may have opened it in several ways;
- * NULL: the broker's own. */
-typedef bool (*file_filter)(const struct file *file, const struct use *use, const void *wanted);
-
-/* filter: NULL: all pins */
-static void select_file(struct selection *s, struct file *file, file_filter filter,
-			const void *wanted)
-{
-	struct pin *pin = NULL;
-
-	while ((pin = pin_ranges_find(&file->pins, 0, UINT64_MAX, pin)))
-		if (!filter || filter(file, pin->use, wanted))
-			s->pins[s->n++] = pin;
-}
-
-static void select_context(struct selection *s, struct context *context)
-{
-	struct pin *pin;
-
-	LIST_FOREACH(pin, &context->pins, of_context)
-		if (!pin->over)
-			s->pins[s->n++] = pin;
-}
-
 static int start_revocation(struct selection *s, enum cause cause, const char *reason, uint64_t timeout_usec,
-		  uint64_t *ret_id, struct refusal *ret_refusal)
+			    uint64_t *ret_id, struct refusal *ret_refusal)
 {
 	struct conflict conflict = conflict_new(cause);
 
-	if (s->broker->stopping)
+	if (s->broker->stopping) {
+		selection_clear(s);
 		return refuse(ret_refusal, REFUSAL_BUSY, "shutdown", "The broker is shutting down.");
+	}
 	snprintf(conflict.reason, sizeof(conflict.reason), "%s", reason);
-	return revocation_start(s->broker, NULL, false, &conflict, s->pins, s->n,
+	return revocation_start(s->broker, NULL, false, &conflict, s,
 				timeout_usec == 0 ? UINT64_MAX : timeout_usec, false, ret_id);
 }
 
@@ -67,32 +27,24 @@ int admin_revoke_pins(struct broker *broker, const uint64_t *pins, size_t n_pins
 		      const char *reason, uint64_t timeout_usec, uint64_t *ret_id,
 		      struct refusal *ret_refusal)
 {
-	_cleanup_(selection_clear) struct selection s = {};
+	struct selection s;
 	int r;
 
-	r = selection_init(&s, broker, n_pins);
-	if (r < 0)
-		return r;
 	for (size_t i = 0; i < n_pins; i++) {
 		struct pin *pin = broker_find_pin(broker, pins[i]);
 
 		if (!pin || pin->over)
 			return refuse_no_such(ret_refusal, "pin", pins[i]);
-		s.pins[s.n++] = pin;
 	}
-	return start_revocation(&s, CAUSE_ADMIN, reason, timeout_usec, ret_id, ret_refusal);
+	r = selection_of_pins(broker, pins, n_pins, &s);
+	return r < 0 ? r : start_revocation(&s, CAUSE_ADMIN, reason, timeout_usec, ret_id, ret_refusal);
 }
 
 static int revoke_file(struct file *file, const char *reason, uint64_t timeout_usec,
 		       uint64_t *ret_id, struct refusal *ret_refusal)
 {
-	_cleanup_(selection_clear) struct selection s = {};
-	int r;
+	struct selection s = selection_of_file(file, 0);
 
-	r = selection_init(&s, file->broker, file->n_pins);
-	if (r < 0)
-		return r;
-	select_file(&s, file, NULL, NULL);
 	return start_revocation(&s, CAUSE_ADMIN, reason, timeout_usec, ret_id, ret_refusal);
 }
 
@@ -156,27 +108,26 @@ int admin_revoke_path(struct broker *broker, const char *path, const struct inod
 	return revoke_file(file, reason, timeout_usec, ret_id, ret_refusal);
 }
 
+static bool is_of_client(const struct context *context, const struct selection *s)
+{
+	return context->client->id == s->client;
+}
+
 int admin_revoke_client(struct broker *broker, uint64_t id, const char *reason,
 			uint64_t timeout_usec, uint64_t *ret_id, struct refusal *ret_refusal)
 {
-	_cleanup_(selection_clear) struct selection s = {};
-	struct client *client = broker_find_client(broker, id);
-	struct context *context;
-	int r;
+	static const struct selection_filter filter = { .context = is_of_client };
+	struct selection s = selection_of(broker, &filter);
 
-	if (!client)
+	if (!broker_find_client(broker, id))
 		return refuse_no_such(ret_refusal, "client", id);
-	r = selection_init(&s, broker, client->n_pins);
-	if (r < 0)
-		return r;
-	LIST_FOREACH(context, &client->contexts, of_client)
-		select_context(&s, context);
+	s.client = id;
 	return start_revocation(&s, CAUSE_ADMIN, reason, timeout_usec, ret_id, ret_refusal);
 }
 
-static bool is_below(const struct file *file, const struct use *use, const void *wanted)
+static bool is_below(const struct file *file, const struct use *use, const struct selection *s)
 {
-	const char *path = file->path, *directory = wanted;
+	const char *path = file->path, *directory = s->name;
 	size_t n = strlen(directory);
 
 	while (n > 1 && directory[n - 1] == '/')
@@ -193,174 +144,156 @@ static bool is_through(const struct mounts *mounts, uint64_t mount)
 }
 
 /* All of it is in the way where the broker's own description is. */
-static bool is_on_mount(const struct file *file, const struct use *use, const void *wanted)
+static bool is_on_mount(const struct file *file, const struct use *use, const struct selection *s)
 {
-	const struct mounts *mounts = wanted;
-
-	return file->mount_device == mounts->device &&
-	       (is_through(mounts, file->mount) || (use && is_through(mounts, use->mount)));
+	return file->mount_device == s->mounts.device &&
+	       (is_through(&s->mounts, file->mount) || (use && is_through(&s->mounts, use->mount)));
 }
 
-static void select_files(struct selection *s, file_filter filter, const void *wanted)
+static bool has_file(const struct selection *s)
+{
+	struct file *file = broker_next_file(s->broker, 0);
+
+	while (file && !s->filter->file(file, NULL, s))
+		file = broker_next_file(s->broker, file->id);
+	return file;
+}
+
+static void withdraw_uses(struct file *file, const struct selection *s, uint64_t revocation)
+{
+	struct use *use, *next;
+
+	for (use = LIST_FIRST(&file->uses); use; use = next) {
+		next = LIST_NEXT(use, of_file);
+		if (s->filter->file(file, use, s))
+			use_withdraw(use, revocation);
+	}
+	file_collect(file);
+}
+
+static void withdraw_files(const struct selection *s, uint64_t revocation)
 {
 	struct file *file;
 	uint64_t after = 0;
 
 	while ((file = broker_next_file(s->broker, after))) {
 		after = file->id;
-		select_file(s, file, filter, wanted);
-	}
-}
-
-static bool has_file(struct broker *broker, file_filter filter, const void *wanted)
-{
-	struct file *file = broker_next_file(broker, 0);
-
-	while (file && !filter(file, NULL, wanted))
-		file = broker_next_file(broker, file->id);
-	return file;
-}
-
-static void withdraw_uses(struct file *file, file_filter filter, const void *wanted,
-			  uint64_t revocation)
-{
-	struct use *use, *next;
-
-	for (use = LIST_FIRST(&file->uses); use; use = next) {
-		next = LIST_NEXT(use, of_file);
-		if (filter(file, use, wanted))
-			use_withdraw(use, revocation);
-	}
-	file_collect(file);
-}
-
-static void withdraw_files(struct broker *broker, file_filter filter, const void *wanted,
-			   uint64_t revocation)
-{
-	struct file *file;
-	uint64_t after = 0;
-
-	while ((file = broker_next_file(broker, after))) {
-		after = file->id;
-		if (filter(file, NULL, wanted))
+		if (s->filter->file(file, NULL, s))
 			file_withdraw(file, revocation);
 		else
-			withdraw_uses(file, filter, wanted, revocation);
+			withdraw_uses(file, s, revocation);
 	}
 }
 
-static int revoke_files(struct broker *broker, file_filter filter, const void *wanted,
-			const char *reason, uint64_t timeout_usec, uint64_t *ret_id,
-			struct refusal *ret_refusal)
+/* meant: what the revocation gets a copy of */
+static int revoke_files(const struct selection *meant, enum cause cause, const char *reason,
+			uint64_t timeout_usec, uint64_t *ret_id, struct refusal *ret_refusal)
 {
-	_cleanup_(selection_clear) struct selection s = {};
+	struct selection s;
 	int r;
 
-	r = selection_init(&s, broker, broker->n_pins);
-	if (r < 0)
-		return r;
-	select_files(&s, filter, wanted);
-	r = start_revocation(&s, CAUSE_ADMIN, reason, timeout_usec, ret_id, ret_refusal);
+	r = selection_copy(meant, &s);
+	if (r >= 0)
+		r = start_revocation(&s, cause, reason, timeout_usec, ret_id, ret_refusal);
 	if (r == 0)
-		withdraw_files(broker, filter, wanted, *ret_id);
+		withdraw_files(meant, *ret_id);
 	return r;
 }
 
 int admin_revoke_mount(struct broker *broker, const char *path, const char *reason,
 		       uint64_t timeout_usec, uint64_t *ret_id, struct refusal *ret_refusal)
 {
+	static const struct selection_filter filter = { .file = is_below };
+	struct selection s = selection_of(broker, &filter);
+
 	if (path[0] != '/')
 		return refuse_parameter(ret_refusal, "path");
-	if (!has_file(broker, is_below, path))
+	s.name = (char *)path;
+	if (!has_file(&s))
 		return refuse(ret_refusal, REFUSAL_NO_SUCH_OBJECT, "file",
 			      "No file is listed at or below %.150s.", path);
-	return revoke_files(broker, is_below, path, reason, timeout_usec, ret_id, ret_refusal);
+	return revoke_files(&s, CAUSE_ADMIN, reason, timeout_usec, ret_id, ret_refusal);
 }
 
 int admin_revoke_mounts(struct broker *broker, const struct mounts *mounts, const char *reason,
 			uint64_t timeout_usec, uint64_t *ret_id, struct refusal *ret_refusal)
 {
-	return revoke_files(broker, is_on_mount, mounts, reason, timeout_usec, ret_id, ret_refusal);
-}
-/* A device by its name, as contexts and files have it, or, without one, by its number. */
-struct device {
-	const char *name;
-	dev_t number;
-};
+	static const struct selection_filter filter = { .file = is_on_mount };
+	struct selection s = selection_of(broker, &filter);
 
-static bool is_on(const struct context *context, const struct device *device)
+	s.mounts = *mounts;
+	return revoke_files(&s, CAUSE_ADMIN, reason, timeout_usec, ret_id, ret_refusal);
+}
+
+/* A device by its name, as contexts and files have it, or, without one, by its number. */
+static bool is_on(const struct context *context, const struct selection *s)
 {
 	const struct context_description *description = &context->description;
 
-	return device->name ? strcmp(description->device, device->name) == 0
-			    : description->number == device->number;
+	return s->name ? strcmp(description->device, s->name) == 0 : description->number == s->number;
 }
 
-static bool lies_on(const struct file *file, const struct use *use, const void *wanted)
+static bool lies_on(const struct file *file, const struct use *use, const struct selection *s)
 {
-	const struct device *device = wanted;
-
-	return device->name && backing_is_on(&file->backing, device->name);
+	return s->name && backing_is_on(&file->backing, s->name);
 }
 
-static struct context *next_on(struct broker *broker, const struct device *device, uint64_t after)
+static struct selection selection_of_device(struct broker *broker, const char *name, dev_t number)
 {
-	struct context *context = broker_next_context(broker, after);
+	static const struct selection_filter filter = { .file = lies_on, .context = is_on };
+	struct selection s = selection_of(broker, &filter);
 
-	while (context && !is_on(context, device))
-		context = broker_next_context(broker, context->id);
+	s.name = (char *)name;
+	s.number = number;
+	return s;
+}
+
+static struct context *next_on(const struct selection *s, uint64_t after)
+{
+	struct context *context = broker_next_context(s->broker, after);
+
+	while (context && !is_on(context, s))
+		context = broker_next_context(s->broker, context->id);
 	return context;
 }
 
-static int revoke_device(struct broker *broker, const struct device *device, const char *reason,
-			 uint64_t timeout_usec, uint64_t *ret_id, struct refusal *ret_refusal)
+static int revoke_device(const struct selection *s, const char *reason, uint64_t timeout_usec,
+			 uint64_t *ret_id, struct refusal *ret_refusal)
 {
-	_cleanup_(selection_clear) struct selection s = {};
 	struct context *context;
-	uint64_t after = 0;
 	int r;
 
-	/* a pin may be there both by its file and by its context */
-	r = selection_init(&s, broker, 2 * (size_t)broker->n_pins);
-	if (r < 0)
-		return r;
-	select_files(&s, lies_on, device);
-	for (; (context = next_on(broker, device, after)); after = context->id)
-		select_context(&s, context);
-	r = start_revocation(&s, CAUSE_DEVICE, reason, timeout_usec, ret_id, ret_refusal);
-	if (r != 0)
-		return r;
-	withdraw_files(broker, lies_on, device, *ret_id);
-	for (after = 0; (context = next_on(broker, device, after)); after = context->id)
+	r = revoke_files(s, CAUSE_DEVICE, reason, timeout_usec, ret_id, ret_refusal);
+	for (uint64_t after = 0; r == 0 && (context = next_on(s, after)); after = context->id)
 		context_withdraw(context, *ret_id);
-	return 0;
+	return r;
 }
 
 int admin_revoke_device(struct broker *broker, const char *name, const char *reason,
 			uint64_t timeout_usec, uint64_t *ret_id, struct refusal *ret_refusal)
 {
-	const struct device device = { .name = name };
+	const struct selection s = selection_of_device(broker, name, 0);
 
 	/* that is what contexts without a device have */
 	if (!name[0])
 		return refuse_parameter(ret_refusal, "device");
-	if (!next_on(broker, &device, 0) && !has_file(broker, lies_on, &device))
+	if (!next_on(&s, 0) && !has_file(&s))
 		return refuse(ret_refusal, REFUSAL_NO_SUCH_OBJECT, "device",
 			      "No context and no file is on a device %.100s.", name);
-	return revoke_device(broker, &device, reason, timeout_usec, ret_id, ret_refusal);
+	return revoke_device(&s, reason, timeout_usec, ret_id, ret_refusal);
 }
 
 void admin_remove_device(struct broker *broker, dev_t number)
 {
-	const struct device device = { .number = number };
-	struct context *context = next_on(broker, &device, 0);
+	const struct selection s = selection_of_device(broker, NULL, number);
+	struct context *context = next_on(&s, 0);
 	struct refusal refusal;
 	uint64_t id;
 	int r;
 
 	if (!context)
 		return;
-	r = revoke_device(broker, &device, "it is being removed", 0, &id, &refusal);
+	r = revoke_device(&s, "it is being removed", 0, &id, &refusal);
 	if (r < 0)
 		log_errno(LOG_ERR, r, "Cannot revoke the pins through %s, which is being removed",
 			  context->description.device);

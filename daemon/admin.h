@@ -6,6 +6,7 @@
 #include <sys/types.h>
 
 #include "refusal.h"
+#include "selection.h"
 
 struct broker;
 struct inode_key;
@@ -32,11 +33,6 @@ int admin_revoke_client(struct broker *broker, uint64_t client, const char *reas
 int admin_revoke_mount(struct broker *broker, const char *path, const char *reason,
 		       uint64_t timeout_usec, uint64_t *ret_id, struct refusal *ret_refusal);
 /* Every file of a file system, but for what was opened through certain mounts of it. Withdrawn likewise. */
-struct mounts {
-	uint64_t device; /* of the file system, where mounts are listed */
-	const uint64_t *others; /* not meant */
-	size_t n_others;
-};
 int admin_revoke_mounts(struct broker *broker, const struct mounts *mounts, const char *reason,
 			uint64_t timeout_usec, uint64_t *ret_id, struct refusal *ret_refusal);
 /* Every pin through contexts of a device, and of files that it holds: a block device, a device-DAX, an NVDIMM

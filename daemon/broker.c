@@ -191,22 +191,20 @@ void broker_set_config(struct broker *broker, struct config *config)
 	users_set_maxima(broker->users, config->limits);
 }
 
+static bool is_any(const struct file *file, const struct use *use, const struct selection *selection)
+{
+	return true;
+}
+
 static int revoke_all(struct broker *broker)
 {
-	_cleanup_(freep) struct pin **pins = NULL;
+	static const struct selection_filter all = { .file = is_any };
 	struct conflict conflict = conflict_new(CAUSE_SHUTDOWN);
-	struct pin *pin;
-	size_t n = 0;
+	struct selection selection = selection_of(broker, &all);
 
-	pins = calloc(broker->n_pins + 1, sizeof(*pins));
-	if (!pins)
-		return -ENOMEM;
-	for (pin = broker_next_pin(broker, 0); pin; pin = broker_next_pin(broker, pin->id))
-		if (!pin->over)
-			pins[n++] = pin;
-	return n == 0 ? 0
-		      : revocation_start(broker, NULL, false, &conflict, pins, n, UINT64_MAX, false,
-					 NULL);
+	if (broker->n_pins == 0)
+		return 0;
+	return revocation_start(broker, NULL, false, &conflict, &selection, UINT64_MAX, false, NULL);
 }
 
 void broker_check_stopped(struct broker *broker)

@@ -11,11 +11,11 @@
 #include "bus-path.h"
 #include "bus.h"
 #include "macro.h"
+#include "turn.h"
 
 /* org.pinbroker1.Manager: from messages to the broker and back. */
 
 #define LIST_MAX    1000U  /* objects in one reply */
-#define LOOK_AT_MAX 10000U /* objects gone through for one */
 
 static int reply_refusal(sd_bus_message *m, int r, const struct refusal *refusal)
 {
@@ -258,16 +258,17 @@ static int append_object(sd_bus_message *m, const struct schema *schema, const v
 	static int append_##type##s(sd_bus_message *reply, struct broker *broker,                  \
 				    struct list *list)                                             \
 	{                                                                                          \
+		struct slice slice = slice_begin();                                                \
 		uint32_t n = 0;                                                                    \
 		int r = 0;                                                                         \
                                                                                                    \
-		for (uint32_t i = 0; r >= 0; i++) {                                                \
+		while (r >= 0) {                                                                   \
 			struct type *p = broker_next_##type(broker, list->after);                  \
 			struct msg_##type##_info info;                                             \
                                                                                                    \
 			if (!p)                                                                    \
 				list->after = 0;                                                   \
-			if (!p || n == list->limit || i == LOOK_AT_MAX)                            \
+			if (!p || n == list->limit || slice_is_over(&slice))                       \
 				break;                                                             \
 			list->after = p->id;                                                       \
 			if (!matches_##type(p, list))                                              \

@@ -13,7 +13,7 @@
 #include "macro.h"
 #include "protocol/utf8.h"
 
-#define NODES_MAX      4096U /* children in one answer */
+#define NODES_MAX      1024U /* children in one answer */
 #define PROPERTIES_MAX 32U
 #define NAME_MAX_SIZE  32U
 
@@ -338,8 +338,7 @@ static int add_pins(struct nodes *nodes, struct broker *broker, uint64_t id)
 	return r;
 }
 
-/* sd-bus asks for everything below the path that is looked at: it is given the next level alone, or, for
- * ObjectManager, all but the pins. */
+/* sd-bus asks for everything below the path that is looked at: it is given the next level alone. */
 static int on_enumerate(sd_bus *bus, const char *prefix, void *userdata, char ***ret_nodes,
 			sd_bus_error *error)
 {
@@ -355,8 +354,7 @@ static int on_enumerate(sd_bus *bus, const char *prefix, void *userdata, char **
 	for (size_t i = 0; path && r == 0 && i < BUS_PIN; i++) {
 		const char *rest = path + strlen(kinds[i].prefix);
 
-		if (sd_bus_message_is_method_call(m, "org.freedesktop.DBus.ObjectManager", NULL) ||
-		    strcmp(path, kinds[i].prefix) == 0)
+		if (strcmp(path, kinds[i].prefix) == 0)
 			r = add_objects(&nodes, userdata, &kinds[i]);
 		else if (strcmp(path, BUS_PATH) == 0)
 			r = add_node(&nodes, "%s", kinds[i].prefix);
@@ -372,6 +370,80 @@ static int on_enumerate(sd_bus *bus, const char *prefix, void *userdata, char **
 	}
 	*ret_nodes = nodes.paths;
 	return 0;
+}
+
+struct appending {
+	sd_bus_message *m;
+	const sd_bus_vtable *property;
+	const union info *info;
+};
+
+static int append_property(const struct field *field, size_t offset, void *userdata)
+{
+	struct appending *a = userdata;
+	int r;
+
+	a->property++;
+	r = sd_bus_message_open_container(a->m, 'e', "sv");
+	if (r >= 0)
+		r = sd_bus_message_append(a->m, "s", a->property->x.property.member);
+	if (r >= 0)
+		r = sd_bus_message_open_container(a->m, 'v', bus_field_type(field));
+	if (r >= 0)
+		r = bus_append_value(a->m, field, (const char *)a->info + offset);
+	if (r >= 0)
+		r = sd_bus_message_close_container(a->m);
+	if (r >= 0)
+		r = sd_bus_message_close_container(a->m);
+	return r < 0 ? r : 0;
+}
+
+static int append_interfaces(sd_bus_message *m, enum bus_object kind, const void *object)
+{
+	union info info;
+	struct appending a = { .m = m, .property = get_vtable(kind), .info = &info };
+	int r;
+
+	kinds[kind].info(object, &info);
+	/* those that every object has, as sd-bus lists them */
+	r = sd_bus_message_append(m, "{sa{sv}}{sa{sv}}{sa{sv}}", "org.freedesktop.DBus.Peer", 0,
+				  "org.freedesktop.DBus.Introspectable", 0,
+				  "org.freedesktop.DBus.Properties", 0);
+	if (r >= 0)
+		r = sd_bus_message_open_container(m, 'e', "sa{sv}");
+	if (r >= 0)
+		r = sd_bus_message_append(m, "s", kinds[kind].interface);
+	if (r >= 0)
+		r = sd_bus_message_open_container(m, 'a', "{sv}");
+	if (r >= 0)
+		r = for_each_field(kinds[kind].schema, 0, append_property, &a);
+	if (r >= 0)
+		r = sd_bus_message_close_container(m);
+	return r < 0 ? r : sd_bus_message_close_container(m);
+}
+
+int bus_object_append_next(sd_bus_message *m, struct broker *broker, enum bus_object kind, uint64_t *after)
+{
+	uint64_t id = kinds[kind].next(broker, *after);
+	char path[128];
+	int r;
+
+	if (id == 0)
+		return 0;
+	*after = id;
+	snprintf(path, sizeof(path), "%s/%" PRIu64, kinds[kind].prefix, id);
+	r = sd_bus_message_open_container(m, 'e', "oa{sa{sv}}");
+	if (r >= 0)
+		r = sd_bus_message_append(m, "o", path);
+	if (r >= 0)
+		r = sd_bus_message_open_container(m, 'a', "{sa{sv}}");
+	if (r >= 0)
+		r = append_interfaces(m, kind, kinds[kind].find(broker, id));
+	if (r >= 0)
+		r = sd_bus_message_close_container(m);
+	if (r >= 0)
+		r = sd_bus_message_close_container(m);
+	return r < 0 ? r : 1;
 }
 
 int bus_objects_add(sd_bus *bus, struct broker *broker)

@@ -25,6 +25,9 @@ int bus_object_changed(sd_bus *bus, struct broker *broker, struct bus_view *view
 		       unsigned connection);
 int bus_object_removed(sd_bus *bus, enum bus_object kind, uint64_t id);
 
+/* Adds the next object of a kind to an answer of GetManagedObjects. 1; 0: there is none. */
+int bus_object_append_next(sd_bus_message *m, struct broker *broker, enum bus_object kind, uint64_t *after);
+
 /* The D-Bus type of a field, and the value at `value` in a message; for OBJECT fields -EOPNOTSUPP. */
 const char *bus_field_type(const struct field *field);
 int bus_append_value(sd_bus_message *m, const struct field *field, const void *value);

@@ -11,11 +11,13 @@
 #include "broker.h"
 #include "bus-authorization.h"
 #include "bus-credentials.h"
+#include "bus-managed.h"
 #include "bus-manager.h"
 #include "bus-object.h"
 #include "log.h"
 #include "macro.h"
 #include "notice.h"
+#include "turn.h"
 
 #define RECONNECT_FIRST_USEC (100 * USEC_PER_MSEC)
 #define RECONNECT_LAST_USEC  (5 * USEC_PER_SEC)
@@ -24,9 +26,8 @@
 #define NEWS_USEC (2 * USEC_PER_MSEC)
 #define NEWS_MAX  64U
 
-/* Changes are told ten times a second at most, so many objects in a turn of the loop. */
+/* Changes are told ten times a second at most. */
 #define CHANGES_USEC (100 * USEC_PER_MSEC)
-#define CHANGES_MAX  64U
 
 /* With more messages than that waiting for a bus that does not read, the news are left out. */
 #define BACKLOG_MAX 64U
@@ -117,23 +118,33 @@ static bool is_behind(struct bus *bus)
 	return behind;
 }
 
-static void send_news(struct bus *bus)
+/* At least the first, and others until the slice is over. */
+static void send_news(struct bus *bus, const struct slice *slice)
 {
-	unsigned n = bus->n_news;
+	unsigned i = 0;
 
-	bus->n_news = 0;
-	for (unsigned i = 0; bus->connected && i < n && !is_behind(bus); i++) {
-		int r = send_one(bus, &bus->news[i]);
+	do {
+		int r = bus->connected && !is_behind(bus) ? send_one(bus, &bus->news[i]) : 0;
 
 		if (r < 0 && r != -ENOTCONN)
 			log_errno(LOG_WARNING, r, "Cannot tell the bus of %" PRIu64, bus->news[i].id);
-	}
+	} while (++i < bus->n_news && !slice_is_over(slice));
+	bus->n_news -= i;
+	memmove(bus->news, bus->news + i, bus->n_news * sizeof(bus->news[0]));
 }
 
 static int on_news(sd_event_source *source, uint64_t usec, void *userdata)
 {
-	send_news(userdata);
-	return 0;
+	struct slice slice = slice_begin();
+	struct bus *bus = userdata;
+	int r;
+
+	if (bus->n_news > 0)
+		send_news(bus, &slice);
+	if (bus->n_news == 0)
+		return 0;
+	r = sd_event_source_set_time_relative(source, 0);
+	return r < 0 ? r : sd_event_source_set_enabled(source, SD_EVENT_ONESHOT);
 }
 
 static void forget_change(struct bus *bus, struct bus_view *view)
@@ -156,14 +167,18 @@ static void set_changes_timer(struct bus *bus, uint64_t usec)
 /* What has changed again meanwhile is told the next time. */
 static int on_changes(sd_event_source *source, uint64_t usec, void *userdata)
 {
+	struct slice slice = slice_begin();
 	struct bus *bus = userdata;
 
-	send_news(bus); /* they may be of the same objects */
+	if (bus->n_news > 0) {
+		send_news(bus, &slice); /* they may be of the same objects */
+		set_changes_timer(bus, 0);
+		return 0;
+	}
 	if (bus->n_due == 0)
 		bus->n_due = bus->n_changed;
-	for (unsigned i = 0; i < CHANGES_MAX && bus->n_due > 0 && !TAILQ_EMPTY(&bus->changed) &&
-			     bus->connected && !is_behind(bus);
-	     i++) {
+	while (bus->n_due > 0 && !TAILQ_EMPTY(&bus->changed) && bus->connected && !is_behind(bus) &&
+	       !slice_is_over(&slice)) {
 		struct bus_view *view = TAILQ_FIRST(&bus->changed);
 		int r;
 
@@ -195,7 +210,10 @@ static void close_elsewhere(struct bus *bus)
 
 static void drop(struct bus *bus)
 {
-	send_news(bus);
+	struct slice slice = slice_begin();
+
+	while (bus->n_news > 0)
+		send_news(bus, &slice);
 	while (!TAILQ_EMPTY(&bus->changed))
 		forget_change(bus, TAILQ_FIRST(&bus->changed));
 	if (!bus->bus)
@@ -288,6 +306,8 @@ static int bus_start(struct bus *bus)
 		r = bus_manager_add(bus->bus, bus->broker);
 	if (r >= 0)
 		r = bus_objects_add(bus->bus, bus->broker);
+	if (r >= 0)
+		r = bus_managed_add(bus->bus, bus->broker);
 	if (r >= 0)
 		r = sd_bus_match_signal_async(bus->bus, NULL, "org.freedesktop.DBus.Local",
 					      "/org/freedesktop/DBus/Local",
@@ -513,12 +533,12 @@ static void add_news(struct bus *bus, struct news news)
 	if (!bus || !bus->connected)
 		return;
 	if (bus->n_news == NEWS_MAX)
-		send_news(bus);
+		send_news(bus, &(struct slice){}); /* the first */
 	bus->news[bus->n_news++] = news;
 	if (sd_event_source_get_enabled(bus->news_timer, NULL) == SD_EVENT_OFF &&
 	    (sd_event_source_set_time_relative(bus->news_timer, NEWS_USEC) < 0 ||
 	     sd_event_source_set_enabled(bus->news_timer, SD_EVENT_ONESHOT) < 0))
-		send_news(bus);
+		send_news(bus, &(struct slice){});
 }
 
 void bus_revocation_started(struct bus *bus, const struct revocation *rev)

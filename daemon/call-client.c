@@ -7,6 +7,7 @@
 #include "notice.h"
 #include "peer.h"
 #include "state.h"
+#include "turn.h"
 
 /* Hello, Resume and Watch: who a connection speaks for. */
 
@@ -148,7 +149,7 @@ static struct client *prove_client(struct call *call, int64_t id, const char *to
 	struct peer *peer = call->peer;
 	struct client *client = broker_find_client(peer->broker, (uint64_t)id);
 
-	if (!client || client->dead || client->process.uid != peer->process.uid ||
+	if (!client || client->dead || client->ended || client->process.uid != peer->process.uid ||
 	    client->process.pid != peer->process.pid || !client_check_token(client, token)) {
 		refuse_no_such(&call->refusal, "client", (uint64_t)id);
 		return NULL;
@@ -162,9 +163,12 @@ static struct client *prove_client(struct call *call, int64_t id, const char *to
 	return client;
 }
 
+/* One message brings no more than this of what was missed, far below what a client reads; Watch tells all. */
+#define NOTICES_MAX_BYTES (256U * 1024U)
+
 struct notices {
 	struct msg_notice *items;
-	size_t n;
+	size_t n, n_bytes;
 };
 
 /* The notice's strings live on, its list of pins does not. */
@@ -180,12 +184,26 @@ static int collect_notice(const struct msg_notice *notice, void *userdata)
 	notices->items = items;
 	copy = &items[notices->n];
 	*copy = *notice;
-	copy->pins.items = malloc(size);
+	copy->pins.items = malloc(size + 1);
 	if (!copy->pins.items)
 		return -ENOMEM;
-	memcpy(copy->pins.items, notice->pins.items, size);
+	if (size > 0)
+		memcpy(copy->pins.items, notice->pins.items, size);
 	notices->n++;
+	notices->n_bytes += sizeof(*notice) + 2 * size + strlen(notice->path);
 	return 0;
+}
+
+static int collect_notices(struct client *client, struct notices *notices)
+{
+	struct slice slice = slice_begin();
+	struct notice_place place = {};
+	int r;
+
+	do
+		r = notice_catch_up(client, &place, collect_notice, notices);
+	while (r > 0 && notices->n_bytes < NOTICES_MAX_BYTES && !slice_is_over(&slice));
+	return r;
 }
 
 int call_resume(struct call *call, const union call_in *in)
@@ -196,7 +214,7 @@ int call_resume(struct call *call, const union call_in *in)
 
 	if (!client)
 		return REFUSED;
-	r = notice_for_each(client, collect_notice, &notices);
+	r = collect_notices(client, &notices);
 	if (r >= 0) {
 		struct msg_resume_out out = { .notices = { notices.items, notices.n } };
 
@@ -206,7 +224,7 @@ int call_resume(struct call *call, const union call_in *in)
 	for (size_t i = 0; i < notices.n; i++)
 		free(notices.items[i].pins.items);
 	free(notices.items);
-	return r;
+	return r < 0 ? r : 0;
 }
 
 static int watch_notice(const struct msg_notice *notice, void *userdata)
@@ -215,18 +233,20 @@ static int watch_notice(const struct msg_notice *notice, void *userdata)
 	return 0;
 }
 
+static int watch_missed(struct peer *peer)
+{
+	return notice_catch_up(peer->client, &peer->missed, watch_notice, peer);
+}
+
 int call_watch(struct call *call, const union call_in *in)
 {
 	struct client *client = prove_client(call, in->watch.client, in->watch.token);
-	int r;
 
 	if (!client)
 		return REFUSED;
-	/* What began before somebody watched is told first. */
-	r = notice_for_each(client, watch_notice, call->peer);
-	if (r < 0)
-		return r;
 	peer_set_client(call->peer, client);
 	call->peer->watching = true;
+	/* What began before somebody watched is told first. */
+	call->peer->list = watch_missed;
 	return CALL_PENDING;
 }

@@ -77,21 +77,15 @@ static int closing_start(struct call *call, int64_t id, __typeof__(((struct clos
 	return REFUSED;
 }
 
-/* The first context from looked_at on with a pin on the file that is only to be seen to be gone. */
-static struct context *find_leaving(struct client *client, const struct use *use, uint64_t *looked_at)
+/* The first context from looked_at on with pins that are only to be seen to be gone, whichever file they are on. */
+static struct context *find_leaving(struct client *client, uint64_t *looked_at)
 {
 	struct context *context, *first = NULL;
-	struct pin *pin;
 
-	LIST_FOREACH(context, &client->contexts, of_client) {
-		if (context->id <= *looked_at || (first && context->id > first->id))
-			continue;
-		LIST_FOREACH(pin, &context->pins, of_context)
-			if (!pin->over && pin->use == use && pin_is_awaited(pin)) {
-				first = context;
-				break;
-			}
-	}
+	LIST_FOREACH(context, &client->contexts, of_client)
+		if (context->id > *looked_at && (!first || context->id < first->id) &&
+		    context_n_awaited(context) > 0)
+			first = context;
 	if (first)
 		*looked_at = first->id;
 	return first;
@@ -106,7 +100,7 @@ static int close_file(struct peer *peer, int64_t id, uint64_t *looked_at, struct
 	if (!use)
 		return REFUSED;
 	if (use->n_pins > 0) {
-		*ret_look = find_leaving(client, use, looked_at);
+		*ret_look = find_leaving(client, looked_at);
 		return refuse(ret_refusal, REFUSAL_BUSY, "pinned",
 			      "%u pin%s of yours still on %s: unpin first.", use->n_pins,
 			      PLURAL(use->n_pins), use->file->path);

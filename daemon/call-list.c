@@ -5,10 +5,9 @@
 #include "call.h"
 #include "macro.h"
 #include "peer.h"
+#include "turn.h"
 
 /* The List streams: some objects each turn of the loop, in the order of their ids. */
-
-#define LOOK_AT_PER_TURN 512
 
 static bool sees_uid(const struct peer *peer, uid_t uid)
 {
@@ -63,7 +62,9 @@ static bool sees_revocation(const struct peer *peer, const struct revocation *re
 #define LIST(type)                                                                   \
 	static int list_##type(struct peer *peer)                                                  \
 	{                                                                                          \
-		for (unsigned n = 0; n < LOOK_AT_PER_TURN; n++) {                                  \
+		struct slice slice = slice_begin();                                                \
+                                                                                                   \
+		while (!slice_is_over(&slice)) {                                                   \
 			struct type *p = broker_next_##type(peer->broker, peer->list_after);       \
 			struct msg_##type##_info item;                                                 \
                                                                                                    \

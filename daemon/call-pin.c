@@ -5,7 +5,9 @@
 
 #include "broker.h"
 #include "macro.h"
+#include "notice.h"
 #include "peer.h"
+#include "turn.h"
 
 /* Pin, Bind, Unpin and Extend. */
 
@@ -111,77 +113,144 @@ int call_bind(struct call *call, const union call_in *in)
 	return CALL_PENDING;
 }
 
+/* Of many pins some are let go of each turn of the loop. */
 struct unpinning {
+	struct job job; /* writes a long answer */
 	struct context_waiter waiter;
-	struct peer *peer; /* reference */
+	sd_event_source *source; /* goes on */
+	struct peer *peer;       /* reference */
 	struct broker *broker;
 	uint64_t client;
-	size_t n_pins;
+	bool pending; /* the call is */
+	bool checked; /* all are the client's */
+	size_t n_pins, i;
+	size_t n_ended; /* the first so many of pins, of those that have been passed */
+	struct text *text; /* owned; the long answer */
+	int result;
 	int64_t pins[];
 };
 
-/* A context of theirs in which handles are being destroyed: which, is known only afterwards. */
-static struct context *find_detaching(const struct client *client, const int64_t *pins, size_t n_pins)
+static void unpinning_free(struct unpinning *u)
 {
-	for (size_t i = 0; i < n_pins; i++) {
-		struct pin *pin = broker_find_pin(client->broker, (uint64_t)pins[i]);
-
-		if (pin && pin->context->client == client && pin->context->n_detaching > 0)
-			return pin->context;
-	}
-	return NULL;
+	sd_event_source_disable_unref(u->source);
+	text_unref(u->text);
+	peer_unref(u->peer);
+	free(u);
 }
 
-static int unpin(struct client *client, struct peer *peer, const int64_t *pins, size_t n_pins,
-		 struct refusal *ret_refusal)
+static struct msg_unpin_out unpin_out(struct unpinning *u)
 {
-	_cleanup_(freep) int64_t *ended = calloc(n_pins + 1, sizeof(*ended));
-	size_t n_ended;
-	int r;
+	return (struct msg_unpin_out){ .ended = { u->pins, u->n_ended } };
+}
 
-	if (!ended)
-		return -ENOMEM;
-	r = client_unpin(client, pins, n_pins, ended, &n_ended, ret_refusal);
+static void answer_run(struct job *job)
+{
+	struct unpinning *u = container_of(job, struct unpinning, job);
+	struct msg_unpin_out out = unpin_out(u);
+
+	u->result = peer_format(&schema_msg_unpin_out, &out, false, &u->text);
+}
+
+static void answer_done(struct job *job)
+{
+	struct unpinning *u = container_of(job, struct unpinning, job);
+
+	if (u->peer->connection) {
+		peer_send_text(u->peer, u->result, u->text, true);
+		peer_done(u->peer);
+	}
+	unpinning_free(u);
+}
+
+/* Returns what the call does. */
+static int unpin_answer(struct unpinning *u, int r, const struct refusal *refusal)
+{
+	struct peer *peer = u->peer;
+	struct msg_unpin_out out = unpin_out(u);
+
+	if (r == 0 && u->n_ended > NOTICE_PINS_MAX && peer->connection) {
+		u->job.run = answer_run;
+		u->job.done = answer_done;
+		offload_submit_step(u->broker->offload, peer->user, &u->job);
+		return CALL_PENDING;
+	}
 	if (r == 0 && peer->connection)
-		peer_reply(peer, &schema_msg_unpin_out,
-			   &(struct msg_unpin_out){ .ended = { ended, n_ended } }, NULL, 0);
+		peer_reply(peer, &schema_msg_unpin_out, &out, NULL, 0);
+	if (u->pending && peer->connection) {
+		if (r != 0)
+			peer_refuse(peer, r, refusal);
+		peer_done(peer);
+	}
+	unpinning_free(u);
 	return r;
+}
+
+/* All or none. */
+static int unpin_check(struct unpinning *u, struct client *client, struct refusal *ret_refusal)
+{
+	if (!client_find_pin(client, u->pins[u->i], ret_refusal))
+		return REFUSED;
+	if (++u->i == u->n_pins) {
+		u->checked = true;
+		u->i = 0;
+	}
+	return 0;
+}
+
+/* CALL_PENDING: it waits until it is known which handles are destroyed. */
+static int unpin_next(struct unpinning *u)
+{
+	/* one that is named twice is there only once */
+	struct pin *pin = broker_find_pin(u->broker, (uint64_t)u->pins[u->i]);
+
+	if (pin && context_wait_detached(pin->context, &u->waiter))
+		return CALL_PENDING;
+	if (pin && client_unpin(pin))
+		u->pins[u->n_ended++] = u->pins[u->i];
+	u->i++;
+	return 0;
+}
+
+static int unpin_go_on(struct unpinning *u, struct refusal *ret_refusal)
+{
+	struct client *client = broker_find_client(u->broker, u->client);
+	struct slice slice = slice_begin();
+	int r = client ? 0 : -ECONNRESET;
+
+	/* Said is said, also by who has closed the connection meanwhile. */
+	while (r == 0 && u->i < u->n_pins) {
+		r = u->checked ? unpin_next(u) : unpin_check(u, client, ret_refusal);
+		if (r == 0 && slice_is_over(&slice))
+			r = sd_event_source_set_enabled(u->source, SD_EVENT_ONESHOT) ?: CALL_PENDING;
+	}
+	return r == CALL_PENDING ? r : unpin_answer(u, r, ret_refusal);
+}
+
+static int on_unpin(sd_event_source *source, void *userdata)
+{
+	struct unpinning *u = userdata;
+	struct refusal refusal;
+
+	(void)unpin_go_on(u, &refusal);
+	return 0;
 }
 
 static void unpin_detached(struct context_waiter *waiter)
 {
-	struct unpinning *u = container_of(waiter, struct unpinning, waiter);
-	struct client *client = broker_find_client(u->broker, u->client);
-	struct context *context = client ? find_detaching(client, u->pins, u->n_pins) : NULL;
-	struct peer *peer = u->peer;
 	struct refusal refusal;
-	int r;
 
-	if (context && context_wait_detached(context, &u->waiter))
-		return;
-	/* Said is said, also by who has closed the connection meanwhile. */
-	r = client ? unpin(client, peer, u->pins, u->n_pins, &refusal) : -ECONNRESET;
-	if (peer->connection) {
-		if (r != 0)
-			peer_refuse(peer, r, &refusal);
-		peer_done(peer);
-	}
-	peer_unref(peer);
-	free(u);
+	(void)unpin_go_on(container_of(waiter, struct unpinning, waiter), &refusal);
 }
 
 int call_unpin(struct call *call, const union call_in *in)
 {
 	const struct ints *pins = &in->unpin.pins;
 	struct client *client = call_client(call);
-	struct context *context;
 	struct unpinning *u;
+	int r;
 
 	if (!client)
 		return REFUSED;
-	context = find_detaching(client, pins->items, pins->n_items);
-	if (!context)
-		return unpin(client, call->peer, pins->items, pins->n_items, &call->refusal);
 	u = calloc(1, sizeof(*u) + pins->n_items * sizeof(u->pins[0]));
 	if (!u)
 		return -ENOMEM;
@@ -190,9 +259,19 @@ int call_unpin(struct call *call, const union call_in *in)
 	u->broker = client->broker;
 	u->client = client->id;
 	u->n_pins = pins->n_items;
-	memcpy(u->pins, pins->items, pins->n_items * sizeof(u->pins[0]));
-	(void)context_wait_detached(context, &u->waiter);
-	return CALL_PENDING;
+	if (pins->n_items > 0)
+		memcpy(u->pins, pins->items, pins->n_items * sizeof(u->pins[0]));
+	r = sd_event_add_defer(u->broker->event, &u->source, on_unpin, u);
+	if (r >= 0)
+		r = sd_event_source_set_enabled(u->source, SD_EVENT_OFF);
+	if (r < 0) {
+		unpinning_free(u);
+		return r;
+	}
+	r = unpin_go_on(u, &call->refusal);
+	if (r == CALL_PENDING)
+		u->pending = true;
+	return r;
 }
 
 int call_extend(struct call *call, const union call_in *in)

@@ -67,8 +67,12 @@ static size_t count_pinning(struct pin **pins, size_t n_pins)
 
 static int revoke_pins(struct file *file, const struct conflict *conflict, struct pin **pins, size_t n_pins)
 {
-	int r = revocation_start(file->broker, file, false, conflict, pins, n_pins, 0, true, NULL);
+	struct selection selection;
+	int r;
 
+	r = selection_of_these(file->broker, pins, n_pins, &selection);
+	if (r >= 0)
+		r = revocation_start(file->broker, file, false, conflict, &selection, 0, true, NULL);
 	if (r < 0)
 		log_errno(LOG_ERR, r, "Cannot revoke the pins of %s", file->path);
 	return r;
@@ -346,6 +350,7 @@ static void revoke_late(struct file *file)
 	_cleanup_(freep) struct pin **pins = calloc(file->n_pins + 1, sizeof(*pins));
 	struct log_fields fields = { .file = file->id, .path = file->path };
 	struct conflict conflict = conflict_new(CAUSE_MODIFY);
+	struct selection selection;
 	struct pin *pin = NULL;
 	size_t n = 0;
 	int r = -ENOMEM;
@@ -359,7 +364,9 @@ static void revoke_late(struct file *file)
 		  "%s was opened for writing and changed while it was exposed, under %zu pins.", file->path,
 		  count_pinning(pins, n));
 	if (pins)
-		r = revocation_start(file->broker, file, false, &conflict, pins, n, UINT64_MAX, false,
+		r = selection_of_these(file->broker, pins, n, &selection);
+	if (r >= 0)
+		r = revocation_start(file->broker, file, false, &conflict, &selection, UINT64_MAX, false,
 				     NULL);
 	if (r < 0)
 		log_errno(LOG_ERR, r, "Cannot revoke the pins of %s", file->path);

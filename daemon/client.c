@@ -13,6 +13,7 @@
 #include "macro.h"
 #include "peer.h"
 #include "state.h"
+#include "turn.h"
 
 static int make_token(char token[static CLIENT_TOKEN_SIZE])
 {
@@ -47,11 +48,65 @@ static struct log_fields client_fields(const struct client *client)
 	};
 }
 
+static int compare_use(const struct use *a, const struct use *b)
+{
+	return a->file_id < b->file_id ? -1 : a->file_id > b->file_id;
+}
+
+TREE_GENERATE(uses, use, of_client, compare_use)
+
+static int compare_lost(const struct use *a, const struct use *b)
+{
+	return a->lost < b->lost ? -1 : a->lost > b->lost;
+}
+
+TREE_GENERATE(lost_uses, use, by_lost, compare_lost)
+
+static int on_work(sd_event_source *source, void *userdata);
+
+/* Returns false if it cannot, and all has to be done at once. */
+static bool work_later(struct client *client)
+{
+	if (!client->work && sd_event_add_defer(client->broker->event, &client->work, on_work, client) < 0)
+		return false;
+	return sd_event_source_set_enabled(client->work, SD_EVENT_ONESHOT) >= 0;
+}
+
+/* Looks whether its pins have died with it; true: there are more contexts. */
+static bool reap_some(struct client *client, const struct slice *slice)
+{
+	struct context *context;
+
+	LIST_FOREACH(context, &client->contexts, of_client) {
+		if (context->orphaned)
+			continue;
+		if (slice_is_over(slice))
+			return true;
+		context->orphaned = true;
+		if (context->n_pins > 0)
+			context_reap(context);
+	}
+	return false;
+}
+
+static void reap_contexts(struct client *client)
+{
+	struct slice slice = slice_begin();
+	bool more;
+
+	client->working = true; /* not to be freed meanwhile */
+	do
+		more = reap_some(client, &slice);
+	while (more && !work_later(client));
+	client->working = false;
+	if (!more)
+		client_collect(client);
+}
+
 static int on_death(sd_event_source *source, int fd, uint32_t revents, void *userdata)
 {
 	struct client *client = userdata;
 	struct log_fields fields = client_fields(client);
-	struct context *context, *next;
 
 	sd_event_source_set_enabled(source, SD_EVENT_OFF);
 	client->dead = true;
@@ -61,12 +116,7 @@ static int on_death(sd_event_source *source, int fd, uint32_t revents, void *use
 			  "Holder %s (pid %d) died with %u pin%s; looking what died with it.",
 			  client->process.comm, client->process.pid, client->n_pins,
 			  PLURAL(client->n_pins));
-	for (context = LIST_FIRST(&client->contexts); context; context = next) {
-		next = LIST_NEXT(context, of_client);
-		if (context->n_pins > 0)
-			context_reap(context);
-	}
-	client_collect(client);
+	reap_contexts(client);
 	return 0;
 }
 
@@ -86,7 +136,8 @@ int client_new(struct broker *broker, struct user *user, struct process *process
 	client->broker = broker;
 	client->user = user_ref(user);
 	client->process.pidfd = -1;
-	LIST_INIT(&client->uses);
+	RB_INIT(&client->uses);
+	RB_INIT(&client->lost);
 	LIST_INIT(&client->contexts);
 	LIST_INIT(&client->peers);
 	r = make_token(client->token);
@@ -105,21 +156,44 @@ int client_new(struct broker *broker, struct user *user, struct process *process
 	return 0;
 }
 
+/* Frees what it has; true: there is more. */
+static bool clear_some(struct client *client, const struct slice *slice)
+{
+	struct context *context;
+	struct use *use;
+
+	while ((context = LIST_FIRST(&client->contexts))) {
+		struct pin *pin = context_next_pin(context, 0);
+
+		if (slice && slice_is_over(slice))
+			return true;
+		if (pin)
+			pin_free(pin);
+		else
+			context_free(context);
+	}
+	while ((use = RB_ROOT(&client->uses))) {
+		if (slice && slice_is_over(slice))
+			return true;
+		use_free(use);
+	}
+	return false;
+}
+
 struct client *client_free(struct client *client)
 {
 	if (!client)
 		return NULL;
 	assert(LIST_EMPTY(&client->peers));
-	while (!LIST_EMPTY(&client->contexts))
-		context_free(LIST_FIRST(&client->contexts));
-	while (!LIST_EMPTY(&client->uses))
-		use_free(LIST_FIRST(&client->uses));
+	(void)clear_some(client, NULL);
 	assert(client->n_pins == 0);
 	if (client->id != 0) {
 		state_gone(client->broker, client->id);
 		broker_remove_client(client->broker, client);
 	}
 	sd_event_source_disable_unref(client->death);
+	sd_event_source_disable_unref(client->work);
+	sd_event_source_disable_unref(client->bus_catch_up);
 	user_discharge(client->user, LIMIT_CLIENTS, 1);
 	user_unref(client->user);
 	process_clear(&client->process);
@@ -162,20 +236,37 @@ bool client_can_answer(const struct client *client)
 	return lives && !LIST_EMPTY(&client->peers);
 }
 
+static void client_end(struct client *client)
+{
+	struct slice slice = slice_begin();
+
+	client->ended = true;
+	if (!clear_some(client, &slice) || !work_later(client))
+		client_free(client);
+}
+
+static int on_work(sd_event_source *source, void *userdata)
+{
+	struct client *client = userdata;
+
+	if (client->ended)
+		client_end(client);
+	else
+		reap_contexts(client);
+	return 0;
+}
+
 void client_collect(struct client *client)
 {
 	bool awaited = client->restored && client->broker->resume_usec != 0;
-	struct context *context;
 
-	if (client->n_pins > 0 || (!client->dead && (awaited || !LIST_EMPTY(&client->peers))))
-		return;
 	/* A job that is under way comes back to its context. */
-	LIST_FOREACH(context, &client->contexts, of_client)
-		if (context->reaping)
-			return;
+	if (client->n_pins > 0 || client->n_reaping > 0 || client->working || client->ended ||
+	    (!client->dead && (awaited || !LIST_EMPTY(&client->peers))))
+		return;
 	while (!LIST_EMPTY(&client->peers))
 		peer_forget_client(LIST_FIRST(&client->peers));
-	client_free(client);
+	client_end(client);
 }
 
 void client_disconnected(struct client *client)
@@ -193,21 +284,17 @@ void client_disconnected(struct client *client)
 
 struct use *client_find_use(struct client *client, const struct file *file)
 {
-	struct use *use;
+	struct use *use = uses_RB_FIND(&client->uses, &(struct use){ .file_id = file->id });
 
-	LIST_FOREACH(use, &client->uses, of_client)
-		if (use->file == file)
-			return use;
-	return NULL;
+	return use && use->file ? use : NULL;
 }
 
 struct use *client_find_use_of(struct client *client, int64_t file_id, struct refusal *ret_refusal)
 {
-	struct use *use;
+	struct use *use = uses_RB_FIND(&client->uses, &(struct use){ .file_id = (uint64_t)file_id });
 
-	LIST_FOREACH(use, &client->uses, of_client)
-		if (use->file_id == (uint64_t)file_id)
-			return use;
+	if (use)
+		return use;
 	refuse_no_such(ret_refusal, "file", (uint64_t)file_id);
 	return NULL;
 }
@@ -215,13 +302,28 @@ struct use *client_find_use_of(struct client *client, int64_t file_id, struct re
 /* The same file, opened anew: what was kept to tell of its end is of no use any more. */
 static void forget_withdrawn(struct client *client, const struct file *file)
 {
-	struct use *use, *next;
+	struct use *use = uses_RB_FIND(&client->uses, &(struct use){ .file_id = file->id });
 
-	for (use = LIST_FIRST(&client->uses); use; use = next) {
-		next = LIST_NEXT(use, of_client);
-		if (!use->file && use->file_id == file->id)
-			use_free(use);
-	}
+	if (use && !use->file)
+		use_free(use);
+}
+
+void use_set_lost(struct use *use, uint64_t lost)
+{
+	if (lost == 0)
+		return;
+	use->lost = lost;
+	lost_uses_RB_INSERT(&use->client->lost, use);
+}
+
+struct use *client_next_lost(struct client *client, uint64_t after)
+{
+	return lost_uses_RB_NFIND(&client->lost, &(struct use){ .lost = after + 1 });
+}
+
+struct use *client_next_use(struct client *client, uint64_t after)
+{
+	return uses_RB_NFIND(&client->uses, &(struct use){ .file_id = after + 1 });
 }
 
 int client_add_use(struct client *client, struct file *file, enum access access, bool writable,
@@ -242,7 +344,7 @@ int client_add_use(struct client *client, struct file *file, enum access access,
 	use->file_id = file->id;
 	use->access = access;
 	use->writable = writable;
-	LIST_INSERT_HEAD(&client->uses, use, of_client);
+	uses_RB_INSERT(&client->uses, use);
 	client->n_files++;
 	LIST_INSERT_HEAD(&file->uses, use, of_file);
 	file->n_uses++;
@@ -266,8 +368,9 @@ int client_add_lost_use(struct client *client, uint64_t file_id, uint64_t lost, 
 	user_charge_force(client->user, LIMIT_FILES, 1);
 	use->client = client;
 	use->file_id = file_id;
-	use->lost = use->revocation = lost;
-	LIST_INSERT_HEAD(&client->uses, use, of_client);
+	use->revocation = lost;
+	uses_RB_INSERT(&client->uses, use);
+	use_set_lost(use, lost);
 	return 0;
 }
 
@@ -297,7 +400,9 @@ struct use *use_free(struct use *use)
 		leave_file(use);
 	else if (use->lost != 0)
 		state_unuse(use);
-	LIST_REMOVE(use, of_client);
+	uses_RB_REMOVE(&use->client->uses, use);
+	if (use->lost != 0)
+		lost_uses_RB_REMOVE(&use->client->lost, use);
 	user_discharge(use->client->user, LIMIT_FILES, 1);
 	free(use->path);
 	free(use);
@@ -349,7 +454,7 @@ static int check_ranges(struct file *file, const struct msg_range *ranges, size_
 		return (int)size;
 	for (size_t i = 0; i < n_ranges; i++) {
 		int64_t offset = ranges[i].offset, length = ranges[i].length;
-		struct pin *pin = NULL;
+		struct pin *pin;
 
 		if (offset < 0 || length <= 0 || offset > INT64_MAX - length)
 			return refuse_parameter(ret_refusal, "ranges");
@@ -364,19 +469,17 @@ static int check_ranges(struct file *file, const struct msg_range *ranges, size_
 		}
 		if (__builtin_add_overflow(bytes, (uint64_t)length, &bytes))
 			return refuse_parameter(ret_refusal, "ranges");
-		if (file->broker->n_running == 0)
-			continue;
-		while ((pin = pin_ranges_find(&file->pins, (uint64_t)offset,
-					      (uint64_t)(offset + length), pin)))
-			if (!LIST_EMPTY(&pin->targets)) {
-				*ret_refusal = (struct refusal){
-					.kind = REFUSAL_RANGE_CONFLICT,
-					.id = (int64_t)LIST_FIRST(&pin->targets)->revocation->id,
-					.offset = offset,
-					.length = length,
-				};
-				return REFUSED;
-			}
+		pin = pin_ranges_find_wanted(&file->pins, (uint64_t)offset,
+					     (uint64_t)(offset + length));
+		if (pin) {
+			*ret_refusal = (struct refusal){
+				.kind = REFUSAL_RANGE_CONFLICT,
+				.id = (int64_t)pin_revocation(pin)->id,
+				.offset = offset,
+				.length = length,
+			};
+			return REFUSED;
+		}
 	}
 	*ret_bytes = bytes;
 	return 0;
@@ -412,10 +515,10 @@ static int check_file(struct file *file, struct use *use, enum access access, bo
 	return 0;
 }
 
-static void drop_reserved(struct context *context, size_t n)
+static void drop_reserved(struct broker *broker, const int64_t *ids, size_t n)
 {
 	while (n-- > 0)
-		pin_free(LIST_FIRST(&context->pins));
+		pin_free(broker_find_pin(broker, (uint64_t)ids[n]));
 }
 
 static int charge_pins(struct user *user, size_t n, uint64_t bytes, struct refusal *ret_refusal)
@@ -471,7 +574,7 @@ int client_pin(struct client *client, const struct msg_pin_in *in, int64_t *ret_
 			    in->onDemand, label, &pin);
 		if (r < 0) {
 			/* What these have been charged goes with them, … */
-			drop_reserved(context, i);
+			drop_reserved(client->broker, ret_ids, i);
 			/* … and what the others would have been. */
 			for (size_t k = i; k < n_ranges && !in->onDemand; k++)
 				user_discharge(client->user, LIMIT_PINNED_BYTES,
@@ -485,29 +588,15 @@ int client_pin(struct client *client, const struct msg_pin_in *in, int64_t *ret_
 	return r;
 }
 
-int client_unpin(struct client *client, const int64_t *ids, size_t n_ids, int64_t *ret_ended,
-		 size_t *ret_n_ended, struct refusal *ret_refusal)
+bool client_unpin(struct pin *pin)
 {
-	size_t n_ended = 0;
+	bool ended = pin->destroyed || (pin->over && !pin->lost);
 
-	for (size_t i = 0; i < n_ids; i++)
-		if (!client_find_pin(client, ids[i], ret_refusal))
-			return REFUSED;
-	for (size_t i = 0; i < n_ids; i++) {
-		/* one that is named twice is there only once */
-		struct pin *pin = broker_find_pin(client->broker, (uint64_t)ids[i]);
-
-		if (!pin)
-			continue;
-		if (pin->destroyed || (pin->over && !pin->lost))
-			ret_ended[n_ended++] = ids[i];
-		if (pin->over)
-			pin_free(pin);
-		else
-			pin_leave(pin);
-	}
-	*ret_n_ended = n_ended;
-	return 0;
+	if (pin->over)
+		pin_free(pin);
+	else
+		pin_leave(pin);
+	return ended;
 }
 
 void client_info(const struct client *client, struct msg_client_info *ret)

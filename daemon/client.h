@@ -8,6 +8,7 @@
 #include <systemd/sd-event.h>
 
 #include "bus-view.h"
+#include "notice.h"
 #include "process.h"
 #include "protocol/interface.h"
 #include "refusal.h"
@@ -29,12 +30,17 @@ struct use {
 	uint64_t revocation;   /* withdrawn, or to be when its last pin has ended: on whose word */
 	enum access access;    /* what was asked for */
 	bool writable;         /* the client was given a descriptor that can write */
+	unsigned n_lost; /* of its pins, that a restart has lost */
 	uint64_t lost; /* a restart has lost it, or some of its pins, and tells so by this number; 0: none */
 	char *path;    /* owned; of a file that was lost */
 	unsigned n_pins;       /* not over */
-	LIST_ENTRY(use) of_client;
+	RB_ENTRY(use) of_client;
+	RB_ENTRY(use) by_lost; /* client::lost, if a restart has lost something of it */
 	LIST_ENTRY(use) of_file;
 };
+
+RB_HEAD(uses, use);
+RB_HEAD(lost_uses, use);
 
 /*
  * One holder. It lives as long as its process, whatever becomes of its connections, or, when that
@@ -54,12 +60,20 @@ struct client {
 	bool inherited;         /* it is not the one that connected */
 	bool restored; /* of the run before: without pins or connections it is waited for, too */
 	char token[CLIENT_TOKEN_SIZE];
-	LIST_HEAD(, use) uses;         /* owned */
+	struct uses uses;              /* owned */
+	struct lost_uses lost;         /* of them */
 	LIST_HEAD(, context) contexts; /* owned */
 	LIST_HEAD(, peer) peers;       /* rpc's; connections that speak for it or watch for it */
 	unsigned n_files, n_contexts, n_pins;
+	unsigned n_reaping; /* contexts of which it is being looked who has them */
 	uint64_t pinned_bytes;
+	unsigned n_told; /* of its pins: pin_is_told() */
+	sd_event_source *bus_catch_up; /* sends its name on the bus what it missed; NULL: not yet */
+	struct notice_place bus_place; /* and has come to this */
 	sd_event_source *death;
+	sd_event_source *work; /* goes on with what its death or end makes to do; NULL: not yet needed */
+	bool working;
+	bool ended; /* it is being freed, some of it each turn of the loop, and cannot be taken up again */
 	struct bus_view view; /* bus's */
 	RB_ENTRY(client) by_id; /* broker::clients */
 };
@@ -91,6 +105,12 @@ int client_add_use(struct client *client, struct file *file, enum access access,
 /* On a file that a restart has lost, to tell the client so by this number. Charges past the limit. */
 int client_add_lost_use(struct client *client, uint64_t file_id, uint64_t lost, const char *path);
 struct use *use_free(struct use *use);
+/* A restart has lost it, or pins on its file, and tells so by this number. */
+void use_set_lost(struct use *use, uint64_t lost);
+/* The next of those by that number; NULL: none. */
+struct use *client_next_lost(struct client *client, uint64_t after);
+/* The next by the file's identifier; NULL: none. */
+struct use *client_next_use(struct client *client, uint64_t after);
 /* Its file is being withdrawn by a revocation: takes it away from the client, now or with its last pin. */
 void use_withdraw(struct use *use, uint64_t revocation);
 /* Takes away one that is to be, if it has no pins any more. */
@@ -99,9 +119,8 @@ void use_collect(struct use *use);
 /* Reserves pins, all or none. REFUSED with what stands in the way. */
 int client_pin(struct client *client, const struct msg_pin_in *in, int64_t *ret_ids,
 	       struct refusal *ret_refusal);
-/* Lets pins go; ret_ended needs room for all, and gets those that were over. */
-int client_unpin(struct client *client, const int64_t *ids, size_t n_ids, int64_t *ret_ended,
-		 size_t *ret_n_ended, struct refusal *ret_refusal);
+/* Lets a pin go. Returns true if its handle had been destroyed by force, so that the client must not touch it. */
+bool client_unpin(struct pin *pin);
 
 /* The client's own objects; NULL with a refusal for what is not there or another's. */
 struct pin *client_find_pin(struct client *client, int64_t id, struct refusal *ret_refusal);

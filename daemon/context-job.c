@@ -11,6 +11,7 @@
 #include "macro.h"
 #include "pin-counter.h"
 #include "state.h"
+#include "turn.h"
 
 /* Looking whether pins are gone, closing for good, detaching by force: what is done on the pool. */
 
@@ -19,6 +20,9 @@
 
 /* How long the service manager may take to close its copy. */
 #define BARRIER_MSEC 5000
+
+/* So many pins are looked for at a time. */
+#define CHECK_MAX 1024U
 
 #define CHECK_FIRST_USEC (1 * USEC_PER_MSEC)
 #define CHECK_LAST_USEC  (64 * USEC_PER_MSEC)
@@ -52,6 +56,14 @@ struct context_job {
 	bool closed;         /* reap: ours is closed, too */
 	int result;
 	size_t n_wanted;     /* detach: of the handles */
+
+	/* what is done in slices: before the job runs, or with its results */
+	sd_event_source *source;
+	bool (*part)(struct context_job *j, const struct slice *slice); /* true: there is more of it */
+	void (*rest)(struct context_job *j);                            /* afterwards */
+	uint64_t after; /* this pin */
+	size_t i;       /* handle */
+
 	size_t n_handles;
 	struct handle handles[];
 };
@@ -78,33 +90,83 @@ static struct context_job *context_job_new(struct context *context, size_t n_han
 
 static void context_job_free(struct context_job *j)
 {
+	sd_event_source_disable_unref(j->source);
 	safe_close(j->barrier);
 	process_clear(&j->holder);
 	process_clear(&j->heir);
 	free(j);
 }
 
-/* Ends the pins whose handles were seen to be gone. */
-static void end_gone(struct context_job *j)
+static int on_part(sd_event_source *source, void *userdata)
 {
-	for (size_t i = 0; i < j->n_handles; i++) {
-		const struct handle *h = &j->handles[i];
-		struct pin *pin;
+	struct slice slice = slice_begin();
+	struct context_job *j = userdata;
 
-		if (!h->gone && !h->destroyed)
-			continue;
-		pin = broker_find_pin(j->broker, h->pin);
-		/* It may have ended, or been bound anew, while the job ran. */
-		if (!pin || pin->over || pin->handle != h->handle ||
-		    !handle_identity_equal(&pin->identity, &h->identity))
-			continue;
-		if (h->destroyed && !pin->destroyed) {
-			pin->destroyed = true;
-			state_pin(pin);
-		}
-		if (h->gone)
-			pin_end(pin, j->context->description.proof);
+	if (j->part(j, &slice))
+		return 0;
+	(void)sd_event_source_set_enabled(source, SD_EVENT_OFF);
+	j->rest(j);
+	return 0;
+}
+
+static int do_later(struct context_job *j)
+{
+	int r;
+
+	if (!j->source) {
+		r = sd_event_add_defer(j->broker->event, &j->source, on_part, j);
+		if (r < 0)
+			return r;
 	}
+	return sd_event_source_set_enabled(j->source, SD_EVENT_ON);
+}
+
+/* Does as much of it as fits into a slice, and the others in the turns that follow. */
+static void do_in_parts(struct context_job *j, bool (*part)(struct context_job *j, const struct slice *slice),
+			void (*rest)(struct context_job *j))
+{
+	struct slice slice = slice_begin();
+
+	j->part = part;
+	j->rest = rest;
+	j->i = 0;
+	j->after = 0;
+	while (part(j, &slice)) {
+		if (do_later(j) >= 0)
+			return;
+		slice = slice_begin(); /* no memory: all at once is better than not at all */
+	}
+	rest(j);
+}
+
+static void end_if_gone(struct context_job *j, const struct handle *h)
+{
+	struct pin *pin;
+
+	if (!h->gone && !h->destroyed)
+		return;
+	pin = broker_find_pin(j->broker, h->pin);
+	/* It may have ended, or been bound anew, while the job ran. */
+	if (!pin || pin->over || pin->handle != h->handle ||
+	    !handle_identity_equal(&pin->identity, &h->identity))
+		return;
+	if (h->destroyed && !pin->destroyed) {
+		pin->destroyed = true;
+		state_pin(pin);
+	}
+	if (h->gone)
+		pin_end(pin, j->context->description.proof);
+}
+
+/* Ends the pins whose handles were seen to be gone. */
+static bool end_some_gone(struct context_job *j, const struct slice *slice)
+{
+	for (; j->i < j->n_handles && j->result >= 0; j->i++) {
+		if (slice_is_over(slice))
+			return true;
+		end_if_gone(j, &j->handles[j->i]);
+	}
+	return false;
 }
 
 static struct handle handle_of(const struct pin *pin)
@@ -141,32 +203,18 @@ static int on_recheck(sd_event_source *source, uint64_t usec, void *userdata)
 /* Does anybody wait for a pin that its holder has let go of, or cannot any more? */
 static bool is_wanted_by_any(const struct context *context)
 {
-	const struct pin *pin;
-
-	LIST_FOREACH(pin, &context->pins, of_context)
-		if ((pin_is_awaited(pin) || context->client->dead) && !LIST_EMPTY(&pin->targets))
-			return true;
-	return false;
+	return context->client->dead ? context->n_wanted > 0 : context->n_leaving_wanted > 0;
 }
 
-static void check_later(struct context *context)
+static void set_recheck(struct context *context, uint64_t usec)
 {
-	bool reap = context->client->dead || context->ops->until_close;
-	uint64_t first = reap ? REAP_FIRST_USEC : CHECK_FIRST_USEC;
-	uint64_t last = reap ? REAP_LAST_USEC : CHECK_LAST_USEC;
 	sd_event *event = context->client->broker->event;
 	int r;
 
-	if (!is_wanted_by_any(context))
-		last = CHECK_IDLE_USEC;
-	context->check_usec = context->check_usec < first ? first : context->check_usec * 2;
-	if (context->check_usec > last)
-		context->check_usec = last;
 	if (!context->recheck)
-		r = sd_event_add_time(event, &context->recheck, CLOCK_MONOTONIC,
-				      now_usec() + context->check_usec, 1, on_recheck, context);
+		r = sd_event_add_time(event, &context->recheck, CLOCK_MONOTONIC, usec, 1, on_recheck, context);
 	else {
-		r = sd_event_source_set_time(context->recheck, now_usec() + context->check_usec);
+		r = sd_event_source_set_time(context->recheck, usec);
 		if (r >= 0)
 			r = sd_event_source_set_enabled(context->recheck, SD_EVENT_ONESHOT);
 	}
@@ -175,47 +223,85 @@ static void check_later(struct context *context)
 		log_errno(LOG_WARNING, r, "Cannot look again whether pins are gone");
 }
 
-static void check_done(struct job *job)
+static void check_later(struct context *context)
 {
-	struct context_job *j = container_of(job, struct context_job, job);
+	bool reap = context->client->dead || context->ops->until_close;
+	uint64_t first = reap ? REAP_FIRST_USEC : CHECK_FIRST_USEC;
+	uint64_t last = reap ? REAP_LAST_USEC : CHECK_LAST_USEC;
+
+	if (!is_wanted_by_any(context))
+		last = CHECK_IDLE_USEC;
+	context->check_usec = context->check_usec < first ? first : context->check_usec * 2;
+	if (context->check_usec > last)
+		context->check_usec = last;
+	set_recheck(context, now_usec() + context->check_usec);
+}
+
+void context_check_soon(struct context *context)
+{
+	context->check_usec = 0;
+	set_recheck(context, 0);
+}
+
+static void check_end(struct context_job *j)
+{
 	struct context *context = j->context;
-	bool again;
+	bool again = context->check_again;
 
 	context->checking = false;
-	again = context->check_again;
 	context->check_again = false;
 	if (context->client) {
-		bool left = false;
+		bool left = context_n_awaited(context) > 0;
 
-		if (j->result >= 0)
-			end_gone(j);
-		for (struct pin *pin = LIST_FIRST(&context->pins); pin && !left;
-		     pin = LIST_NEXT(pin, of_context))
-			left = pin_is_awaited(pin);
-		if (left && again) {
+		if (left && (again || context->n_unchecked > 0)) {
 			check_now(context);
 		} else {
+			context->n_unchecked = 0;
 			if (left)
 				check_later(context);
-			context_wake(&context->waiters);
 		}
+		if (!context->checking)
+			context_wake(&context->waiters);
 	}
 	context_release(context, j->broker);
 	context_job_free(j);
 }
 
+static void check_done(struct job *job)
+{
+	do_in_parts(container_of(job, struct context_job, job), end_some_gone, check_end);
+}
+
+/* The next ones of the round. Each is put last, so that the next job has others. */
+static void add_awaited(struct context *context, struct context_job *j)
+{
+	unsigned n_max = context->n_unchecked < CHECK_MAX ? context->n_unchecked : CHECK_MAX;
+	uint32_t now = now_msec();
+
+	for (unsigned n = 0; n < context->n_leaving && j->n_handles < n_max; n++) {
+		struct pin *pin = TAILQ_FIRST(&context->leaving);
+
+		TAILQ_REMOVE(&context->leaving, pin, of_leaving);
+		TAILQ_INSERT_TAIL(&context->leaving, pin, of_leaving);
+		if (!pin_is_awaited(pin))
+			continue;
+		j->handles[j->n_handles] = handle_of(pin);
+		j->handles[j->n_handles++].ask = context->ask || now - pin->left_msec >= ASK_MSEC;
+	}
+	context->n_unchecked -= n_max;
+	if (context->n_unchecked == 0)
+		context->ask = false;
+}
+
 static void check_now(struct context *context)
 {
+	unsigned n = context_n_awaited(context);
 	struct context_job *j;
-	struct pin *pin;
-	size_t n = 0;
 
 	if (context->checking) {
 		context->check_again = true;
 		return;
 	}
-	LIST_FOREACH(pin, &context->pins, of_context)
-		n += pin_is_awaited(pin);
 	if (n == 0 || context->fd < 0 || context->reaping)
 		return;
 	if (context->ops->until_close) {
@@ -224,18 +310,14 @@ static void check_now(struct context *context)
 			context_reap(context);
 		return;
 	}
-	j = context_job_new(context, n);
+	if (context->n_unchecked == 0 || context->n_unchecked > n)
+		context->n_unchecked = n;
+	j = context_job_new(context, context->n_unchecked < CHECK_MAX ? context->n_unchecked : CHECK_MAX);
 	if (!j) {
 		check_later(context);
 		return;
 	}
-	LIST_FOREACH(pin, &context->pins, of_context)
-		if (pin_is_awaited(pin)) {
-			j->handles[j->n_handles] = handle_of(pin);
-			j->handles[j->n_handles++].ask = context->ask ||
-							 now_msec() - pin->left_msec >= ASK_MSEC;
-		}
-	context->ask = false;
+	add_awaited(context, j);
 	j->job.run = check_run;
 	j->job.done = check_done;
 	context->checking = true;
@@ -324,25 +406,59 @@ static void close_run(struct job *job)
 		pin_counter_wait(&counter, j->n_pages, j->ops->frees_usec);
 }
 
-static void end_pins(struct context *context, enum proof proof)
+static bool end_some_pins(struct context_job *j, const struct slice *slice)
 {
-	struct pin *pin, *next;
+	struct context *context = j->context;
+	struct pin *pin;
 
-	for (pin = LIST_FIRST(&context->pins); pin; pin = next) {
-		next = LIST_NEXT(pin, of_context);
+	while ((pin = context_next_pin(context, j->after))) {
+		if (slice_is_over(slice))
+			return true;
+		j->after = pin->id;
 		if (!pin->over)
-			pin_end(pin, proof);
+			pin_end(pin, context->client->dead ? PROOF_PRESUMED : PROOF_CLAIMED);
 	}
+	return false;
+}
+
+static void set_reaping(struct context *context, bool reaping)
+{
+	if (context->client && reaping != context->reaping)
+		context->client->n_reaping += reaping ? 1 : -1U;
+	context->reaping = reaping;
+}
+
+static void reap_end(struct context_job *j)
+{
+	struct context *context = j->context;
+	uint64_t revocation = context->reap_revocation;
+
+	context->reap_revocation = 0;
+	set_reaping(context, false);
+	if (context_release(context, j->broker)) {
+		struct client *client = context->client;
+
+		if (!j->closed)
+			context_keep(context); /* the copy was dropped too early */
+		if (j->heir.pidfd >= 0)
+			client_inherit(client, &j->heir);
+		revocation_check_reachable(j->broker);
+		if (!j->closed && (client->dead || revocation == 0))
+			check_later(context);
+		if (revocation != 0 && (j->closed || !detach_now(context, revocation)))
+			revocation_job_done(j->broker, revocation, REVOCATION_DETACHING, false);
+		client_collect(client);
+	} else if (revocation != 0) {
+		revocation_job_done(j->broker, revocation, REVOCATION_DETACHING, false);
+	}
+	context_job_free(j);
 }
 
 static void reap_done(struct job *job)
 {
 	struct context_job *j = container_of(job, struct context_job, job);
 	struct context *context = j->context;
-	uint64_t revocation = context->reap_revocation;
 
-	context->reap_revocation = 0;
-	context->reaping = false;
 	if (j->closed) {
 		context->fd = -1;
 		user_discharge(context->user, LIMIT_DESCRIPTORS, 1);
@@ -353,30 +469,12 @@ static void reap_done(struct job *job)
 		log_info("Context %" PRIu64 " of a holder is still held by process %d.",
 			 context->id, j->found);
 	context->other_holder = j->found;
-	if (context_release(context, j->broker)) {
-		struct client *client = context->client;
-		uint64_t client_id = client->id;
-
-		if (j->closed) {
-			state_context(context);
-			end_pins(context, client->dead ? PROOF_PRESUMED : PROOF_CLAIMED);
-		} else {
-			context_keep(context); /* the copy was dropped too early */
-		}
-		client = broker_find_client(j->broker, client_id);
-		if (client && j->heir.pidfd >= 0)
-			client_inherit(client, &j->heir);
-		revocation_check_reachable(j->broker);
-		if (!j->closed && client && (client->dead || revocation == 0))
-			check_later(context);
-		if (revocation != 0 && !(client && !j->closed && detach_now(context, revocation)))
-			revocation_job_done(j->broker, revocation, REVOCATION_DETACHING, false);
-		if (client)
-			client_collect(client);
-	} else if (revocation != 0) {
-		revocation_job_done(j->broker, revocation, REVOCATION_DETACHING, false);
+	if (j->closed && context->client) {
+		state_context(context);
+		do_in_parts(j, end_some_pins, reap_end);
+	} else {
+		reap_end(j);
 	}
-	context_job_free(j);
 }
 
 static void find_done(struct job *job)
@@ -400,33 +498,46 @@ static void find_done(struct job *job)
 void context_start_reap(struct context *context)
 {
 	struct context_job *j;
-	struct pin *pin;
 
 	j = context_job_new(context, 0);
 	if (!j) {
 		/* The audit comes back to it. */
-		context->reaping = false;
+		set_reaping(context, false);
 		broker_audit_soon(context->client->broker);
 		return;
 	}
-	LIST_FOREACH(pin, &context->pins, of_context)
-		if (!pin->over && !pin->on_demand)
-			j->n_pages += pin->length / (uint64_t)sysconf(_SC_PAGESIZE);
+	j->n_pages = context->n_pages;
 	j->manager = store_has(&context->copy) ? getppid() : 0;
 	j->job.run = find_run;
 	j->job.done = find_done;
 	offload_submit_step(context->client->broker->offload, context->user, &j->job);
 }
 
+/* Lost with the last run: there is nothing to look for. */
+static void end_lost(struct context *context)
+{
+	struct context_job *j = context_job_new(context, 0);
+
+	if (!j) {
+		broker_audit_soon(context->client->broker);
+		return;
+	}
+	set_reaping(context, true);
+	j->closed = true;
+	do_in_parts(j, end_some_pins, reap_end);
+}
+
 void context_reap(struct context *context)
 {
-	/* Lost with the last run: there is nothing to look for. */
-	if (context->fd < 0 && context->client->dead)
-		end_pins(context, PROOF_PRESUMED);
-	if (context->reaping || context->fd < 0)
+	if (context->reaping)
 		return;
+	if (context->fd < 0) {
+		if (context->client->dead && context->n_pins > 0)
+			end_lost(context);
+		return;
+	}
 	/* Our copy may be closed: no other job may be using it. */
-	context->reaping = true;
+	set_reaping(context, true);
 	if (context->n_jobs == 0)
 		context_start_reap(context);
 }
@@ -460,6 +571,29 @@ static void detach_run(struct job *job)
 		pin_counter_wait(&counter, wanted_pages(j), j->ops->detach_frees_usec);
 }
 
+/* The job is no more, and nothing is being detached by it. */
+static void detach_free(struct context_job *j)
+{
+	struct context *context = j->context;
+
+	context->n_detaching--;
+	if (context->client)
+		state_context(context);
+	if (context->n_detaching == 0)
+		context_wake(&context->unpins);
+	context_release(context, j->broker);
+	context_job_free(j);
+}
+
+static void detach_end(struct context_job *j)
+{
+	struct broker *broker = j->broker;
+	uint64_t revocation = j->revocation;
+
+	detach_free(j);
+	revocation_job_done(broker, revocation, REVOCATION_DETACHING, false);
+}
+
 static void detach_done(struct job *job)
 {
 	struct context_job *j = container_of(job, struct context_job, job);
@@ -487,16 +621,7 @@ static void detach_done(struct job *job)
 			  "Detached %zu pin%s of %s (pid %d) by force.", j->n_wanted,
 			  PLURAL(j->n_wanted), j->holder.comm, j->holder.pid);
 	}
-	j->context->n_detaching--;
-	if (j->context->client) {
-		state_context(j->context);
-		end_gone(j);
-	}
-	if (j->context->n_detaching == 0)
-		context_wake(&j->context->unpins);
-	context_release(j->context, j->broker);
-	revocation_job_done(j->broker, j->revocation, REVOCATION_DETACHING, false);
-	context_job_free(j);
+	do_in_parts(j, end_some_gone, detach_end);
 }
 
 static bool is_wanted(const struct pin *pin, const struct revocation *revocation)
@@ -504,45 +629,89 @@ static bool is_wanted(const struct pin *pin, const struct revocation *revocation
 	struct target *target;
 
 	LIST_FOREACH(target, &pin->targets, of_pin)
-		if (target->revocation == revocation)
+		if (target->stake->revocation == revocation)
 			return !target->on_demand;
 	return false;
 }
 
-/* Returns 1 if a job is under way, 0 if there is nothing that could be detached so. */
-static int start_detach(struct context *context, const struct revocation *revocation)
+static bool add_some_handles(struct context_job *j, const struct slice *slice)
 {
-	struct context_job *j;
+	const struct revocation *revocation = broker_find_revocation(j->broker, j->revocation);
 	struct pin *pin;
-	size_t n = 0, n_wanted = 0;
 
-	if (!context->description.forcible || !context->ops->detach || context->fd < 0)
-		return 0;
-	LIST_FOREACH(pin, &context->pins, of_context)
-		if (pin->handle != INT_NULL && !pin->over) {
-			n++;
-			n_wanted += is_wanted(pin, revocation);
-		}
-	if (n_wanted == 0)
-		return 0;
-	j = context_job_new(context, n);
-	if (!j)
-		return -ENOMEM;
-	LIST_FOREACH(pin, &context->pins, of_context)
-		if (pin->handle != INT_NULL && !pin->over) {
-			j->handles[j->n_handles] = handle_of(pin);
-			j->handles[j->n_handles++].keep = !is_wanted(pin, revocation);
-		}
-	j->n_wanted = n_wanted;
-	j->revocation = revocation->id;
-	context->n_detaching++;
+	while ((pin = context_next_pin(j->context, j->after))) {
+		bool wanted;
+
+		if (slice_is_over(slice))
+			return true;
+		j->after = pin->id;
+		if (pin->handle == INT_NULL || pin->over || j->n_handles == j->i)
+			continue;
+		wanted = revocation && is_wanted(pin, revocation);
+		j->handles[j->n_handles] = handle_of(pin);
+		j->handles[j->n_handles++].keep = !wanted;
+		j->n_wanted += wanted;
+	}
+	return false;
+}
+
+static void submit_detach(struct context_job *j)
+{
 	j->job.run = detach_run;
 	j->job.done = detach_done;
 	/* whoever finds it so has to let them go on */
-	state_context(context);
+	state_context(j->context);
 	state_flush(j->broker);
-	offload_submit_step(context->client->broker->offload, context->user, &j->job);
-	return 1;
+	offload_submit_step(j->broker->offload, j->context->user, &j->job);
+}
+
+static int detach_by_reap(struct context *context, uint64_t revocation);
+
+static void handles_added(struct context_job *j)
+{
+	struct context *context = j->context;
+	struct broker *broker = j->broker;
+	uint64_t context_id, revocation = j->revocation;
+
+	if (context->client && j->n_wanted > 0) {
+		submit_detach(j);
+		return;
+	}
+	context_id = context->id;
+	detach_free(j);
+	context = broker_find_context(broker, context_id);
+	if (!context || detach_by_reap(context, revocation) <= 0)
+		revocation_job_done(broker, revocation, REVOCATION_DETACHING, false);
+}
+
+/* Returns 1 if a job is under way, 0 if there is nothing that could be detached so. While it is being found
+ * out what there is, no pin is let go of: its handle would be another's. */
+static int start_detach(struct context *context, const struct revocation *revocation)
+{
+	struct slice slice = slice_begin();
+	struct context_job *j;
+	int r = 0;
+
+	if (!context->description.forcible || !context->ops->detach || context->fd < 0)
+		return 0;
+	j = context_job_new(context, context->n_pins);
+	if (!j)
+		return -ENOMEM;
+	j->i = context->n_pins; /* for so many there is room */
+	j->revocation = revocation->id;
+	j->part = add_some_handles;
+	j->rest = handles_added;
+	context->n_detaching++;
+	if (add_some_handles(j, &slice)) {
+		r = do_later(j);
+		if (r >= 0)
+			return 1;
+	} else if (j->n_wanted > 0) {
+		submit_detach(j);
+		return 1;
+	}
+	detach_free(j);
+	return r;
 }
 
 /* After a reap in vain. */
@@ -555,6 +724,18 @@ static bool detach_now(struct context *context, uint64_t id)
 	       start_detach(context, revocation) > 0;
 }
 
+static int detach_by_reap(struct context *context, uint64_t revocation)
+{
+	if (context->reap_revocation != 0)
+		return 0;
+	context->reap_revocation = revocation;
+	context_reap(context);
+	if (context->reaping)
+		return 1;
+	context->reap_revocation = 0;
+	return -ENOMEM;
+}
+
 int context_detach(struct context *context, struct revocation *revocation)
 {
 	int r;
@@ -565,12 +746,5 @@ int context_detach(struct context *context, struct revocation *revocation)
 		if (r != 0 || context->fd < 0)
 			return r;
 	}
-	if (context->reap_revocation != 0)
-		return 0;
-	context->reap_revocation = revocation->id;
-	context_reap(context);
-	if (context->reaping)
-		return 1;
-	context->reap_revocation = 0;
-	return -ENOMEM;
+	return detach_by_reap(context, revocation->id);
 }

@@ -11,6 +11,34 @@
 #include "macro.h"
 #include "state.h"
 
+static int compare_pin(const struct pin *a, const struct pin *b)
+{
+	return a->id < b->id ? -1 : a->id > b->id;
+}
+
+TREE_GENERATE(pins_by_id, pin, of_context, compare_pin)
+
+struct pin *context_next_pin(struct context *context, uint64_t after)
+{
+	return pins_by_id_RB_NFIND(&context->pins, &(struct pin){ .id = after + 1 });
+}
+
+void context_add_pin(struct context *context, struct pin *pin)
+{
+	pins_by_id_RB_INSERT(&context->pins, pin);
+}
+
+void context_remove_pin(struct context *context, struct pin *pin)
+{
+	pins_by_id_RB_REMOVE(&context->pins, pin);
+}
+
+unsigned context_n_awaited(const struct context *context)
+{
+	return context->description.proof == PROOF_PROVABLE ? context->n_leaving
+							      : context->n_leaving_wanted;
+}
+
 int context_new(struct client *client, const struct context_ops *ops,
 		const struct context_description *description, int fd, const char *label,
 		struct context **ret, struct refusal *ret_refusal)
@@ -33,7 +61,8 @@ int context_new(struct client *client, const struct context_ops *ops,
 	context->description = *description;
 	context->user = user_ref(client->user);
 	context->client = client;
-	LIST_INIT(&context->pins);
+	RB_INIT(&context->pins);
+	TAILQ_INIT(&context->leaving);
 	LIST_INIT(&context->waiters);
 	LIST_INIT(&context->unpins);
 	LIST_INSERT_HEAD(&client->contexts, context, of_client);
@@ -96,7 +125,7 @@ struct context *context_free(struct context *context)
 	if (!context)
 		return NULL;
 	broker = context->client->broker;
-	while ((pin = LIST_FIRST(&context->pins)))
+	while ((pin = RB_ROOT(&context->pins)))
 		pin_free(pin);
 	sd_event_source_disable_unref(context->recheck);
 	context->recheck = NULL;
@@ -105,6 +134,7 @@ struct context *context_free(struct context *context)
 	broker_remove_context(broker, context);
 	LIST_REMOVE(context, of_client);
 	context->client->n_contexts--;
+	context->client->n_reaping -= context->reaping;
 	bus_changed(broker->bus, &context->client->view);
 	context->client = NULL;
 	context_wake(&context->waiters);

@@ -103,8 +103,13 @@ struct context {
 	int fd; /* owned, with one LIMIT_DESCRIPTORS; closed by offload; -1: closed already, by a reap */
 	char *label;
 	struct context_description description;
-	LIST_HEAD(, pin) pins; /* owned; of the client's */
-	unsigned n_pins;       /* those that are not over */
+	struct pins_by_id pins; /* owned; of the client's */
+	unsigned n_pins;        /* those that are not over */
+	uint64_t n_pages;       /* that these hold */
+	struct pin_list leaving; /* of its pins, those that are leaving and not over, … */
+	unsigned n_leaving, n_leaving_wanted; /* … and of these, those that somebody waits for */
+	unsigned n_wanted; /* the same, leaving or not */
+	unsigned n_unchecked; /* of those that are awaited, in the present round of checks */
 	unsigned n_jobs;       /* jobs on the pool that use fd: it stays open meanwhile */
 	unsigned n_detaching;  /* of them, those that destroy handles */
 	int remote;            /* its number in the client, for kinds that cannot be sent; -1: it was sent */
@@ -112,6 +117,7 @@ struct context {
 	bool checking;         /* a job looks whether leaving pins are gone */
 	bool check_again;
 	bool ask; /* the next look may get in the way of the holder, who says that he is done */
+	bool orphaned; /* its client has died, and it has been looked at for that */
 	bool reaping; /* a job looks who else holds it, or waits for the others to come back */
 	pid_t other_holder; /* who was last found with it, beside us; or negative errno */
 	uint64_t withdrawn;       /* the revocation with which its device goes, or 0 */
@@ -168,6 +174,15 @@ void context_close_withdrawn(struct context *context);
 struct context *context_hold(struct context *context);
 bool context_release(struct context *context, struct broker *broker);
 
+/* The next pin by identifier, over or not; NULL: none. */
+struct pin *context_next_pin(struct context *context, uint64_t after);
+void context_add_pin(struct context *context, struct pin *pin);
+void context_remove_pin(struct context *context, struct pin *pin);
+/* How many have to be seen to be gone: pin_is_awaited(). */
+unsigned context_n_awaited(const struct context *context);
+
+/* The same as context_check(), a moment later, once for however many ask. */
+void context_check_soon(struct context *context);
 /* Looks whether the pins that are leaving are gone, and goes on looking until they are. */
 void context_check(struct context *context);
 /* The same, and tells the waiter when it is known. False: there is nothing to look for. */

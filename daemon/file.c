@@ -368,12 +368,10 @@ static void break_by_reader(struct file *file)
 
 static void break_by_writer(struct file *file)
 {
-	_cleanup_(freep) struct pin **pins = NULL;
 	struct conflict conflict = conflict_new(CAUSE_MODIFY);
 	struct log_fields fields = file_fields(file);
 	unsigned n_pinning = file_n_pinning(file);
-	struct pin *pin = NULL;
-	size_t n = 0;
+	struct selection selection;
 	int r;
 
 	if (file->n_pins == 0) {
@@ -382,12 +380,8 @@ static void break_by_writer(struct file *file)
 		release(file);
 		return;
 	}
-	pins = calloc(file->n_pins, sizeof(*pins));
-	while (pins && (pin = pin_ranges_find(&file->pins, 0, UINT64_MAX, pin)))
-		pins[n++] = pin;
-	r = pins ? revocation_start(file->broker, file, true, &conflict, pins, n, UINT64_MAX, false,
-				    NULL)
-		 : -ENOMEM;
+	selection = selection_of_file(file, 0);
+	r = revocation_start(file->broker, file, true, &conflict, &selection, UINT64_MAX, false, NULL);
 	/* The holders have been told first: somebody is waiting for them. */
 	log_event(LOG_NOTICE, MESSAGE_LEASE_BROKEN, &fields,
 		  "Lease of %s broken: somebody opens it for writing or truncates it, with %u "

@@ -54,6 +54,7 @@ struct file {
 	struct pin_ranges pins;
 	unsigned n_pins;
 	unsigned n_on_demand; /* of them */
+	unsigned n_wanted;    /* of them, those that a revocation wants gone */
 	LIST_HEAD(, use) uses; /* owned by the clients */
 	unsigned n_uses;
 

@@ -9,14 +9,12 @@
 #include "broker.h"
 #include "log.h"
 #include "macro.h"
+#include "turn.h"
 
-#define HINTS_PER_TURN 64
 #define COMPLAIN_USEC  (10 * USEC_PER_SEC)
 
 /* A sweep takes half of the loop's time at most. */
-#define SWEEP_USEC       (1 * USEC_PER_MSEC)
 #define SWEEP_PAUSE_USEC (1 * USEC_PER_MSEC)
-#define SWEEP_FILES      16 /* the clock is looked at after so many */
 
 struct hearing {
 	struct broker *broker;
@@ -35,9 +33,9 @@ struct hearing {
 /* Looks at some files; false: these were the last. */
 static bool sweep_some(struct hearing *h)
 {
-	uint64_t end = now_usec() + SWEEP_USEC;
+	struct slice slice = slice_begin();
 
-	for (unsigned n = 1; n % SWEEP_FILES != 0 || now_usec() < end; n++) {
+	do {
 		struct file *file = broker_next_file(h->broker, h->sweep_after);
 
 		if (!file)
@@ -50,7 +48,7 @@ static bool sweep_some(struct hearing *h)
 		if (file->n_pins > 0)
 			file_keep(file);
 		file_update(file);
-	}
+	} while (!slice_is_over(&slice));
 	return true;
 }
 
@@ -199,14 +197,15 @@ static void lose_sentinel(struct hearing *h, int error)
 static int on_hints(sd_event_source *source, int fd, uint32_t revents, void *userdata)
 {
 	struct hearing *h = userdata;
+	struct slice slice = slice_begin();
 	struct hint hint;
-	int r = 1;
+	int r;
 
-	for (unsigned n = 0; n < HINTS_PER_TURN && r > 0; n++) {
+	do {
 		r = sentinel_receive(&h->sentinel, &hint);
 		if (r > 0)
 			follow_hint(h, &hint);
-	}
+	} while (r > 0 && !slice_is_over(&slice));
 	if (r < 0)
 		lose_sentinel(h, r);
 	return 0;

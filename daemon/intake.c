@@ -23,24 +23,17 @@
 #define RESERVE_BYTES       (4U * 1024U * 1024U)
 #define RESERVE_UNREAD      (1024U * 1024U)
 
-/* Pins that are looked at for one that is to go; with more, there may be one. */
-#define PINS_LOOKED_AT 1024U
-
 /* Is its client to let go of something? */
 static bool is_urgent(const struct peer *peer)
 {
 	const struct client *client = peer->client;
 	const struct context *context;
-	const struct pin *pin;
 
 	if (!client || client->n_pins == 0 || peer->broker->n_running == 0)
 		return false;
-	if (client->n_pins > PINS_LOOKED_AT)
-		return true;
 	LIST_FOREACH (context, &client->contexts, of_client)
-		LIST_FOREACH (pin, &context->pins, of_context)
-			if (!LIST_EMPTY(&pin->targets))
-				return true;
+		if (context->n_wanted > 0)
+			return true;
 	return false;
 }
 

@@ -9,68 +9,13 @@
 #include "log.h"
 #include "macro.h"
 #include "rpc.h"
+#include "turn.h"
 
-/* The targets are ordered by client and file: fills in the notice for those from *i on that have both
- * in common, and moves *i past them. Returns 0 if none is left. */
-static int next_notice(const struct revocation *rev, size_t *i, int64_t *ids,
-		       struct client **ret_client, struct msg_notice *ret)
+static int compare_untold(const void *a, const void *b)
 {
-	const struct pin *first = NULL;
-	size_t n = 0;
-
-	for (; rev->targets && *i < rev->n_targets; (*i)++) {
-		const struct pin *pin = rev->targets[*i].pin;
-
-		if (!pin)
-			continue;
-		if (first && (pin->context->client != first->context->client ||
-			      pin->use->file != first->use->file))
-			break;
-		if (!first)
-			first = pin;
-		ids[n++] = (int64_t)pin->id;
-	}
-	if (!first)
-		return 0;
-	*ret_client = first->context->client;
-	*ret = (struct msg_notice){
-		.revocation = (int64_t)rev->id,
-		.client = (int64_t)first->context->client->id,
-		.file = (int64_t)first->use->file->id,
-		.path = first->use->file->path,
-		.pins = { ids, n },
-		.deadlineUSec = (int64_t)rev->deadline_usec,
-	};
-	conflict_message(&rev->conflict, &ret->conflict);
-	return 1;
-}
-
-void notice_send(const struct revocation *rev)
-{
-	_cleanup_(freep) int64_t *ids = calloc(rev->n_targets + 1, sizeof(int64_t));
-	struct msg_notice notice;
-	struct client *client;
-	size_t i = 0;
-
-	if (!ids) {
-		/* The ladder goes on; a holder that asks (Resume, Watch) is told. */
-		log_errno(LOG_ERR, ENOMEM, "Cannot tell the holders of revocation %" PRIu64,
-			  rev->id);
-		return;
-	}
-	while (next_notice(rev, &i, ids, &client, &notice)) {
-		rpc_send_notice(client, &notice);
-		if (rev->broker->bus)
-			bus_send_notice(rev->broker->bus, client, &notice);
-	}
-}
-
-/* What ended revocations have told of pins on demand, which live on: ordered by revocation and file. */
-static int compare_told(const void *a, const void *b)
-{
-	const struct pin *pa = *(struct pin *const *)a, *pb = *(struct pin *const *)b;
-	uint64_t ka[] = { pa->revocation, pa->use->file->id, pa->id },
-		 kb[] = { pb->revocation, pb->use->file->id, pb->id };
+	const struct untold *ua = a, *ub = b;
+	const uint64_t ka[] = {ua->client, ua->file, ua->context, ua->pin},
+		       kb[] = {ub->client, ub->file, ub->context, ub->pin};
 
 	for (size_t i = 0; i < ELEMENTS(ka); i++)
 		if (ka[i] != kb[i])
@@ -78,100 +23,225 @@ static int compare_told(const void *a, const void *b)
 	return 0;
 }
 
-static int find_told(struct client *client, struct pin ***ret, size_t *ret_n)
+void notice_sort(struct untold *items, size_t n)
 {
-	struct context *context;
-	struct pin **pins, *pin;
-	size_t n = 0;
-
-	pins = calloc(client->n_pins + 1, sizeof(*pins));
-	if (!pins)
-		return -ENOMEM;
-	LIST_FOREACH(context, &client->contexts, of_client)
-		LIST_FOREACH(pin, &context->pins, of_context)
-			if (pin->on_demand && !pin->over && pin->revocation != 0)
-				pins[n++] = pin;
-	qsort(pins, n, sizeof(*pins), compare_told);
-	*ret = pins;
-	*ret_n = n;
-	return 0;
+	qsort(items, n, sizeof(*items), compare_untold);
 }
 
-static int tell_again(struct client *client,
-		      int (*f)(const struct msg_notice *notice, void *userdata), void *userdata)
+/* The pins of one notice: those from *i on that have client and file in common. Only the loop uses
+ * it. */
+static struct ints gather_pins(
+	struct broker *broker, const struct untold *items, size_t n, size_t *i)
 {
-	_cleanup_(freep) struct pin **pins = NULL;
-	_cleanup_(freep) int64_t *ids = NULL;
-	size_t n, end;
-	int r;
+	static int64_t ids[NOTICE_PINS_MAX];
+	const struct untold *first = &items[*i];
+	size_t n_ids = 0;
 
-	r = find_told(client, &pins, &n);
-	if (r < 0)
-		return r;
-	ids = calloc(n + 1, sizeof(*ids));
-	if (!ids)
-		return -ENOMEM;
-	for (size_t i = 0; i < n && r >= 0; i = end) {
-		const struct pin *first = pins[i];
-		/* It may be too long ago to be known still. */
-		const struct revocation *rev =
-			broker_find_revocation(client->broker, first->revocation);
-		struct conflict unknown = conflict_new(CAUSE_MODIFY);
-		struct msg_notice notice = {
-			.revocation = (int64_t)first->revocation,
-			.client = (int64_t)client->id,
-			.file = (int64_t)first->use->file->id,
-			.path = first->use->file->path,
-			.deadlineUSec = rev ? (int64_t)rev->start_usec : 0,
-		};
+	for (; *i < n && items[*i].client == first->client && items[*i].file == first->file &&
+		n_ids < ELEMENTS(ids);
+		(*i)++) {
+		const struct pin *pin = broker_find_pin(broker, items[*i].pin);
 
-		for (end = i; end < n && pins[end]->revocation == first->revocation &&
-			      pins[end]->use->file == first->use->file;
-		     end++)
-			ids[end] = (int64_t)pins[end]->id;
-		notice.pins = (struct ints){ ids + i, end - i };
-		conflict_message(rev ? &rev->conflict : &unknown, &notice.conflict);
+		if (pin && (!pin->over || pin->lost))
+			ids[n_ids++] = (int64_t)pin->id;
+	}
+	return (struct ints){ids, n_ids};
+}
+
+/* Returns false if none of the pins is there any more. */
+static bool next_notice(struct broker *broker, const struct untold *items, size_t n, size_t *i,
+	struct msg_notice *ret)
+{
+	const struct untold *first = &items[*i];
+	const struct file *file = broker_find_file(broker, first->file);
+
+	*ret = (struct msg_notice){
+		.client = (int64_t)first->client,
+		.file = (int64_t)first->file,
+		.path = file ? file->path : NULL,
+		.pins = gather_pins(broker, items, n, i),
+	};
+	return ret->pins.n_items > 0;
+}
+
+static void describe(const struct revocation *rev, struct msg_notice *notice)
+{
+	notice->revocation = (int64_t)rev->id;
+	notice->deadlineUSec = (int64_t)rev->deadline_usec;
+	conflict_message(&rev->conflict, &notice->conflict);
+}
+
+void notice_send(const struct revocation *rev, const struct untold *items, size_t n, size_t *i,
+	const struct slice *slice)
+{
+	struct broker *broker = rev->broker;
+
+	do {
+		struct client *client = broker_find_client(broker, items[*i].client);
+		struct msg_notice notice;
+
+		if (!next_notice(broker, items, n, i, &notice))
+			continue;
+		describe(rev, &notice);
+		rpc_send_notice(client, &notice);
+		if (broker->bus)
+			bus_send_notice(broker->bus, client, &notice);
+	} while (*i < n && !slice_is_over(slice));
+}
+
+/* ---- What was missed ---- */
+
+struct missed {
+	struct untold items[NOTICE_PINS_MAX];
+	size_t n;
+	uint64_t file;	     /* of the last one */
+	uint64_t revocation; /* of all, where they are alike */
+	unsigned n_files;
+};
+
+/* Returns false if it has room for no more. */
+static bool add_missed(struct missed *m, const struct pin *pin)
+{
+	uint64_t file = pin->use ? pin->use->file->id : 0; /* it has none if it was lost */
+
+	if (m->n == ELEMENTS(m->items) || (file != m->file && m->n_files == NOTICE_FILES_MAX))
+		return false;
+	m->n_files += file != m->file;
+	m->file = file;
+	m->items[m->n++] = (struct untold){
+		.client = pin->context->client->id,
+		.file = file,
+		.context = pin->context->id,
+		.pin = pin->id,
+	};
+	return true;
+}
+
+/* Of one revocation; false: it wants nothing more of the client. */
+static bool find_missed(struct revocation *rev, const struct client *client,
+	struct notice_place *place, struct missed *m)
+{
+	struct place at = {client->id, place->context, place->pin};
+	struct target *target;
+
+	while ((target = target_next(rev, at)) && target->stake->client == client->id) {
+		if (!add_missed(m, target->pin))
+			return true;
+		at.context = place->context = target->stake->id;
+		at.pin = place->pin = target->id;
+	}
+	return false;
+}
+
+static int tell_missed(struct broker *broker, const struct revocation *rev, struct missed *m,
+	int (*f)(const struct msg_notice *notice, void *userdata), void *userdata)
+{
+	size_t i = 0;
+	int r = 0;
+
+	notice_sort(m->items, m->n);
+	while (i < m->n && r >= 0) {
+		struct msg_notice notice;
+
+		if (!next_notice(broker, m->items, m->n, &i, &notice))
+			continue;
+		describe(rev, &notice);
 		r = f(&notice, userdata);
 	}
 	return r;
 }
 
-static int compare_lost(const void *a, const void *b)
+static int catch_up_running(struct client *client, struct notice_place *place, struct missed *m,
+	int (*f)(const struct msg_notice *notice, void *userdata), void *userdata)
 {
-	const struct pin *pa = *(struct pin *const *)a, *pb = *(struct pin *const *)b;
+	struct slice slice = slice_begin();
+	struct revocation *rev;
 
-	if (pa->revocation != pb->revocation)
-		return pa->revocation < pb->revocation ? -1 : 1;
-	return pa->id < pb->id ? -1 : pa->id > pb->id;
+	do {
+		/* the one that it has come to, or the next */
+		rev = place->revocation == 0
+			      ? NULL
+			      : broker_find_revocation(client->broker, place->revocation);
+		if (!rev || !revocation_is_running(rev) || !find_missed(rev, client, place, m)) {
+			if (m->n > 0)
+				break;
+			rev = broker_next_revocation(client->broker, place->revocation);
+			place->revocation = rev ? rev->id : UINT64_MAX;
+			place->context = place->pin = 0;
+		}
+	} while (rev && m->n == 0 && !slice_is_over(&slice));
+	if (m->n > 0)
+		return tell_missed(client->broker, rev, m, f, userdata) ?: 1;
+	if (!rev)
+		*place = (struct notice_place){ .what = MISSED_TOLD };
+	return 1;
 }
 
-/* Those that a restart has lost, in the order of use::lost. */
-static int find_lost(struct client *client, struct pin ***ret, size_t *ret_n)
+/* The next context of the client, by their identifiers, from the one that it has come to on. */
+static struct context *find_context(const struct client *client, uint64_t from)
 {
-	struct context *context;
-	struct pin **pins, *pin;
-	size_t n = 0;
+	struct context *context, *found = NULL;
 
 	LIST_FOREACH(context, &client->contexts, of_client)
-		LIST_FOREACH(pin, &context->pins, of_context)
-			n += pin->lost;
-	pins = calloc(n + 1, sizeof(*pins));
-	if (!pins)
-		return -ENOMEM;
-	n = 0;
-	LIST_FOREACH(context, &client->contexts, of_client)
-		LIST_FOREACH(pin, &context->pins, of_context)
-			if (pin->lost)
-				pins[n++] = pin;
-	qsort(pins, n, sizeof(*pins), compare_lost);
-	*ret = pins;
-	*ret_n = n;
-	return 0;
+		if (context->id >= from && (!found || context->id < found->id))
+			found = context;
+	return found;
 }
 
-/* What of it a restart has lost; nothing, if the file is there and such pins have been let go of. */
-static int tell_lost_use(const struct use *use, struct pin **pins, size_t n_pins, int64_t *ids,
+/* Finds pins of one revocation and file, or of one file that was lost; what comes next follows the last. */
+static void find_alike(struct client *client, struct notice_place *place, struct missed *m)
+{
+	struct slice slice = slice_begin();
+	struct context *context = find_context(client, place->context);
+
+	while (context && !slice_is_over(&slice)) {
+		struct pin *pin;
+
+		if (context->id != place->context)
+			*place = (struct notice_place){ .what = place->what, .context = context->id };
+		pin = context_next_pin(context, place->pin);
+		if (!pin) {
+			*place = (struct notice_place){ .what = place->what, .context = context->id + 1 };
+			context = find_context(client, place->context);
+			continue;
+		}
+		if (place->what == MISSED_LOST ? pin->lost : pin_is_told(pin)) {
+			uint64_t file = pin->use ? pin->use->file->id : 0;
+
+			if (m->n > 0 && (pin->revocation != m->revocation || file != m->file))
+				return;
+			m->revocation = pin->revocation;
+			if (!add_missed(m, pin))
+				return;
+		}
+		place->pin = pin->id;
+	}
+	if (!context)
+		*place = (struct notice_place){ .what = place->what + 1 };
+}
+
+static int catch_up_told(struct client *client, struct notice_place *place, struct missed *m,
 			 int (*f)(const struct msg_notice *notice, void *userdata), void *userdata)
+{
+	/* It may be too long ago to be known still. */
+	struct conflict unknown = conflict_new(CAUSE_MODIFY);
+	const struct revocation *rev;
+	struct msg_notice notice;
+	size_t i = 0;
+
+	find_alike(client, place, m);
+	if (m->n == 0 || !next_notice(client->broker, m->items, m->n, &i, &notice))
+		return 1;
+	rev = broker_find_revocation(client->broker, m->revocation);
+	notice.revocation = (int64_t)m->revocation;
+	notice.deadlineUSec = rev ? (int64_t)rev->start_usec : 0;
+	conflict_message(rev ? &rev->conflict : &unknown, &notice.conflict);
+	return f(&notice, userdata) ?: 1;
+}
+
+/* What a restart has lost of a file. */
+static int tell_lost(const struct use *use, struct ints pins,
+		     int (*f)(const struct msg_notice *notice, void *userdata), void *userdata)
 {
 	const struct conflict conflict = conflict_new(CAUSE_LOST);
 	const char *path = use->file ? use->file->path : use->path;
@@ -180,78 +250,82 @@ static int tell_lost_use(const struct use *use, struct pin **pins, size_t n_pins
 		.client = (int64_t)use->client->id,
 		.file = (int64_t)use->file_id,
 		.path = path ? path : "",
+		.pins = pins,
 		.deadlineUSec = (int64_t)now_usec(),
 	};
-	size_t first = 0, n = n_pins;
 
-	while (first < n) {
-		size_t middle = first + (n - first) / 2;
-
-		if (pins[middle]->revocation < use->lost)
-			first = middle + 1;
-		else
-			n = middle;
-	}
-	for (n = 0; first + n < n_pins && pins[first + n]->revocation == use->lost; n++)
-		ids[n] = (int64_t)pins[first + n]->id;
-	if (use->file && n == 0)
-		return 0;
-	notice.pins = (struct ints){ ids, n };
 	conflict_message(&conflict, &notice.conflict);
-	return f(&notice, userdata);
+	return f(&notice, userdata) ?: 1;
 }
 
-static int tell_lost(struct client *client,
-		     int (*f)(const struct msg_notice *notice, void *userdata), void *userdata)
+static int catch_up_lost(struct client *client, struct notice_place *place, struct missed *m,
+			 int (*f)(const struct msg_notice *notice, void *userdata), void *userdata)
 {
-	_cleanup_(freep) struct pin **pins = NULL;
-	_cleanup_(freep) int64_t *ids = NULL;
 	struct use *use;
-	size_t n;
+	size_t i = 0;
+
+	find_alike(client, place, m);
+	if (m->n == 0)
+		return 1;
+	use = client_next_lost(client, m->revocation - 1);
+	if (!use || use->lost != m->revocation)
+		return 1; /* it has been closed */
+	return tell_lost(use, gather_pins(client->broker, m->items, m->n, &i), f, userdata);
+}
+
+static int catch_up_files(struct client *client, struct notice_place *place,
+			  int (*f)(const struct msg_notice *notice, void *userdata), void *userdata)
+{
+	struct use *use = client_next_lost(client, place->revocation);
+
+	if (!use) {
+		place->what = MISSED_NOTHING;
+		return 0;
+	}
+	place->revocation = use->lost;
+	if (use->file || use->n_lost > 0)
+		return 1;
+	return tell_lost(use, (struct ints){}, f, userdata);
+}
+
+static int catch_up(struct client *client, struct notice_place *place, struct missed *m,
+		    int (*f)(const struct msg_notice *notice, void *userdata), void *userdata)
+{
+	if (place->what == MISSED_TOLD && client->n_told == 0)
+		*place = (struct notice_place){ .what = MISSED_LOST };
+	if (place->what == MISSED_LOST && RB_EMPTY(&client->lost))
+		return 0;
+	switch (place->what) {
+	case MISSED_RUNNING:
+		return catch_up_running(client, place, m, f, userdata);
+	case MISSED_TOLD:
+		return catch_up_told(client, place, m, f, userdata);
+	case MISSED_LOST:
+		return catch_up_lost(client, place, m, f, userdata);
+	case MISSED_FILES:
+		return catch_up_files(client, place, f, userdata);
+	default:
+		return 0;
+	}
+}
+
+int notice_catch_up(struct client *client, struct notice_place *place,
+		    int (*f)(const struct msg_notice *notice, void *userdata), void *userdata)
+{
+	static struct missed m; /* only the loop uses it */
+	struct slice slice = slice_begin();
 	int r;
 
-	r = find_lost(client, &pins, &n);
-	if (r < 0)
-		return r;
-	ids = calloc(n + 1, sizeof(*ids));
-	if (!ids)
-		return -ENOMEM;
-	LIST_FOREACH(use, &client->uses, of_client)
-		if (r >= 0 && use->lost != 0)
-			r = tell_lost_use(use, pins, n, ids, f, userdata);
+	m.n = m.n_files = 0;
+	m.file = 0;
+	/* where there is nothing to tell, that is known at once: what begins meanwhile is not told twice */
+	do
+		r = catch_up(client, place, &m, f, userdata);
+	while (r > 0 && m.n == 0 && !slice_is_over(&slice));
 	return r;
 }
 
-int notice_for_each(struct client *client,
-		    int (*f)(const struct msg_notice *notice, void *userdata), void *userdata)
-{
-	struct broker *broker = client->broker;
-	struct revocation *rev;
-	uint64_t after = 0;
-	int r = 0;
-
-	while (r >= 0 && (rev = broker_next_revocation(broker, after))) {
-		_cleanup_(freep) int64_t *ids = NULL;
-		struct msg_notice notice;
-		struct client *of;
-		size_t i = 0;
-
-		after = rev->id;
-		if (!revocation_is_running(rev))
-			continue;
-		ids = calloc(rev->n_targets + 1, sizeof(int64_t));
-		if (!ids)
-			return -ENOMEM;
-		while (r >= 0 && next_notice(rev, &i, ids, &of, &notice))
-			if (of == client)
-				r = f(&notice, userdata);
-	}
-	if (r >= 0)
-		r = tell_again(client, f, userdata);
-	if (r >= 0 && client->restored)
-		r = tell_lost(client, f, userdata);
-	return r < 0 ? r : 0;
-}
+/* ---- */
 
 static int send_bus(const struct msg_notice *notice, void *userdata)
 {
@@ -261,8 +335,27 @@ static int send_bus(const struct msg_notice *notice, void *userdata)
 	return 0;
 }
 
+static int on_catch_up(sd_event_source *source, void *userdata)
+{
+	struct client *client = userdata;
+
+	if (client->broker->bus &&
+		notice_catch_up(client, &client->bus_place, send_bus, client) > 0)
+		return 0;
+	return sd_event_source_set_enabled(source, SD_EVENT_OFF);
+}
+
 void notice_send_bus(struct client *client)
 {
-	if (client->broker->bus && notice_for_each(client, send_bus, client) < 0)
-		log_errno(LOG_ERR, ENOMEM, "Cannot send client %" PRIu64 " its notices", client->id);
+	int r = 0;
+
+	client->bus_place = (struct notice_place){};
+	if (!client->bus_catch_up)
+		r = sd_event_add_defer(
+			client->broker->event, &client->bus_catch_up, on_catch_up, client);
+	if (r >= 0)
+		r = sd_event_source_set_enabled(client->bus_catch_up, SD_EVENT_ON);
+	if (r < 0)
+		log_errno(LOG_ERR, r, "Cannot send client %" PRIu64 " its notices on the bus",
+			client->id);
 }

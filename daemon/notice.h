@@ -2,19 +2,45 @@
 #pragma once
 
 #include "protocol/interface.h"
+#include "revocation.h"
 
 struct client;
-struct revocation;
+struct slice;
 
-/* Tells every holder with pins left in the revocation, on both channels. */
-void notice_send(const struct revocation *revocation);
+/* One notice names so many pins at most: what a client that reads messages of
+ * CONNECTION_MESSAGE_MAX can take, and a turn of the loop can write. More pins come in further
+ * notices of the same revocation. */
+#define NOTICE_PINS_MAX 4096
+/* The same, where the pins of several files are told of at once. */
+#define NOTICE_FILES_MAX 16
+
+/* In the order in which they are told of. */
+void notice_sort(struct untold *items, size_t n);
+
+/* Tells the holders of these pins, as far as the revocation wants them still, on both channels;
+ * from item *i on, which is moved forward, until the slice is over. */
+void notice_send(const struct revocation *revocation, const struct untold *items, size_t n,
+	size_t *i, const struct slice *slice);
+
+/* How far a client has been told of what it missed. All zero: of nothing. */
+struct notice_place {
+	enum {
+		MISSED_RUNNING, /* what running revocations want */
+		MISSED_TOLD,    /* what ended ones have told of pins on demand, which live on */
+		MISSED_LOST,    /* pins that a restart has lost */
+		MISSED_FILES,   /* files that it has lost, without pins */
+		MISSED_NOTHING,
+	} what;
+	uint64_t revocation, context, pin;
+};
 
 /*
- * Calls f for each notice of the running revocations that concern the client: one for each revocation
- * and file. What the notice points to lives as long as the call.
+ * Calls f for the next notices of what concerns the client. What a notice points to lives as long as
+ * the call. Returns 1 if there may be more to tell; 0 at the end; what f returned, if that is
+ * negative.
  */
-int notice_for_each(struct client *client,
-		    int (*f)(const struct msg_notice *notice, void *userdata), void *userdata);
+int notice_catch_up(struct client *client, struct notice_place *place,
+	int (*f)(const struct msg_notice *notice, void *userdata), void *userdata);
 
-/* Sends these to the client's name on the bus, once it is known to be its. */
+/* Sends all of them to the client's name on the bus, once it is known to be its. */
 void notice_send_bus(struct client *client);

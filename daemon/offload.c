@@ -10,6 +10,7 @@
 #include "closer.h"
 #include "log.h"
 #include "macro.h"
+#include "turn.h"
 #include "user.h"
 
 #define STACK_SIZE    (256U * 1024)
@@ -375,10 +376,12 @@ static bool job_finish_next(struct offload *o)
 
 static int done_dispatch(sd_event_source *source, int fd, uint32_t revents, void *userdata)
 {
+	struct slice slice = slice_begin();
 	struct offload *o = userdata;
 
 	for (unsigned i = 0; i < DONE_PER_TURN && job_finish_next(o); i++)
-		;
+		if (slice_is_over(&slice))
+			break;
 	return 0;
 }
 

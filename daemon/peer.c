@@ -14,12 +14,16 @@
 #include "log.h"
 #include "macro.h"
 #include "protocol/service.h"
+#include "request.h"
 #include "rpc.h"
 #include "state.h"
+#include "turn.h"
 
-/* One turn of the loop: calls answered for one connection, and what a stream queues ahead. */
-#define CALLS_PER_TURN   16
+/* What a stream queues ahead. */
 #define STREAM_QUEUE_MAX (256U * 1024U)
+
+/* Bytes of a message that take too long to read in a turn. */
+#define LONG_MESSAGE (16U * 1024U)
 
 struct peer_private {
 	struct peer peer;
@@ -64,6 +68,8 @@ void peer_forget_client(struct peer *peer)
 	LIST_REMOVE(peer, of_client);
 	bus_changed(peer->broker->bus, &peer->client->view);
 	peer->client = NULL;
+	if (peer->watching)
+		peer->list = NULL;
 	peer->watching = false;
 }
 
@@ -151,30 +157,115 @@ static void go_on_later(struct peer *peer)
 		fail(peer);
 }
 
+static void close_fds(struct peer *peer, const struct fds *fds)
+{
+	for (size_t i = 0; i < fds->n_fds; i++)
+		offload_close(peer->broker->offload, peer->user, fds->fds[i]);
+}
+
+static void turn(struct peer *peer, int r);
+
+/* One that takes long to read and to forget is read, and forgotten, on the pool. */
+struct long_message {
+	struct job job;
+	struct peer *peer; /* reference */
+	char *text;        /* owned */
+	size_t n;
+	struct fds fds; /* owned */
+	struct request request;
+	int result;
+};
+
+static void long_message_read(struct job *job)
+{
+	struct long_message *m = container_of(job, struct long_message, job);
+	json_object *message;
+
+	m->result = message_parse(m->text, m->n, &message);
+	if (m->result >= 0)
+		m->result = request_read(&m->request, message);
+}
+
+static void long_message_forget(struct job *job)
+{
+	struct long_message *m = container_of(job, struct long_message, job);
+
+	request_clear(&m->request);
+	free(TAKE_PTR(m->text));
+}
+
+static void long_message_forgotten(struct job *job)
+{
+	struct long_message *m = container_of(job, struct long_message, job);
+
+	peer_unref(m->peer);
+	free(m);
+}
+
+static void long_message_done(struct job *job)
+{
+	struct long_message *m = container_of(job, struct long_message, job);
+	struct peer *peer = m->peer;
+
+	peer->pending = false;
+	if (peer->connection && m->result >= 0)
+		container_of(peer, struct peer_private, peer)->handler(peer, &m->request, &m->fds);
+	close_fds(peer, &m->fds);
+	if (peer->connection)
+		turn(peer, m->result);
+	m->job.run = long_message_forget;
+	m->job.done = long_message_forgotten;
+	offload_submit_step(peer->broker->offload, peer->user, &m->job);
+}
+
+static int receive_long(struct peer *peer)
+{
+	struct long_message *m = calloc(1, sizeof(*m));
+	int r;
+
+	if (!m)
+		return -ENOMEM;
+	r = connection_receive_text(peer->connection, &m->text, &m->n, &m->fds);
+	if (r < 0) {
+		free(m);
+		return r;
+	}
+	m->peer = peer_ref(peer);
+	m->job.run = long_message_read;
+	m->job.done = long_message_done;
+	peer->pending = true;
+	offload_submit_step(peer->broker->offload, peer->user, &m->job);
+	return 0;
+}
+
 /* Answers what has arrived, some of it each turn. */
 static int answer(struct peer *peer)
 {
 	struct peer_private *p = container_of(peer, struct peer_private, peer);
+	struct slice slice = slice_begin();
 	int r;
 
-	for (unsigned n = 0; peer->connection && !peer->pending && !peer->failed &&
-			     !is_held(peer) && !intake_is_full(peer);
-	     n++) {
+	while (peer->connection && !peer->pending && !peer->failed && !is_held(peer) &&
+	       !intake_is_full(peer)) {
+		struct request request;
 		json_object *message;
 		struct fds fds;
 
-		if (n == CALLS_PER_TURN) {
+		if (slice_is_over(&slice)) {
 			if (connection_has_message(peer->connection))
 				go_on_later(peer);
 			break;
 		}
+		if (connection_message_size(peer->connection) > LONG_MESSAGE)
+			return receive_long(peer);
 		r = connection_receive(peer->connection, &message, &fds);
 		if (r <= 0)
 			return r;
-		r = p->handler(peer, message, &fds);
-		json_object_put(message);
-		for (size_t i = 0; i < fds.n_fds; i++)
-			offload_close(peer->broker->offload, peer->user, fds.fds[i]);
+		r = request_read(&request, message);
+		if (r >= 0)
+			p->handler(peer, &request, &fds);
+		request_clear(&request);
+		close_fds(peer, &fds);
 		if (r < 0)
 			return r;
 	}
@@ -195,7 +286,8 @@ static void stream(struct peer *peer)
 			return;
 		}
 		peer->list = NULL;
-		peer_done(peer);
+		if (!peer->watching) /* that goes on for ever */
+			peer_done(peer);
 	}
 }
 
@@ -374,19 +466,12 @@ static int add_string(json_object *message, const char *key, const char *value)
 	return 0;
 }
 
-static void send_message(struct peer *peer, const char *error, bool more,
-			 const struct schema *schema, const void *out, const int *fds, size_t n_fds)
+static int make_message(const char *error, bool more, const struct schema *schema, const void *out,
+			json_object **ret)
 {
-	json_object *message, *parameters = NULL;
+	json_object *parameters, *message = json_object_new_object();
 	int r;
 
-	if (!peer->connection || peer->oneway || peer->failed) {
-		for (size_t i = 0; i < n_fds; i++)
-			offload_close(peer->broker->offload, peer->user, fds[i]);
-		return;
-	}
-	state_flush(peer->broker);
-	message = json_object_new_object();
 	r = message ? schema_write(schema, out, &parameters) : -ENOMEM;
 	if (r >= 0 && json_object_object_add(message, "parameters", parameters) < 0) {
 		json_object_put(parameters);
@@ -398,21 +483,76 @@ static void send_message(struct peer *peer, const char *error, bool more,
 		r = json_object_object_add(message, "continues", json_object_new_boolean(true)) < 0
 			    ? -ENOMEM
 			    : 0;
-	if (r >= 0)
+	if (r < 0)
+		json_object_put(message);
+	else
+		*ret = message;
+	return r;
+}
+
+static void fail_to_answer(struct peer *peer, int r)
+{
+	log_errno(LOG_NOTICE, r, "Cannot answer process %d, closing its connection", peer->process.pid);
+	fail(peer);
+}
+
+static void send_message(struct peer *peer, const char *error, bool more,
+			 const struct schema *schema, const void *out, const int *fds, size_t n_fds)
+{
+	json_object *message;
+	int r;
+
+	if (!peer->connection || peer->oneway || peer->failed) {
+		for (size_t i = 0; i < n_fds; i++)
+			offload_close(peer->broker->offload, peer->user, fds[i]);
+		return;
+	}
+	state_flush(peer->broker);
+	r = make_message(error, more, schema, out, &message);
+	if (r >= 0) {
 		r = connection_send(peer->connection, message, fds, n_fds);
-	json_object_put(message);
+		json_object_put(message);
+	}
 	if (r < 0) {
 		for (size_t i = 0; i < n_fds; i++)
 			offload_close(peer->broker->offload, peer->user, fds[i]);
-		log_errno(LOG_NOTICE, r, "Cannot answer process %d, closing its connection",
-			  peer->process.pid);
-		fail(peer);
+		fail_to_answer(peer, r);
 		return;
 	}
 	peer->intake.n_unread_fds += (unsigned)n_fds;
 	flush(peer);
 	if (connection_queued(peer->connection) > 0)
 		peer_set_events(peer);
+}
+
+int peer_format(const struct schema *schema, const void *out, bool more, struct text **ret)
+{
+	json_object *message;
+	int r;
+
+	r = make_message(NULL, more, schema, out, &message);
+	if (r < 0)
+		return r;
+	r = text_new(message, ret);
+	json_object_put(message);
+	return r;
+}
+
+void peer_send_text(struct peer *peer, int r, struct text *text, bool at_once)
+{
+	if (!peer->connection || peer->oneway || peer->failed)
+		return;
+	state_flush(peer->broker);
+	if (r >= 0)
+		r = connection_send_text(peer->connection, text);
+	if (r < 0) {
+		fail_to_answer(peer, r);
+	} else if (at_once) {
+		flush(peer);
+		peer_set_events(peer);
+	} else {
+		go_on_later(peer);
+	}
 }
 
 void peer_reply(struct peer *peer, const struct schema *schema, const void *out, const int *fds,

@@ -7,6 +7,7 @@
 #include <systemd/sd-event.h>
 
 #include "intake.h"
+#include "notice.h"
 #include "notifier.h"
 #include "process.h"
 #include "protocol/connection.h"
@@ -42,6 +43,7 @@ struct peer {
 	/* a List call that is under way */
 	int (*list)(struct peer *peer); /* sends the next few; 0 when that was all, 1 if there is more */
 	uint64_t list_after, list_file, list_client;
+	struct notice_place missed; /* Watch: as far as it has been told what began before */
 
 	unsigned n_refs; /* the registry's, and one for each job */
 	LIST_ENTRY(peer) of_rpc;
@@ -50,8 +52,9 @@ struct peer {
 
 LIST_HEAD(peer_list, peer);
 
-/* What handles calls: returns negative errno if the connection must end. */
-typedef int (*peer_handler)(struct peer *peer, json_object *message, struct fds *fds);
+/* What handles calls, right or wrong. */
+struct request;
+typedef void (*peer_handler)(struct peer *peer, struct request *request, struct fds *fds);
 
 /* Takes the accepted descriptor over, whatever it returns: it may have been sent others already, and is closed
  * on the pool. */
@@ -75,6 +78,10 @@ void peer_hold(struct peer *peer);
 void peer_reply(struct peer *peer, const struct schema *schema, const void *out, const int *fds,
 		size_t n_fds);
 void peer_reply_more(struct peer *peer, const struct schema *schema, const void *out);
+/* The same in two steps, for many: the text of the reply, which any thread can make, and sending it, which fails with r if that is negative.
+ * at_once: what the socket takes is written before it returns. */
+int peer_format(const struct schema *schema, const void *out, bool more, struct text **ret);
+void peer_send_text(struct peer *peer, int r, struct text *text, bool at_once);
 void peer_error(struct peer *peer, const char *interface, const struct schema *schema,
 		const void *out);
 void peer_refuse(struct peer *peer, int r, const struct refusal *refusal);

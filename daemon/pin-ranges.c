@@ -13,16 +13,31 @@ static uint64_t subtree_end(const struct pin *pin)
 	return pin ? pin->subtree_end : 0;
 }
 
+static uint64_t subtree_wanted_end(const struct pin *pin)
+{
+	return pin ? pin->subtree_wanted_end : 0;
+}
+
+static uint64_t furthest(uint64_t a, uint64_t b, uint64_t c)
+{
+	uint64_t ab = a > b ? a : b;
+
+	return ab > c ? ab : c;
+}
+
+static bool is_wanted(const struct pin *pin)
+{
+	return !LIST_EMPTY(&pin->targets);
+}
+
 static void update(struct pin *pin)
 {
-	uint64_t end = pin_end_offset(pin), left = subtree_end(RB_LEFT(pin, by_range)),
-		 right = subtree_end(RB_RIGHT(pin, by_range));
+	const struct pin *left = RB_LEFT(pin, by_range), *right = RB_RIGHT(pin, by_range);
+	uint64_t end = pin_end_offset(pin);
 
-	if (left > end)
-		end = left;
-	if (right > end)
-		end = right;
-	pin->subtree_end = end;
+	pin->subtree_end = furthest(end, subtree_end(left), subtree_end(right));
+	pin->subtree_wanted_end = furthest(is_wanted(pin) ? end : 0, subtree_wanted_end(left),
+					   subtree_wanted_end(right));
 }
 
 #undef RB_AUGMENT
@@ -38,7 +53,7 @@ static void update_to_root(struct pin *pin)
 
 void pin_ranges_insert(struct pin_ranges *ranges, struct pin *pin)
 {
-	pin->subtree_end = pin_end_offset(pin);
+	pin->subtree_end = pin->subtree_wanted_end = 0;
 	pin_ranges_RB_INSERT(ranges, pin);
 	update_to_root(pin);
 }
@@ -105,6 +120,40 @@ struct pin *pin_ranges_find(struct pin_ranges *ranges, uint64_t start, uint64_t 
 		if (pin_end_offset(node) > start)
 			return node;
 	}
+}
+
+struct pin *pin_ranges_find_after(struct pin_ranges *ranges, uint64_t start, uint64_t offset, uint64_t id)
+{
+	struct pin *pin = pin_ranges_RB_NFIND(ranges, &(struct pin){ .offset = offset, .id = id + 1 });
+
+	if (!pin || pin_end_offset(pin) > start)
+		return pin;
+	return pin_ranges_find(ranges, start, UINT64_MAX, pin);
+}
+
+void pin_ranges_update(struct pin *pin)
+{
+	update_to_root(pin);
+}
+
+struct pin *pin_ranges_find_wanted(struct pin_ranges *ranges, uint64_t start, uint64_t end)
+{
+	struct pin *node = RB_ROOT(ranges);
+
+	while (node && subtree_wanted_end(node) > start) {
+		struct pin *left = RB_LEFT(node, by_range);
+
+		if (subtree_wanted_end(left) > start) {
+			node = left; /* as above: if none there overlaps, none further right does */
+			continue;
+		}
+		if (node->offset >= end)
+			return NULL;
+		if (is_wanted(node) && pin_end_offset(node) > start)
+			return node;
+		node = RB_RIGHT(node, by_range);
+	}
+	return NULL;
 }
 
 uint64_t pin_ranges_end(const struct pin_ranges *ranges)

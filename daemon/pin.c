@@ -12,22 +12,59 @@
 #include "macro.h"
 #include "state.h"
 
+static uint64_t n_pages(const struct pin *pin)
+{
+	return pin_pinned_bytes(pin) / (uint64_t)sysconf(_SC_PAGESIZE);
+}
+
+/* n: 1, or -1 before its state or its targets change */
+static void count_in_context(struct pin *pin, int n)
+{
+	struct context *context = pin->context;
+	bool wanted = !LIST_EMPTY(&pin->targets);
+
+	if (wanted) {
+		context->n_wanted += (unsigned)n;
+		pin->use->file->n_wanted += (unsigned)n;
+	}
+	if (pin->state != PIN_LEAVING)
+		return;
+	if (n > 0)
+		TAILQ_INSERT_TAIL(&context->leaving, pin, of_leaving);
+	else
+		TAILQ_REMOVE(&context->leaving, pin, of_leaving);
+	context->n_leaving += (unsigned)n;
+	if (wanted)
+		context->n_leaving_wanted += (unsigned)n;
+}
+
 static void join_file(struct pin *pin, struct use *use)
 {
 	struct client *client = use->client;
 
 	pin->use = use;
 	pin->context->n_pins++;
+	pin->context->n_pages += n_pages(pin);
+	count_in_context(pin, 1);
 	pin_ranges_insert(&use->file->pins, pin);
 	use->file->n_pins++;
 	use->file->n_on_demand += pin->on_demand;
 	use->n_pins++;
 	client->n_pins++;
 	client->pinned_bytes += pin_pinned_bytes(pin);
+	client->n_told += pin_is_told(pin);
 	client->broker->n_pins++;
 	file_pinned(use->file, pin_end_offset(pin));
 	bus_changed(client->broker->bus, &use->file->view);
 	bus_changed(client->broker->bus, &client->view);
+}
+
+static void count_lost(struct pin *pin, int n)
+{
+	struct use *use = pin->lost ? client_next_lost(pin->context->client, pin->revocation - 1) : NULL;
+
+	if (use && use->lost == pin->revocation)
+		use->n_lost += (unsigned)n;
 }
 
 static int pin_make(struct context *context, struct use *use, const struct pin_past *past,
@@ -54,7 +91,8 @@ static int pin_make(struct context *context, struct use *use, const struct pin_p
 	pin->identity = past->identity;
 	pin->label = label_ref(label);
 	LIST_INIT(&pin->targets);
-	LIST_INSERT_HEAD(&context->pins, pin, of_context);
+	context_add_pin(context, pin);
+	count_lost(pin, 1);
 	if (use)
 		join_file(pin, use);
 	broker_add_pin(broker, pin);
@@ -99,6 +137,9 @@ static void leave_file(struct pin *pin)
 	struct use *use = pin->use;
 
 	pin_ranges_remove(&use->file->pins, pin);
+	count_in_context(pin, -1);
+	pin->context->n_pages -= n_pages(pin);
+	use->client->n_told -= pin_is_told(pin);
 	use->file->n_pins--;
 	use->file->n_on_demand -= pin->on_demand;
 	use->n_pins--;
@@ -121,13 +162,39 @@ struct pin *pin_free(struct pin *pin)
 	assert(LIST_EMPTY(&pin->targets));
 	if (pin->use)
 		leave_file(pin);
-	LIST_REMOVE(pin, of_context);
+	count_lost(pin, -1);
+	context_remove_pin(pin->context, pin);
 	user_discharge(pin->context->user, LIMIT_PINS, 1);
 	state_gone(pin->context->client->broker, pin->id);
 	broker_remove_pin(pin->context->client->broker, pin);
 	label_unref(pin->label);
 	free(pin);
 	return NULL;
+}
+
+void pin_add_target(struct pin *pin, struct target *target)
+{
+	count_in_context(pin, -1);
+	LIST_INSERT_HEAD(&pin->targets, target, of_pin);
+	count_in_context(pin, 1);
+	pin_ranges_update(pin);
+}
+
+void pin_remove_target(struct pin *pin, struct target *target)
+{
+	count_in_context(pin, -1);
+	LIST_REMOVE(target, of_pin);
+	count_in_context(pin, 1);
+	pin_ranges_update(pin);
+}
+
+void pin_set_told(struct pin *pin, uint64_t revocation)
+{
+	struct client *client = pin->use->client;
+
+	client->n_told -= pin_is_told(pin);
+	pin->revocation = revocation;
+	client->n_told += pin_is_told(pin);
 }
 
 int pin_bind(struct pin *pin, int64_t handle, const struct handle_identity *identity,
@@ -144,7 +211,7 @@ int pin_bind(struct pin *pin, int64_t handle, const struct handle_identity *iden
 	pin->handle = handle;
 	pin->identity = *identity;
 	pin->state = PIN_BOUND;
-	pin->revocation = 0;
+	pin_set_told(pin, 0);
 	pin->destroyed = pin->torn = false;
 	state_pin(pin);
 	return 0;
@@ -157,11 +224,13 @@ void pin_leave(struct pin *pin)
 
 	if (pin->state == PIN_LEAVING)
 		return;
+	count_in_context(pin, -1);
 	pin->state = PIN_LEAVING;
 	pin->left_msec = now_msec();
+	count_in_context(pin, 1);
 	if (check && pin_is_awaited(pin)) {
 		state_pin(pin);
-		context_check(pin->context);
+		context_check_soon(pin->context);
 	} else {
 		pin_end(pin, PROOF_CLAIMED);
 	}
@@ -183,7 +252,7 @@ void pin_end(struct pin *pin, enum proof proof)
 
 	leave_file(pin);
 	if (targets)
-		pin->revocation = targets->revocation->id;
+		pin->revocation = targets->stake->revocation->id;
 	LIST_INIT(&pin->targets);
 	if (known) {
 		pin_free(pin);
@@ -224,5 +293,5 @@ void pin_info(const struct pin *pin, struct msg_pin_info *ret)
 		.revocation = INT_NULL,
 	};
 	if (!LIST_EMPTY(&pin->targets))
-		ret->revocation = (int64_t)LIST_FIRST(&pin->targets)->revocation->id;
+		ret->revocation = (int64_t)pin_revocation(pin)->id;
 }

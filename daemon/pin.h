@@ -51,18 +51,28 @@ struct pin {
 	uint64_t revocation; /* over: the one that ended it, or use::lost; on demand: the last one told of since Bind */
 	LIST_HEAD(, target) targets; /* revocation::targets, one for each that wants it gone */
 
-	uint64_t subtree_end; /* the interval tree's: the furthest end below this node */
+	/* the interval tree's: the furthest end below this node, of all, and of those that are wanted gone */
+	uint64_t subtree_end, subtree_wanted_end;
 	RB_ENTRY(pin) by_range;   /* file::pins */
 	RB_ENTRY(pin) by_id;      /* broker::pins */
-	LIST_ENTRY(pin) of_context;
+	RB_ENTRY(pin) of_context;    /* context::pins */
+	TAILQ_ENTRY(pin) of_leaving;  /* context::leaving, while it is leaving and not over */
 };
 
 RB_HEAD(pin_ranges, pin);
+RB_HEAD(pins_by_id, pin);
+TAILQ_HEAD(pin_list, pin);
 
 /* What it counts for in LIMIT_PINNED_BYTES. */
 static inline uint64_t pin_pinned_bytes(const struct pin *pin)
 {
 	return pin->on_demand ? 0 : pin->length;
+}
+
+/* Has its holder been told of it by a revocation that has ended? Only who has it on demand may have. */
+static inline bool pin_is_told(const struct pin *pin)
+{
+	return pin->on_demand && pin->use && pin->revocation != 0;
 }
 
 static inline uint64_t pin_end_offset(const struct pin *pin)
@@ -92,6 +102,13 @@ struct pin_past {
 int pin_resume(struct context *context, struct use *use, const struct pin_past *past,
 	       struct label *label);
 
+/* A revocation wants it gone, or does no more. */
+void pin_add_target(struct pin *pin, struct target *target);
+void pin_remove_target(struct pin *pin, struct target *target);
+
+/* The revocation that told of a pin on demand; 0: none since it was bound. */
+void pin_set_told(struct pin *pin, uint64_t revocation);
+
 /* Takes it out of everything, whatever its state, without a word to anybody. */
 struct pin *pin_free(struct pin *pin);
 
@@ -117,5 +134,11 @@ void pin_ranges_remove(struct pin_ranges *ranges, struct pin *pin);
 /* The first pin, by offset, that overlaps [start, end), after `after` if that is not NULL. */
 struct pin *pin_ranges_find(struct pin_ranges *ranges, uint64_t start, uint64_t end,
 			    struct pin *after);
+/* The first pin that ends after start, behind the place that a pin with this offset and identifier has. */
+struct pin *pin_ranges_find_after(struct pin_ranges *ranges, uint64_t start, uint64_t offset, uint64_t id);
+/* Whether a pin has targets has changed. */
+void pin_ranges_update(struct pin *pin);
+/* Any pin with targets that overlaps [start, end). */
+struct pin *pin_ranges_find_wanted(struct pin_ranges *ranges, uint64_t start, uint64_t end);
 /* The furthest end of all, 0 if there are none. */
 uint64_t pin_ranges_end(const struct pin_ranges *ranges);

@@ -149,7 +149,7 @@ void broker_remove_revocation(struct broker *broker, struct revocation *revocati
 {
 	bus_removed(broker->bus, &revocation->view);
 	revocation_ids_RB_REMOVE(&broker->revocations, revocation);
-	if (revocation_is_running(revocation)) {
+	if (!revocation->retired) {
 		broker->n_running--;
 	} else {
 		TAILQ_REMOVE(&broker->ended, revocation, of_ended);
@@ -160,6 +160,7 @@ void broker_remove_revocation(struct broker *broker, struct revocation *revocati
 void broker_retire_revocation(struct broker *broker, struct revocation *revocation)
 {
 	broker->n_running--;
+	revocation->retired = true;
 	TAILQ_INSERT_TAIL(&broker->ended, revocation, of_ended);
 	if (++broker->n_ended > BROKER_ENDED_MAX)
 		revocation_free(TAILQ_FIRST(&broker->ended));

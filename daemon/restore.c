@@ -276,7 +276,7 @@ static int restore_use(struct restorer *r, const struct entry *e, const struct r
 	error = client_add_use(client, file, (enum access)access, writable, &use, &refusal);
 	if (error != 0)
 		return error;
-	use->lost = lost;
+	use_set_lost(use, lost);
 	use->mount = mount;
 	if (writable)
 		sharing_add(file, client->process.uid);
@@ -387,7 +387,7 @@ static int lose_pin(struct restorer *r, uint64_t id, struct context *context, st
 	const char *path = use->file ? use->file->path : use->path;
 
 	if (use->lost == 0)
-		use->lost = broker_next_id(r->broker);
+		use_set_lost(use, broker_next_id(r->broker));
 	past.revocation = use->lost;
 	log_lost(r, context->client, "Pin", id, path);
 	ids_give(&r->broker->ids, id);

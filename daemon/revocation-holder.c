@@ -1,16 +1,14 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 #include "revocation.h"
 
-#include <errno.h>
 #include <inttypes.h>
 #include <stdio.h>
-#include <stdlib.h>
 
 #include "broker.h"
 #include "bus.h"
 #include "log.h"
 #include "macro.h"
-#include "notice.h"
+#include "turn.h"
 
 /* The holders of a revocation: which of them is the breaker itself, and whether any is left to turn to. */
 
@@ -22,30 +20,43 @@ static bool is_breaker(const struct client *client, const pid_t *breakers, size_
 	return false;
 }
 
+static void force_holder(struct revocation *rev, uint64_t client)
+{
+	struct file *file = broker_find_file(rev->broker, rev->file);
+	struct selection selection;
+	int r;
+
+	if (!file)
+		return;
+	selection = selection_of_file(file, 0);
+	selection.client = client;
+	selection.pinning = true;
+	r = revocation_start(rev->broker, file, false, &rev->conflict, &selection, 0, true, NULL);
+	if (r < 0)
+		log_errno(LOG_ERR, r, "Cannot force the pins that the breaker itself has on %s",
+			  revocation_path(rev));
+}
+
 /* A holder that waits for itself cannot answer a notice: its own pins go by force, at once. Whoever else
  * holds the file keeps its time. */
 static void force_breakers(struct revocation *rev, const pid_t *breakers, size_t n_breakers)
 {
-	_cleanup_(freep) struct pin **pins = calloc(rev->n_targets + 1, sizeof(*pins));
-	size_t n = 0, n_others = 0;
-	int r = -ENOMEM;
+	uint64_t holders[BREAKERS_MAX];
+	bool others = rev->finding;
+	size_t n = 0;
 
-	for (size_t i = 0; i < rev->n_targets && pins; i++) {
-		struct pin *pin = revocation_awaited_pin(&rev->targets[i]);
-
-		if (pin && is_breaker(pin->context->client, breakers, n_breakers))
-			pins[n++] = pin;
-		else
-			n_others += pin != NULL;
+	for (struct stake *stake = stake_next(rev, (struct place){}); stake; stake = stake_after(stake)) {
+		if (stake->n_awaited == 0)
+			continue;
+		if (!is_breaker(stake->context->client, breakers, n_breakers))
+			others = true;
+		else if (n < BREAKERS_MAX && (n == 0 || holders[n - 1] != stake->client))
+			holders[n++] = stake->client;
 	}
-	if (pins && n > 0 && n_others == 0)
+	if (n > 0 && !others)
 		revocation_event(rev, REVOKE_FORCE);
-	else if (pins && n > 0)
-		r = revocation_start(rev->broker, pins[0]->use->file, false, &rev->conflict, pins, n, 0,
-				     true, NULL);
-	if (n_others > 0 && r < 0 && (n > 0 || !pins))
-		log_errno(LOG_ERR, r, "Cannot force the pins that the breaker itself has on %s",
-			  revocation_path(rev));
+	for (size_t i = 0; others && i < n; i++)
+		force_holder(rev, holders[i]);
 }
 
 void revocation_blame(struct revocation *rev, const struct conflict *who, const pid_t *breakers,
@@ -64,34 +75,29 @@ void revocation_blame(struct revocation *rev, const struct conflict *who, const 
 	log_event(LOG_NOTICE, MESSAGE_REVOKE_BLAMED, &fields,
 		  "Revocation %" PRIu64 " of %s is on behalf of %s (pid %d) (%s%s).", rev->id,
 		  revocation_path(rev), who->comm, who->pid, fields.cause, size);
-	notice_send(rev);
+	rev->tell_after = (struct place){};
+	rev->telling = true;
+	revocation_go_on(rev);
 	if (rev->state == REVOCATION_NOTIFIED)
 		force_breakers(rev, breakers, n_breakers);
 }
 
-bool revocation_is_reaping(const struct revocation *rev)
+bool revocation_is_reaping(struct revocation *rev)
 {
-	for (size_t i = 0; i < rev->n_targets; i++) {
-		const struct pin *pin = revocation_awaited_pin(&rev->targets[i]);
-
-		if (pin && pin->context->reaping)
+	for (struct stake *stake = stake_next(rev, (struct place){}); stake; stake = stake_after(stake))
+		if (stake->n_awaited > 0 && stake->context->reaping)
 			return true;
-	}
 	return false;
 }
 
 /* Is there anybody left to turn to, by a notice or a signal, as the rung is? */
-static bool has_living(const struct revocation *rev)
+static bool has_living(struct revocation *rev)
 {
-	for (size_t i = 0; i < rev->n_targets; i++) {
-		const struct pin *pin = revocation_awaited_pin(&rev->targets[i]);
-
-		if (!pin)
-			continue;
-		if (rev->state == REVOCATION_NOTIFIED ? client_can_answer(pin->context->client)
-						      : !pin->context->client->dead)
+	for (struct stake *stake = stake_next(rev, (struct place){}); stake; stake = stake_after(stake))
+		if (stake->n_awaited > 0 &&
+		    (rev->state == REVOCATION_NOTIFIED ? client_can_answer(stake->context->client)
+						       : !stake->context->client->dead))
 			return true;
-	}
 	return false;
 }
 
@@ -107,42 +113,46 @@ void revocation_inherited(const struct client *client)
 		after = rev->id;
 		if (rev->state != REVOCATION_SIGNALLED && rev->state != REVOCATION_KILLED)
 			continue;
-		for (size_t i = 0; i < rev->n_targets; i++) {
-			const struct pin *pin = revocation_awaited_pin(&rev->targets[i]);
-
-			if (pin && pin->context->client == client) {
-				rev->targets[i].asked = 0;
-				takes_part = true;
-			}
-		}
+		for (struct stake *stake = stake_next(rev, (struct place){ .client = client->id });
+		     stake && stake->client == client->id; stake = stake_after(stake))
+			takes_part |= stake->n_awaited > 0;
 		if (takes_part)
-			revocation_repeat(rev);
+			revocation_repeat(rev, client->id);
 	}
 }
 
 /* Could the end of a reap still tell something? */
-static bool has_open_context(const struct revocation *rev)
+static bool has_open_context(struct revocation *rev)
 {
-	for (size_t i = 0; i < rev->n_targets; i++) {
-		const struct pin *pin = revocation_awaited_pin(&rev->targets[i]);
-
-		if (pin && pin->context->fd >= 0)
+	for (struct stake *stake = stake_next(rev, (struct place){}); stake; stake = stake_after(stake))
+		if (stake->n_awaited > 0 && (stake->context->fd >= 0 || stake->context->reaping))
 			return true;
-	}
 	return false;
 }
 
 void revocation_search(struct revocation *rev)
 {
-	rev->searching = true;
-	/* one that is closed already ends its pins, and perhaps the revocation */
-	for (size_t i = 0; revocation_is_running(rev) && i < rev->n_targets; i++) {
-		struct pin *pin = revocation_awaited_pin(&rev->targets[i]);
+	rev->searching = rev->looking = true;
+	rev->look_after = (struct place){};
+	revocation_go_on(rev);
+}
 
-		if (pin)
-			context_reap(pin->context);
+/* One that is closed already ends its pins, and perhaps the revocation. */
+void revocation_look(struct revocation *rev, const struct slice *slice)
+{
+	struct stake *stake;
+
+	while (rev->looking && (stake = stake_next(rev, rev->look_after))) {
+		rev->look_after = (struct place){ .client = stake->client, .context = stake->id };
+		if (stake->n_awaited > 0)
+			context_reap(stake->context);
+		if (slice_is_over(slice))
+			return;
 	}
-	if (revocation_is_running(rev) && !has_open_context(rev))
+	if (!rev->looking)
+		return;
+	rev->looking = false;
+	if (!has_open_context(rev))
 		revocation_event(rev, REVOKE_UNREACHABLE);
 }
 
@@ -153,7 +163,7 @@ void revocation_check_reachable(struct broker *broker)
 
 	while ((rev = broker_next_revocation(broker, after))) {
 		after = rev->id;
-		if (!revocation_is_running(rev) || revocation_is_reaping(rev) ||
+		if (!revocation_is_running(rev) || rev->finding || rev->looking || revocation_is_reaping(rev) ||
 		    (has_living(rev) && !rev->searching))
 			continue;
 		if (rev->state == REVOCATION_NOTIFIED)

@@ -15,6 +15,7 @@
 #include "macro.h"
 #include "notice.h"
 #include "state.h"
+#include "turn.h"
 
 /* How long forced detaches, and dying, may take. */
 #define DETACH_USEC (2 * USEC_PER_SEC)
@@ -111,14 +112,12 @@ static void plan(struct revocation *rev, uint64_t grace_usec, uint64_t broken_us
 					 : rev->deadline_usec + budget;
 }
 
-static void start_jobs(struct revocation *rev);
-
 static int on_timer(sd_event_source *source, uint64_t usec, void *userdata)
 {
 	struct revocation *rev = userdata;
 
 	if (rev->again && now_usec() < rev->deadline_usec)
-		start_jobs(rev);
+		revocation_go_on(rev);
 	else
 		revocation_event(rev, REVOKE_TIMEOUT);
 	return 0;
@@ -150,46 +149,50 @@ static void arm(struct revocation *rev, unsigned actions)
 	set_timer(rev, usec);
 }
 
-/* Forgets the targets: what is still pinned stays so. */
-static void drop_targets(struct revocation *rev)
+static void log_remaining(struct revocation *rev, const struct stake *stake)
 {
-	for (size_t i = 0; i < rev->n_targets; i++) {
-		struct target *target = &rev->targets[i];
+	const struct client *client = stake->context->client;
+	struct log_fields fields = revocation_fields(rev);
 
-		if (!target->pin)
-			continue;
-		LIST_REMOVE(target, of_pin);
-		if (target->on_demand) {
-			target->pin->revocation = rev->id;
-			state_pin(target->pin);
-		}
-	}
-	free(rev->targets);
-	rev->targets = NULL;
+	if (rev->state != REVOCATION_LOST || stake->n_awaited == 0 || rev->reported == client->id)
+		return;
+	rev->reported = client->id;
+	fields.client = client->id;
+	fields.pid = client->process.pid;
+	fields.uid = &client->process.uid;
+	fields.unit = client->process.unit;
+	log_event(LOG_CRIT, MESSAGE_LEASE_LOST, &fields,
+		  "Pages of %s are still pinned by %s (pid %d) through %s while they are taken away: "
+		  "what its hardware writes there is lost.",
+		  revocation_path(rev), client->process.comm, client->process.pid,
+		  stake->context->ops->kind);
 }
 
-static void log_remaining(struct revocation *rev)
+static void drop_target(struct target *target)
 {
-	const struct client *last = NULL;
+	struct revocation *rev = target->stake->revocation;
+	struct pin *pin = target->pin;
 
-	for (size_t i = 0; i < rev->n_targets; i++) {
-		struct pin *pin = revocation_awaited_pin(&rev->targets[i]);
-		struct log_fields fields = revocation_fields(rev);
-		struct client *client;
-
-		if (!pin || pin->context->client == last)
-			continue;
-		last = client = pin->context->client;
-		fields.client = client->id;
-		fields.pid = client->process.pid;
-		fields.uid = &client->process.uid;
-		fields.unit = client->process.unit;
-		log_event(LOG_CRIT, MESSAGE_LEASE_LOST, &fields,
-			  "Pages of %s are still pinned by %s (pid %d) through %s while they are taken "
-			  "away: what its hardware writes there is lost.",
-			  revocation_path(rev), client->process.comm, client->process.pid,
-			  pin->context->ops->kind);
+	pin_remove_target(pin, target);
+	if (target->on_demand && pin->revocation < rev->id) {
+		pin_set_told(pin, rev->id);
+		state_pin(pin);
 	}
+	target_free(target);
+}
+
+/* Forgets the targets: what is still pinned stays so. Returns true if there are more. */
+static bool drop_targets(struct revocation *rev, const struct slice *slice)
+{
+	struct target *target;
+
+	while ((target = target_next(rev, (struct place){}))) {
+		if (slice && slice_is_over(slice))
+			return true;
+		log_remaining(rev, target->stake);
+		drop_target(target);
+	}
+	return false;
 }
 
 static void report_end(struct revocation *rev)
@@ -209,20 +212,21 @@ static void report_end(struct revocation *rev)
 
 static void end(struct revocation *rev)
 {
-	struct broker *broker = rev->broker;
-	struct file *file = rev->file != 0 ? broker_find_file(broker, rev->file) : NULL;
-	bool lost = rev->state == REVOCATION_LOST;
+	struct file *file = rev->file != 0 ? broker_find_file(rev->broker, rev->file) : NULL;
+	struct slice slice = slice_begin();
 
 	rev->end_usec = now_usec();
-	drop_targets(rev);
+	rev->finding = rev->announcing = rev->telling = rev->starting = rev->looking = false;
+	rev->n_untold = rev->i_untold = 0;
+	rev->dropping = true;
+	(void)drop_targets(rev, &slice);
 	if (file && file->revocation == rev) {
 		file->revocation = NULL;
-		file_revocation_ended(file, lost);
+		file_revocation_ended(file, rev->state == REVOCATION_LOST);
 	}
 	report_end(rev);
-	bus_revocation_ended(broker->bus, rev);
-	broker_retire_revocation(broker, rev);
-	broker_check_stopped(broker);
+	bus_revocation_ended(rev->broker->bus, rev);
+	revocation_go_on(rev);
 }
 
 static int rung_signal(const struct revocation *rev)
@@ -232,53 +236,80 @@ static int rung_signal(const struct revocation *rev)
 	return rev->state == REVOCATION_KILLED ? SIGKILL : rev->signal;
 }
 
-/* The jobs of the present rung: one for each context, or one for each client that has pins left. Without
- * memory for one of them it is done again a little later, until its time is up. */
-static void start_jobs(struct revocation *rev)
+/* The timer brings it on. */
+static void try_again(struct revocation *rev)
 {
-	const struct client *last = NULL;
-	bool again = rev->again;
-	int sig = rung_signal(rev);
-
-	if (!again) {
-		rev->n_jobs = 1; /* ours, so that none that comes back at once ends the rung */
-		rev->n_reached = 0;
-	}
-	rev->again = false;
-	for (size_t i = 0; i < rev->n_targets; i++) {
-		struct target *target = &rev->targets[i];
-		struct context *context;
-		int r = 0;
-
-		if (!revocation_awaited_pin(target))
-			continue;
-		context = target->pin->context;
-		if (sig == 0 && context->detached_by != rev->id) {
-			r = context_detach(context, rev);
-			if (r >= 0)
-				context->detached_by = rev->id;
-		} else if (sig != 0 && context->client != last && !context->client->dead) {
-			last = context->client;
-			if (target->asked != rev->state)
-				r = revocation_signal(rev, context->client, sig);
-			if (r >= 0)
-				target->asked = rev->state;
-		}
-		rev->n_jobs += r > 0;
-		rev->again |= r < 0;
-	}
-	if (rev->again || again)
-		set_timer(rev, rev->again ? now_usec() + RETRY_USEC : rev->deadline_usec);
-	if (!rev->again)
-		revocation_job_done(rev->broker, rev->id, rev->state, false);
+	rev->again = true;
+	set_timer(rev, now_usec() + RETRY_USEC);
 }
 
-void revocation_repeat(struct revocation *rev)
+/* The jobs of the present rung: one for each context, or one for each client that has pins left. */
+static void start_jobs(struct revocation *rev)
 {
-	rev->n_jobs += !rev->again; /* ours */
+	rev->n_jobs = 1; /* ours, so that none that comes back at once ends the rung */
 	rev->n_reached = 0;
-	rev->again = true;
-	set_timer(rev, now_usec());
+	rev->start_after = (struct place){};
+	rev->signalled = rev->only = 0;
+	rev->starting = true;
+	revocation_go_on(rev);
+}
+
+static int start_job(struct revocation *rev, struct stake *stake, int sig)
+{
+	struct context *context = stake->context;
+	int r;
+
+	if (sig == 0) {
+		if (context->detached_by == rev->id)
+			return 0;
+		r = context_detach(context, rev);
+		if (r >= 0)
+			context->detached_by = rev->id;
+		return r;
+	}
+	if (context->client->dead || context->client->id == rev->signalled)
+		return 0;
+	r = revocation_signal(rev, context->client, sig);
+	if (r >= 0)
+		rev->signalled = context->client->id;
+	return r;
+}
+
+/* What has no memory is started a little later. */
+static void start_some_jobs(struct revocation *rev, const struct slice *slice)
+{
+	int r, sig = rung_signal(rev);
+	struct stake *stake;
+
+	while ((stake = stake_next(rev, rev->start_after)) &&
+	       (rev->only == 0 || stake->client == rev->only)) {
+		struct place place = { .client = stake->client, .context = stake->id };
+
+		r = stake->n_awaited > 0 ? start_job(rev, stake, sig) : 0;
+		if (r < 0) {
+			try_again(rev);
+			return;
+		}
+		rev->n_jobs += r > 0;
+		rev->start_after = place;
+		if (slice_is_over(slice))
+			return;
+	}
+	rev->starting = false;
+	revocation_job_done(rev->broker, rev->id, rev->state, false);
+}
+
+void revocation_repeat(struct revocation *rev, uint64_t client)
+{
+	/* the job that is under way for what the client was is of no account */
+	if (!rev->starting)
+		rev->n_jobs++; /* ours */
+	rev->n_reached = 0;
+	rev->signalled = 0;
+	rev->only = client;
+	rev->start_after = (struct place){ .client = client };
+	rev->starting = true;
+	revocation_go_on(rev);
 }
 
 void revocation_job_done(struct broker *broker, uint64_t id, enum revocation_state rung,
@@ -298,36 +329,17 @@ void revocation_job_done(struct broker *broker, uint64_t id, enum revocation_sta
 		revocation_search(rev);
 }
 
-static void announce(struct revocation *rev)
-{
-	struct log_fields fields = revocation_fields(rev);
-
-	notice_send(rev);
-	log_event(LOG_NOTICE, MESSAGE_REVOKE_STARTED, &fields,
-		  "Revocation %" PRIu64 " of %zu pin%s of %s started (%s%s%s), %.3f s to let go.",
-		  rev->id, rev->n_pinning, PLURAL(rev->n_pinning), revocation_path(rev), fields.cause,
-		  rev->conflict.reason[0] ? ": " : "", rev->conflict.reason,
-		  rev->state == REVOCATION_NOTIFIED
-			  ? (double)(rev->deadline_usec - rev->start_usec) / 1e6
-			  : 0.0);
-	bus_revocation_started(rev->broker->bus, rev);
-}
-
 static void step(struct revocation *rev, struct revocation_step step)
 {
 	unsigned actions = step.actions;
 
 	rev->state = step.state;
 	bus_changed(rev->broker->bus, &rev->view);
-	rev->again = rev->searching = false;
+	rev->searching = rev->looking = false;
 	if (actions & REVOKE_ARM)
 		arm(rev, actions);
 	if (actions & REVOKE_DISARM)
 		(void)sd_event_source_set_enabled(rev->timer, SD_EVENT_OFF);
-	if (actions & REVOKE_NOTIFY)
-		announce(rev);
-	if (actions & REVOKE_REPORT)
-		log_remaining(rev);
 	/* These may bring on the next event before they return, and free the revocation. */
 	if (actions & REVOKE_END)
 		end(rev);
@@ -346,46 +358,6 @@ void revocation_event(struct revocation *rev, enum revocation_event event)
 	step(rev, next);
 }
 
-static int compare_target(const void *a, const void *b)
-{
-	const struct target *ta = a, *tb = b;
-	const uint64_t ka[] = { ta->pin->context->client->id, ta->pin->use->file->id,
-				ta->pin->context->id, ta->pin->id },
-		       kb[] = { tb->pin->context->client->id, tb->pin->use->file->id,
-				tb->pin->context->id, tb->pin->id };
-
-	for (size_t i = 0; i < ELEMENTS(ka); i++)
-		if (ka[i] != kb[i])
-			return ka[i] < kb[i] ? -1 : 1;
-	return 0;
-}
-
-static int set_targets(struct revocation *rev, struct pin **pins, size_t n_pins)
-{
-	rev->targets = calloc(n_pins + 1, sizeof(struct target));
-	if (!rev->targets)
-		return -ENOMEM;
-	for (size_t i = 0; i < n_pins; i++)
-		rev->targets[i] = (struct target){
-			.revocation = rev,
-			.pin = pins[i],
-			.on_demand = pins[i]->on_demand,
-		};
-	qsort(rev->targets, n_pins, sizeof(struct target), compare_target);
-	for (size_t i = 0; i < n_pins; i++) {
-		/* named twice: once is enough */
-		if (rev->n_targets > 0 && rev->targets[rev->n_targets - 1].pin == rev->targets[i].pin)
-			continue;
-		rev->n_clients += rev->n_targets == 0 ||
-				  rev->targets[rev->n_targets - 1].pin->context->client !=
-					  rev->targets[i].pin->context->client;
-		rev->targets[rev->n_targets++] = rev->targets[i];
-		rev->n_pinning += !rev->targets[i].on_demand;
-	}
-	rev->n_remaining = rev->n_pinning;
-	return 0;
-}
-
 static void add_uid(struct revocation *rev, uid_t uid)
 {
 	for (size_t i = 0; i < rev->n_uids; i++)
@@ -395,13 +367,162 @@ static void add_uid(struct revocation *rev, uid_t uid)
 		rev->uids[rev->n_uids++] = uid;
 }
 
-static int set_path(struct revocation *rev, struct file *file)
+/* --- Finding the pins, and telling their holders --- */
+
+/* So many are found before their holders are told. */
+#define FIND_MAX NOTICE_PINS_MAX
+
+static struct untold untold_of(const struct pin *pin)
 {
-	for (size_t i = 0; !file && i < rev->n_targets; i++)
-		if (rev->targets[i].pin->use->file != rev->targets[0].pin->use->file)
-			return 0;
-	if (!file && rev->n_targets > 0)
-		file = rev->targets[0].pin->use->file;
+	return (struct untold){
+		.client = pin->context->client->id,
+		.file = pin->use->file->id,
+		.context = pin->context->id,
+		.pin = pin->id,
+	};
+}
+
+static void add_pin(struct revocation *rev, struct pin *pin)
+{
+	rev->n_pinning += !pin->on_demand;
+	rev->n_remaining += !pin->on_demand;
+	/* a dead one may have left its context to a process that lives */
+	rev->alive |= !pin->on_demand && (client_can_answer(pin->context->client) ||
+					  (pin->context->client->dead && pin->context->reaping));
+	rev->untold[rev->n_untold++] = untold_of(pin);
+	add_uid(rev, pin->context->client->process.uid);
+	/* Let go of before, and not yet seen to be gone: now somebody waits for it. */
+	if (pin->state == PIN_LEAVING)
+		context_check_soon(pin->context);
+}
+
+static void find_pins(struct revocation *rev, const struct slice *slice)
+{
+	struct pin *pin = NULL;
+	int r = 1;
+
+	rev->n_untold = rev->i_untold = 0;
+	if (!rev->untold && !(rev->untold = malloc(FIND_MAX * sizeof(*rev->untold)))) {
+		try_again(rev);
+		return;
+	}
+	do {
+		if (selection_next(&rev->selection, &pin) == 0) {
+			rev->finding = false;
+			rev->announcing = true;
+			break;
+		}
+		r = pin ? target_new(rev, pin) : 0;
+		if (r > 0)
+			add_pin(rev, pin);
+	} while (r >= 0 && rev->n_untold < FIND_MAX && !slice_is_over(slice));
+	if (r < 0) {
+		selection_retry(&rev->selection, pin);
+		try_again(rev);
+	}
+	notice_sort(rev->untold, rev->n_untold);
+}
+
+/* All have been found, and all their holders told. */
+static void announce(struct revocation *rev)
+{
+	struct log_fields fields = revocation_fields(rev);
+
+	rev->announcing = false;
+	log_event(LOG_NOTICE, MESSAGE_REVOKE_STARTED, &fields,
+		  "Revocation %" PRIu64 " of %zu pin%s of %s started (%s%s%s), %.3f s to let go.",
+		  rev->id, rev->n_pinning, PLURAL(rev->n_pinning), revocation_path(rev), fields.cause,
+		  rev->conflict.reason[0] ? ": " : "", rev->conflict.reason,
+		  rev->state == REVOCATION_NOTIFIED
+			  ? (double)(rev->deadline_usec - rev->start_usec) / 1e6
+			  : 0.0);
+	bus_revocation_started(rev->broker->bus, rev);
+	if (rev->n_remaining == 0)
+		revocation_event(rev, REVOKE_GONE);
+	else if (!rev->alive && rev->state == REVOCATION_NOTIFIED)
+		revocation_event(rev, REVOKE_FORCE); /* the dead are given no time to think */
+}
+
+/* Collects those that are to be told again. */
+static void find_told(struct revocation *rev)
+{
+	struct target *target = NULL;
+
+	rev->n_untold = rev->i_untold = 0;
+	while (rev->n_untold < FIND_MAX && (target = target_next(rev, rev->tell_after))) {
+		rev->untold[rev->n_untold++] = untold_of(target->pin);
+		rev->tell_after = (struct place){ target->stake->client, target->stake->id, target->id };
+	}
+	rev->telling = target;
+	notice_sort(rev->untold, rev->n_untold);
+}
+
+static void finish(struct revocation *rev)
+{
+	struct broker *broker = rev->broker;
+
+	rev->dropping = false;
+	free(TAKE_PTR(rev->untold));
+	broker_retire_revocation(broker, rev);
+	broker_check_stopped(broker);
+}
+
+static bool has_work(const struct revocation *rev)
+{
+	return !rev->again && (rev->i_untold < rev->n_untold || rev->finding || rev->announcing ||
+					 rev->telling || rev->starting || rev->looking ||
+					 rev->dropping);
+}
+
+/* Does one slice of what there is to do. */
+static void work(struct revocation *rev)
+{
+	struct slice slice = slice_begin();
+
+	if (rev->again) {
+		rev->again = false;
+		set_timer(rev, rev->deadline_usec);
+	}
+	do {
+		if (rev->i_untold < rev->n_untold)
+			notice_send(rev, rev->untold, rev->n_untold, &rev->i_untold, &slice);
+		else if (rev->finding)
+			find_pins(rev, &slice);
+		else if (rev->announcing)
+			announce(rev);
+		else if (rev->telling)
+			find_told(rev);
+		else if (rev->starting)
+			start_some_jobs(rev, &slice);
+		else if (rev->looking)
+			revocation_look(rev, &slice);
+		else if (rev->dropping && !drop_targets(rev, &slice))
+			finish(rev);
+	} while (has_work(rev) && !slice_is_over(&slice));
+}
+
+void revocation_go_on(struct revocation *rev)
+{
+	bool more;
+
+	if (rev->working)
+		return; /* its caller goes on */
+	rev->working = true;
+	work(rev);
+	rev->working = false;
+	more = has_work(rev);
+	(void)sd_event_source_set_enabled(rev->work, more ? SD_EVENT_ON : SD_EVENT_OFF);
+}
+
+static int on_work(sd_event_source *source, void *userdata)
+{
+	revocation_go_on(userdata);
+	return 0;
+}
+
+/* Names the file if it is only one. */
+static int set_path(struct revocation *rev, const struct file *file)
+{
 	if (!file)
 		return 0;
 	rev->file = file->id;
@@ -409,62 +530,88 @@ static int set_path(struct revocation *rev, struct file *file)
 	return rev->path ? 0 : -ENOMEM;
 }
 
+static const struct file *only_file(const struct revocation *rev)
+{
+	/* they are in order of clients first */
+	for (size_t i = 1; i < rev->n_untold; i++)
+		if (rev->untold[i].file != rev->untold[0].file)
+			return NULL;
+	return rev->n_untold > 0 && !rev->finding ? broker_find_file(rev->broker, rev->untold[0].file)
+						  : NULL;
+}
+
+static int make_sources(struct revocation *rev)
+{
+	sd_event *event = rev->broker->event;
+	int r;
+
+	r = sd_event_add_time(event, &rev->timer, CLOCK_MONOTONIC, 0, 1, on_timer, rev);
+	if (r >= 0)
+		r = sd_event_source_set_enabled(rev->timer, SD_EVENT_OFF);
+	if (r >= 0)
+		r = sd_event_add_defer(event, &rev->work, on_work, rev);
+	return r < 0 ? r : sd_event_source_set_enabled(rev->work, SD_EVENT_OFF);
+}
+
+/* The first pins are found before the first step, which depends on them. */
+static void begin(struct revocation *rev, uint64_t grace_usec, uint64_t broken_usec, bool forced)
+{
+	struct slice slice = slice_begin();
+	bool some;
+
+	rev->working = rev->finding = true;
+	find_pins(rev, &slice);
+	if (!rev->path)
+		(void)set_path(rev, only_file(rev));
+	some = rev->finding || rev->n_pinning > 0;
+	plan(rev, some ? grace_usec : 0, broken_usec);
+	step(rev, revocation_begin(some && (forced || (!rev->finding && !rev->alive))));
+	if (rev->again)
+		try_again(rev); /* the step has set the timer to something else */
+	rev->working = false;
+	if (!rev->again)
+		revocation_go_on(rev);
+}
+
 int revocation_start(struct broker *broker, struct file *file, bool by_break,
-		     const struct conflict *conflict, struct pin **pins, size_t n_pins,
+		     const struct conflict *conflict, struct selection *selection,
 		     uint64_t grace_usec, bool forced, uint64_t *ret_id)
 {
 	struct revocation *rev;
-	bool alive = false;
 	int r;
 
 	rev = calloc(1, sizeof(*rev));
-	if (!rev)
+	if (!rev) {
+		selection_clear(selection);
 		return -ENOMEM;
+	}
 	rev->broker = broker;
 	rev->conflict = *conflict;
 	rev->by_break = by_break;
 	rev->start_usec = now_usec();
-	r = set_targets(rev, pins, n_pins);
+	rev->selection = *selection;
+	*selection = (struct selection){};
+	RB_INIT(&rev->stakes);
+	if (!file && rev->selection.file != 0)
+		file = broker_find_file(broker, rev->selection.file);
+	r = set_path(rev, file);
 	if (r >= 0)
-		r = set_path(rev, file);
-	if (r >= 0)
-		r = sd_event_add_time(broker->event, &rev->timer, CLOCK_MONOTONIC, 0, 1, on_timer,
-				      rev);
+		r = make_sources(rev);
 	if (r < 0) {
-		free(rev->targets);
+		sd_event_source_disable_unref(rev->timer);
+		sd_event_source_disable_unref(rev->work);
+		selection_clear(&rev->selection);
 		free(rev->path);
 		free(rev);
 		return r;
 	}
-	(void)sd_event_source_set_enabled(rev->timer, SD_EVENT_OFF);
 	rev->id = broker_next_id(broker);
 	broker_add_revocation(broker, rev);
-	for (size_t i = 0; i < rev->n_targets; i++) {
-		struct pin *pin = rev->targets[i].pin;
-
-		LIST_INSERT_HEAD(&pin->targets, &rev->targets[i], of_pin);
-		/* a dead one may have left its context to a process that lives */
-		alive |= !pin->on_demand && (client_can_answer(pin->context->client) ||
-					     (pin->context->client->dead && pin->context->reaping));
-		/* Let go of before, and not yet seen to be gone: now somebody waits for it. */
-		if (pin->state == PIN_LEAVING)
-			context_check(pin->context);
-		add_uid(rev, pin->context->client->process.uid);
-	}
 	if (file && by_break)
 		file->revocation = rev;
 	if (ret_id)
 		*ret_id = rev->id;
-
-	plan(rev, rev->n_pinning > 0 ? grace_usec : 0,
-	     by_break ? file->lease.broken_usec : rev->start_usec);
-	/* The dead are given no time to think. */
-	if (rev->n_pinning > 0) {
-		step(rev, revocation_begin(forced || !alive));
-	} else {
-		step(rev, revocation_begin(false));
-		revocation_event(rev, REVOKE_GONE);
-	}
+	begin(rev, grace_usec, by_break ? file->lease.broken_usec : rev->start_usec, forced);
 	return 0;
 }
 
@@ -472,10 +619,12 @@ struct revocation *revocation_free(struct revocation *rev)
 {
 	if (!rev)
 		return NULL;
-	if (rev->targets)
-		drop_targets(rev);
+	(void)drop_targets(rev, NULL);
 	broker_remove_revocation(rev->broker, rev);
 	sd_event_source_disable_unref(rev->timer);
+	sd_event_source_disable_unref(rev->work);
+	selection_clear(&rev->selection);
+	free(rev->untold);
 	free(rev->path);
 	free(rev);
 	return NULL;
@@ -483,17 +632,18 @@ struct revocation *revocation_free(struct revocation *rev)
 
 void revocation_target_gone(struct target *target, enum proof proof)
 {
-	struct revocation *rev = target->revocation;
+	struct revocation *rev = target->stake->revocation;
+	bool on_demand = target->on_demand;
 
-	target->pin = NULL;
-	if (target->on_demand)
+	target_free(target);
+	if (on_demand || !revocation_is_running(rev))
 		return;
 	rev->n_remaining--;
 	if (!rev->has_proof || proof > rev->weakest)
 		rev->weakest = proof;
 	rev->has_proof = true;
 	bus_changed(rev->broker->bus, &rev->view);
-	if (rev->n_remaining == 0)
+	if (rev->n_remaining == 0 && !rev->finding && !rev->announcing)
 		revocation_event(rev, REVOKE_GONE);
 }
 
@@ -502,12 +652,11 @@ int revocation_extend(struct revocation *rev, const struct client *client, uint6
 {
 	uint64_t deadline;
 	bool takes_part = false;
+	struct stake *stake;
 
-	for (size_t i = 0; i < rev->n_targets && !takes_part && rev->targets; i++) {
-		const struct pin *pin = revocation_awaited_pin(&rev->targets[i]);
-
-		takes_part = pin && pin->context->client == client;
-	}
+	for (stake = stake_next(rev, (struct place){ .client = client->id });
+	     stake && stake->client == client->id && !takes_part; stake = stake_after(stake))
+		takes_part = stake->n_awaited > 0;
 	if (!takes_part)
 		return refuse_no_such(ret_refusal, "revocation", rev->id);
 	if (rev->state != REVOCATION_NOTIFIED)

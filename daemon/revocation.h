@@ -10,15 +10,18 @@
 
 #include "bus-view.h"
 #include "log.h"
+#include "pin.h"
 #include "protocol/interface.h"
 #include "refusal.h"
 #include "revocation-table.h"
+#include "selection.h"
 
 struct broker;
 struct client;
 struct context;
 struct file;
 struct pin;
+struct slice;
 
 /* What somebody does that cannot go ahead while pins live. A value. */
 struct conflict {
@@ -35,11 +38,36 @@ struct conflict {
 
 /* A pin that a revocation wants gone, or, if it is on demand, whose holder is told. */
 struct target {
-	struct revocation *revocation; /* revocation::targets, which owns it */
-	struct pin *pin;               /* pin::targets; NULL once it is gone */
-	bool on_demand;                /* as the pin's: it is not waited for */
-	enum revocation_state asked;   /* the last rung that has signalled its holder, for the first of his */
+	struct stake *stake; /* stake::targets, which owns it */
+	struct pin *pin;     /* pin::targets */
+	uint64_t id;         /* the pin's */
+	bool on_demand;      /* as the pin's: it is not waited for */
 	LIST_ENTRY(target) of_pin;
+	RB_ENTRY(target) by_pin;
+};
+
+RB_HEAD(targets, target);
+
+/* What a revocation wants of one context. It has targets as long as it lives. */
+struct stake {
+	struct revocation *revocation; /* revocation::stakes, which owns it */
+	struct context *context;
+	uint64_t client, id;    /* identifiers, of the context's client and of the context */
+	struct targets targets; /* owned */
+	size_t n_awaited;       /* of them, those to wait for */
+	RB_ENTRY(stake) by_context;
+};
+
+RB_HEAD(stakes, stake);
+
+/* One among a revocation's targets, by identifiers. */
+struct place {
+	uint64_t client, context, pin;
+};
+
+/* A pin that its holder is yet to be told of. */
+struct untold {
+	uint64_t client, file, context, pin;
 };
 
 struct revocation {
@@ -50,9 +78,8 @@ struct revocation {
 	bool by_break;         /* a lease is under break meanwhile */
 	struct conflict conflict;
 	enum revocation_state state; /* assigned by revocation.c's step() only */
-	struct target *targets;      /* owned; ordered by client and file; freed at the end */
-	size_t n_targets;
-	size_t n_pinning, n_remaining; /* of them, those to wait for, at first and now */
+	struct stakes stakes;          /* owned; freed at the end */
+	size_t n_pinning, n_remaining; /* pins to wait for: those found, and those that are left of them */
 	size_t n_clients;              /* whose pins they are */
 	enum proof weakest; /* of the pins that ended */
 	bool has_proof;     /* at least one did */
@@ -65,6 +92,26 @@ struct revocation {
 	uint64_t detach_usec, signal_usec, kill_usec; /* how long each rung may take */
 	int signal;                                   /* that of its rung; 0: none */
 	sd_event_source *timer;
+
+	/* what is done in slices, in this order */
+	sd_event_source *work; /* enabled while there is any of it */
+	bool working;
+	struct selection selection; /* owned; the pins that are yet to be found */
+	bool finding, announcing;
+	bool alive; /* a living holder was among those found */
+	struct untold *untold; /* owned; … whose holders are yet to be told, from untold[i_untold] on */
+	size_t n_untold, i_untold;
+	struct place tell_after; /* all are told again */
+	bool telling;
+	struct place start_after; /* the jobs of the present rung */
+	uint64_t signalled;       /* the client that was last sent its signal */
+	uint64_t only;            /* of this client alone; 0: of all */
+	bool starting;
+	struct place look_after; /* its signal has reached nobody: contexts are looked at */
+	bool looking;
+	bool dropping; /* it has ended: what is pinned all the same is not its matter any more */
+	uint64_t reported; /* the client that was last said to have pins left */
+
 	unsigned n_jobs;    /* of the present rung */
 	unsigned n_reached; /* processes that the present rung's signal reached */
 	bool again; /* the present rung has to be tried again: it was short of memory, or a holder has changed */
@@ -72,6 +119,7 @@ struct revocation {
 
 	struct bus_view view; /* bus's */
 	RB_ENTRY(revocation) by_id;
+	bool retired; /* in broker::ended */
 	TAILQ_ENTRY(revocation) of_ended;
 };
 
@@ -80,22 +128,25 @@ TAILQ_HEAD(revocation_list, revocation);
 struct conflict conflict_new(enum cause cause);
 
 /*
- * Starts a revocation of these pins, none of them over. file: the one whose lease is under break or
- * that has been shrunk, NULL for an administrator's or a shutdown. grace_usec: UINT64_MAX for the
- * configured one. If none of the pins holds pages, or there are none, it ends at once.
+ * Starts a revocation of the pins that are selected; takes the selection over, also when it fails. file: the
+ * one whose lease is under break or that has been shrunk, NULL for an administrator's or a shutdown.
+ * grace_usec: UINT64_MAX for the configured one. If none of the pins holds pages, or there are none, it ends
+ * at once. Of many pins some are found and told of, the others in the next turns.
  */
 int revocation_start(struct broker *broker, struct file *file, bool by_break,
-		     const struct conflict *conflict, struct pin **pins, size_t n_pins,
+		     const struct conflict *conflict, struct selection *selection,
 		     uint64_t grace_usec, bool forced, uint64_t *ret_id);
 struct revocation *revocation_free(struct revocation *revocation);
 
 void revocation_event(struct revocation *revocation, enum revocation_event event);
+/* Does a slice of what is to be done, and has the loop do the rest. */
+void revocation_go_on(struct revocation *revocation);
 
 /* A pin has ended; called by pin_end() for each of the pin's targets. */
 void revocation_target_gone(struct target *target, enum proof proof);
 
 /* Has the present rung's jobs done again, where they are still to be. */
-void revocation_repeat(struct revocation *revocation);
+void revocation_repeat(struct revocation *revocation, uint64_t client);
 
 /* revocation-signal.c: sends a holder the signal of the present rung, if it is still who connected and holds
  * a context of its pins; revocation_job_done() follows. 1, or -ENOMEM. */
@@ -111,12 +162,14 @@ void revocation_job_done(struct broker *broker, uint64_t id, enum revocation_sta
 void revocation_blame(struct revocation *revocation, const struct conflict *who,
 		      const pid_t *breakers, size_t n_breakers);
 /* Is it being looked who has the context of one of its pins? */
-bool revocation_is_reaping(const struct revocation *revocation);
+bool revocation_is_reaping(struct revocation *revocation);
 /*
  * The rung's signal reached nobody, which proves nothing: the holder may be dying of another revocation's, with
  * its descriptors closed already. Looks who has the contexts; revocation_check_reachable() follows.
  */
 void revocation_search(struct revocation *revocation);
+/* One slice of that. */
+void revocation_look(struct revocation *revocation, const struct slice *slice);
 /* Another process is the client now: the rung's signal is for it, too. */
 void revocation_inherited(const struct client *client);
 /* It has been looked who has a context: is there anybody left to turn to? */
@@ -126,16 +179,27 @@ void revocation_check_reachable(struct broker *broker);
 int revocation_extend(struct revocation *revocation, const struct client *client,
 		      uint64_t by_usec, uint64_t *ret_deadline_usec, struct refusal *ret_refusal);
 
+/* revocation-target.c. Each returns the next one in order, or NULL. */
+struct stake *stake_next(struct revocation *revocation, struct place after);
+struct stake *stake_after(const struct stake *stake);
+struct target *target_next(struct revocation *revocation, struct place after);
+/* 1; 0: the pin is one of the targets already; -ENOMEM. */
+int target_new(struct revocation *revocation, struct pin *pin);
+/* Its pin has forgotten it. */
+void target_free(struct target *target);
+
 void revocation_info(const struct revocation *revocation, struct msg_revocation_info *ret);
 void conflict_message(const struct conflict *conflict, struct msg_conflict *ret);
 
 struct log_fields revocation_fields(const struct revocation *revocation);
 const char *revocation_path(const struct revocation *revocation);
 
-/* The pin, unless it is gone, or need not go. */
-static inline struct pin *revocation_awaited_pin(const struct target *target)
+/* One that wants the pin gone; NULL: none. */
+static inline struct revocation *pin_revocation(const struct pin *pin)
 {
-	return target->on_demand ? NULL : target->pin;
+	const struct target *target = LIST_FIRST(&pin->targets);
+
+	return target ? target->stake->revocation : NULL;
 }
 
 static inline bool revocation_is_running(const struct revocation *revocation)

@@ -13,8 +13,10 @@
 #include "macro.h"
 #include "peer.h"
 #include "protocol/service.h"
+#include "request.h"
 
 #define ACCEPTS_PER_TURN  16
+#define STREAMS_AT_ONCE   8U
 
 /* Room for descriptors without which no connection is accepted: those who are there can send some. */
 #define ACCEPT_ROOM (CONNECTION_READ_FDS_MAX + 16U)
@@ -97,83 +99,56 @@ static void handle_service_call(struct peer *peer, const char *name, json_object
 		get_info(peer);
 }
 
-static int handle_call(struct peer *peer, const struct method *method, bool more,
-		       json_object *parameters, struct fds *fds)
+static void handle_call(struct peer *peer, struct request *request, struct fds *fds)
 {
+	const struct method *method = request->method;
 	struct call call = { .peer = peer, .fds = fds };
-	union call_in in;
-	const char *field;
-	int r;
+	int r = request->result;
 
-	if (method->more && !more) {
+	if (method->more && !request->more) {
 		peer_error(peer, SERVICE_NAME, &schema_msg_expected_more,
 			   &(struct msg_expected_more){});
-		return 0;
+		return;
 	}
-	r = schema_read(method->in, parameters, 0, &in, &field);
 	if (r == -EINVAL) {
-		refuse_parameter_name(peer, field);
-		return 0;
+		refuse_parameter_name(peer, request->field);
+		return;
 	}
 	if (r == 0) {
 		peer->pending = true;
-		r = call_handlers[method - interface_pinbroker.methods](&call, &in);
-		schema_clear(method->in, &in);
+		r = call_handlers[method - interface_pinbroker.methods](&call, &request->in);
 	}
 	if (r == CALL_PENDING)
-		return 0;
+		return;
 	if (r != 0)
 		peer_refuse(peer, r, &call.refusal);
 	peer->pending = false;
-	return 0;
 }
 
-static bool is_true(json_object *message, const char *key)
+/* A wrong call is answered, too. */
+static void on_request(struct peer *peer, struct request *request, struct fds *fds)
 {
-	json_object *value;
-
-	return json_object_object_get_ex(message, key, &value) && json_object_get_boolean(value);
-}
-
-/* One message. What is no call ends the connection; what is a wrong call is answered. */
-static int on_message(struct peer *peer, json_object *message, struct fds *fds)
-{
-	json_object *value, *parameters = NULL;
-	const struct method *method;
+	const char *name = request->name, *dot = strrchr(name, '.');
 	char interface[64];
-	const char *name, *dot;
 
-	if (!json_object_object_get_ex(message, "method", &value) ||
-	    !json_object_is_type(value, json_type_string))
-		return -EBADMSG;
-	name = json_object_get_string(value);
-	if (json_object_object_get_ex(message, "parameters", &parameters) && parameters &&
-	    !json_object_is_type(parameters, json_type_object))
-		return -EBADMSG;
-	peer->oneway = is_true(message, "oneway");
-
-	dot = strrchr(name, '.');
+	peer->oneway = request->oneway;
+	if (request->method) {
+		handle_call(peer, request, fds);
+		return;
+	}
 	if (!dot || (size_t)(dot - name) >= sizeof(interface)) {
 		refuse_interface(peer, name);
-		return 0;
+		return;
 	}
 	memcpy(interface, name, (size_t)(dot - name));
 	interface[dot - name] = 0;
-	if (strcmp(interface, SERVICE_NAME) == 0) {
-		handle_service_call(peer, dot + 1, parameters);
-		return 0;
-	}
-	if (strcmp(interface, INTERFACE_NAME) != 0) {
-		refuse_interface(peer, interface);
-		return 0;
-	}
-	method = interface_find_method(&interface_pinbroker, dot + 1);
-	if (!method) {
+	if (strcmp(interface, SERVICE_NAME) == 0)
+		handle_service_call(peer, dot + 1, request->parameters);
+	else if (strcmp(interface, INTERFACE_NAME) == 0)
 		peer_error(peer, SERVICE_NAME, &schema_msg_method_not_found,
 			   &(struct msg_method_not_found){ .method = dot + 1 });
-		return 0;
-	}
-	return handle_call(peer, method, is_true(message, "more"), parameters, fds);
+	else
+		refuse_interface(peer, interface);
 }
 
 static int on_resume_accepting(sd_event_source *source, uint64_t usec, void *userdata)
@@ -212,7 +187,7 @@ static int on_connection(sd_event_source *source, int fd, uint32_t revents, void
 		}
 		if (s < 0)
 			break;
-		r = peer_new(l->rpc, l->rpc->broker, &l->rpc->peers, s, on_message);
+		r = peer_new(l->rpc, l->rpc->broker, &l->rpc->peers, s, on_request);
 		if (r < 0)
 			log_errno_limit(LOG_NOTICE, r, LOG_RESOURCE_EVENT, "Refused a connection");
 	}
@@ -287,10 +262,17 @@ struct rpc *rpc_free(struct rpc *rpc)
 
 void rpc_send_notice(struct client *client, const struct msg_notice *notice)
 {
+	struct text *text = NULL;
 	struct peer *peer;
+	unsigned n = 0;
+	int r;
 
-	LIST_FOREACH(peer, &client->peers, of_client)
-		if (peer->watching)
-			peer_reply_more(peer, &schema_msg_watch_out,
-					&(struct msg_watch_out){ *notice });
+	LIST_FOREACH(peer, &client->peers, of_client) {
+		if (!peer->watching)
+			continue;
+		r = text ? 0 : peer_format(&schema_msg_watch_out, &(struct msg_watch_out){ *notice }, true, &text);
+		/* the first few are written to at once, the others in turns of their own */
+		peer_send_text(peer, r, text, n++ < STREAMS_AT_ONCE);
+	}
+	text_unref(text);
 }

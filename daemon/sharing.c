@@ -112,39 +112,43 @@ void sharing_clear(struct file *file)
 
 /* ---- What follows ---- */
 
-/* The pins, of one uid or of all, that no revocation wants gone already. */
-static size_t select_pins(struct file *file, const uid_t *uid, struct pin **pins)
+/* May there be pins, of one uid or of all, that no revocation wants gone already? */
+static bool has_pins(const struct file *file, const uid_t *uid)
 {
-	struct pin *pin = NULL;
-	size_t n = 0;
+	const struct use *use;
 
-	while ((pin = pin_ranges_find(&file->pins, 0, UINT64_MAX, pin)))
-		if (LIST_EMPTY(&pin->targets) &&
-			(!uid || pin->context->client->process.uid == *uid))
-			pins[n++] = pin;
-	return n;
+	if (file->n_wanted == file->n_pins || !uid)
+		return file->n_wanted < file->n_pins;
+	LIST_FOREACH (use, &file->uses, of_file)
+		if (use->n_pins > 0 && use->client->process.uid == *uid)
+			return true;
+	return false;
 }
 
+/* Returns how many have been found, at least. */
 static size_t revoke_pins(struct file *file, const uid_t *uid, const char *what)
 {
-	_cleanup_(freep) struct pin **pins = NULL;
 	struct conflict conflict = conflict_new(CAUSE_MODIFY);
-	size_t n;
+	struct selection selection = selection_of_file(file, 0);
+	const struct revocation *rev;
+	uint64_t id;
 	int r;
 
-	pins = calloc(file->n_pins + 1, sizeof(*pins));
-	n = pins ? select_pins(file, uid, pins) : 0;
-	if (pins && n == 0)
+	if (!has_pins(file, uid))
 		return 0;
+	selection.unwanted = true;
+	selection.of_uid = uid;
 	if (uid)
-		conflict.uid = *uid;
+		conflict.uid = selection.uid = *uid;
 	snprintf(conflict.reason, sizeof(conflict.reason), "%s", what);
-	r = pins ? revocation_start(file->broker, file, false, &conflict, pins, n,
-			   uid ? 0 : UINT64_MAX, uid, NULL)
-		 : -ENOMEM;
-	if (r < 0)
+	r = revocation_start(file->broker, file, false, &conflict, &selection, uid ? 0 : UINT64_MAX, uid,
+			     &id);
+	if (r < 0) {
 		log_errno(LOG_ERR, r, "Cannot revoke the pins of %s", file->path);
-	return n;
+		return 0;
+	}
+	rev = broker_find_revocation(file->broker, id);
+	return rev ? rev->n_pinning : 0;
 }
 
 /* Closes his connections. The client goes with the last of them, unless it has pins; and then maybe

@@ -3,7 +3,6 @@
 
 #include <fcntl.h>
 #include <inttypes.h>
-#include <limits.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -13,8 +12,8 @@
 #include "log.h"
 #include "macro.h"
 #include "state-record.h"
+#include "turn.h"
 
-#define OBJECTS_PER_TURN 512
 /* It is written anew when it has grown to this, and to so many times what it was then. */
 #define REWRITE_MIN   (1024U * 1024U)
 #define REWRITE_TIMES 4U
@@ -32,6 +31,7 @@ struct state {
 	struct log_file next;        /* being written anew, in its place soon */
 	uint64_t n_first;            /* what the log was when it had just been written */
 	uint64_t after;              /* rewriting: has come to this object */
+	uint64_t client, after_use;  /* … and, of this client, to its use of this file */
 	sd_event_source *rewrite, *post;
 	bool failed; /* to be written anew */
 };
@@ -237,7 +237,7 @@ static int begin_rewrite(struct state *state)
 {
 	char head[64];
 
-	state->after = 0;
+	state->after = state->client = 0;
 	state->next = (struct log_file){
 		.fd = open(state->new_path, O_WRONLY | O_CREAT | O_TRUNC | O_APPEND | O_CLOEXEC |
 						    O_NOFOLLOW, 0600),
@@ -282,12 +282,17 @@ static bool write_next(struct state *state, struct record_buffer *b)
 	if (id == UINT64_MAX)
 		return false;
 	if (client && client->id == id) {
-		struct use *use;
+		bool begun = state->client == id;
+		struct use *use = client_next_use(client, begun ? state->after_use : 0);
 
-		write_client(b, client);
-		LIST_FOREACH(use, &client->uses, of_client)
-			if (use->file || use->lost != 0)
-				write_use(b, use);
+		if (!begun)
+			write_client(b, client);
+		state->client = id;
+		if (use && (use->file || use->lost != 0))
+			write_use(b, use);
+		state->after_use = use ? use->file_id : 0;
+		if (use)
+			return true; /* it may have more */
 	} else if (file && file->id == id) {
 		write_file(b, file);
 	} else if (context && context->id == id) {
@@ -300,14 +305,15 @@ static bool write_next(struct state *state, struct record_buffer *b)
 }
 
 /* 1: there is more to write; 0: it is done. */
-static int rewrite_some(struct state *state, unsigned n)
+static int rewrite_some(struct state *state, const struct slice *slice)
 {
 	struct record_buffer b = {};
-	bool more = true;
+	bool more;
 	int r;
 
-	while (n-- > 0 && more)
+	do
 		more = write_next(state, &b);
+	while (more && !(slice && slice_is_over(slice)));
 	r = b.failed ? -ENOMEM : b.n > 0 ? write_all(&state->next, b.data, b.n) : 0;
 	record_buffer_clear(&b);
 	if (r >= 0 && !more)
@@ -317,6 +323,7 @@ static int rewrite_some(struct state *state, unsigned n)
 
 static int on_rewrite(sd_event_source *source, void *userdata)
 {
+	struct slice slice = slice_begin();
 	struct state *state = userdata;
 	int r;
 
@@ -324,7 +331,7 @@ static int on_rewrite(sd_event_source *source, void *userdata)
 	flush(state);
 	if (state->next.fd < 0)
 		return sd_event_source_set_enabled(source, SD_EVENT_OFF);
-	r = rewrite_some(state, OBJECTS_PER_TURN);
+	r = rewrite_some(state, &slice);
 	if (r < 0)
 		give_up(state, r);
 	return r > 0 ? 0 : sd_event_source_set_enabled(source, SD_EVENT_OFF);
@@ -374,10 +381,13 @@ int state_new(struct broker *broker, const char *path, struct state **ret)
 		r = sd_event_source_set_enabled(state->rewrite, SD_EVENT_OFF);
 	if (r >= 0)
 		r = sd_event_add_post(broker->event, &state->post, on_post, state);
+	/* before what goes on in slices: one of them is written at a time */
+	if (r >= 0)
+		r = sd_event_source_set_priority(state->post, SD_EVENT_PRIORITY_NORMAL - 1);
 	if (r >= 0)
 		r = begin_rewrite(state);
 	if (r >= 0)
-		r = rewrite_some(state, UINT_MAX);
+		r = rewrite_some(state, NULL);
 	if (r < 0) {
 		state_free(state, false);
 		return r;

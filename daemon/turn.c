@@ -3,17 +3,14 @@
 
 #include "macro.h"
 
-/* Looking at the clock takes as long as a step of the cheapest kinds. */
-#define STEPS_PER_LOOK 16U
-
 struct slice slice_begin(void)
 {
 	return (struct slice){.end_usec = now_usec() + SLICE_USEC};
 }
 
-bool slice_is_over(struct slice *slice)
+bool slice_is_over(const struct slice *slice)
 {
-	return ++slice->n_steps % STEPS_PER_LOOK == 0 && now_usec() >= slice->end_usec;
+	return now_usec() >= slice->end_usec;
 }
 
 #ifndef PINBROKER_MEASURE_TURNS
@@ -33,7 +30,7 @@ int turn_loop(sd_event *event)
 /* Sanitizers make everything slower. */
 #define MAX_USEC (TURN_MAX_USEC * PINBROKER_MEASURE_TURNS)
 
-/* Where the turn was when its time was up, as far as the kernel's tick lets that be seen. */
+/* Where the turn was when half of its time was up, which the kernel's tick may let be seen late. */
 static struct {
 	void *addresses[64];
 	int n;
@@ -47,7 +44,7 @@ static uint64_t cpu_usec(void)
 	return (uint64_t)ts.tv_sec * USEC_PER_SEC + (uint64_t)ts.tv_nsec / 1000;
 }
 
-static void on_time_up(int sig)
+static void on_half_time(int sig)
 {
 	int e = errno;
 
@@ -57,7 +54,7 @@ static void on_time_up(int sig)
 
 static int make_timer(timer_t *ret)
 {
-	struct sigaction action = {.sa_handler = on_time_up, .sa_flags = SA_RESTART};
+	struct sigaction action = {.sa_handler = on_half_time, .sa_flags = SA_RESTART};
 	struct sigevent event = {
 		.sigev_notify = SIGEV_THREAD_ID,
 		.sigev_signo = SIGPROF,
@@ -107,7 +104,7 @@ static int run_once(sd_event *event, timer_t timer)
 	if (r <= 0)
 		return r;
 	found.n = 0;
-	set_timer(timer, MAX_USEC);
+	set_timer(timer, MAX_USEC / 2);
 	begin = cpu_usec();
 	r = sd_event_dispatch(event);
 	set_timer(timer, 0);

@@ -16,12 +16,10 @@
 /* Runs the loop to its end, like sd_event_loop(). */
 int turn_loop(sd_event *event);
 
-/* Part of a turn's work. slice_is_over() is asked after each step, which should take 20 µs at most.
- */
+/* Part of a turn's work. slice_is_over() is asked after each step, which should take far less than a slice. */
 struct slice {
 	uint64_t end_usec;
-	unsigned n_steps;
 };
 
 struct slice slice_begin(void);
-bool slice_is_over(struct slice *slice);
+bool slice_is_over(const struct slice *slice);

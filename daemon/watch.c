@@ -12,6 +12,7 @@
 #include "hearing.h"
 #include "log.h"
 #include "macro.h"
+#include "turn.h"
 
 RB_HEAD(watched, file);
 
@@ -64,7 +65,7 @@ static void count_turn(struct watch *watch)
 static int on_event(sd_event_source *source, int fd, uint32_t revents, void *userdata)
 {
 	struct watch *watch = userdata;
-	_Alignas(struct inotify_event) char buffer[4096];
+	_Alignas(struct inotify_event) char buffer[1024]; /* for some 64 files */
 	ssize_t n;
 
 	n = read(fd, buffer, sizeof(buffer));

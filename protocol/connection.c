@@ -18,13 +18,38 @@
 #define PARSED_BYTE    8U    /* and what is in it, a byte of text */
 #define KERNEL_FDS_MAX CONNECTION_READ_FDS_MAX
 
-/* What is queued: one message with its descriptors, or any number without. */
+struct text {
+	unsigned n_refs;
+	size_t size; /* with the NUL */
+	char bytes[];
+};
+
+/* What is queued: one message with its descriptors, or any number without, or a text. */
 struct segment {
 	TAILQ_ENTRY(segment) next;
 	struct fds fds;
+	struct text *text; /* reference; NULL: bytes are sent */
 	size_t start, end, size;
 	char bytes[];
 };
+
+static struct segment *segment_new(size_t size)
+{
+	struct segment *s = malloc(sizeof(*s) + size);
+
+	if (!s)
+		return NULL;
+	s->fds.n_fds = s->start = s->end = 0;
+	s->text = NULL;
+	s->size = size;
+	return s;
+}
+
+static void segment_free(struct segment *s)
+{
+	text_unref(s->text);
+	free(s);
+}
 
 /* Descriptors received, and where in the input their message starts. */
 struct arrival {
@@ -96,6 +121,15 @@ void connection_set_charge(struct connection *c, int (*charge)(int64_t bytes, vo
 	c->charge = charge;
 }
 
+static json_tokener *tokener_new(void)
+{
+	json_tokener *tokener = json_tokener_new_ex(CONNECTION_DEPTH_MAX);
+
+	if (tokener)
+		json_tokener_set_flags(tokener, JSON_TOKENER_STRICT);
+	return tokener;
+}
+
 int connection_new(
 	int fd, void (*close_fd)(int fd, void *userdata), void *userdata, struct connection **ret)
 {
@@ -104,7 +138,7 @@ int connection_new(
 	c = calloc(1, sizeof(*c));
 	if (!c)
 		return -ENOMEM;
-	c->tokener = json_tokener_new_ex(CONNECTION_DEPTH_MAX);
+	c->tokener = tokener_new();
 	c->input = malloc(INPUT_MIN);
 	if (!c->tokener || !c->input) {
 		if (c->tokener)
@@ -113,7 +147,6 @@ int connection_new(
 		free(c);
 		return -ENOMEM;
 	}
-	json_tokener_set_flags(c->tokener, JSON_TOKENER_STRICT);
 	c->input_size = INPUT_MIN;
 	TAILQ_INIT(&c->segments);
 	c->close_fd = close_fd;
@@ -135,7 +168,7 @@ struct connection *connection_free(struct connection *c)
 	while ((s = TAILQ_FIRST(&c->segments))) {
 		TAILQ_REMOVE(&c->segments, s, next);
 		connection_close_fds(c, s->fds.fds, s->fds.n_fds);
-		free(s);
+		segment_free(s);
 	}
 	json_tokener_free(c->tokener);
 	free(c->input);
@@ -318,8 +351,7 @@ static bool have_memory(size_t n_brackets, size_t size)
 }
 
 /* length: without the NUL, at which the tokener knows that nothing more comes. */
-static int connection_parse(
-	struct connection *c, const char *text, size_t length, json_object **ret)
+static int parse(json_tokener *tokener, const char *text, size_t length, json_object **ret)
 {
 	_cleanup_(freep) char *ascii = NULL;
 	struct json_text found;
@@ -339,7 +371,7 @@ static int connection_parse(
 		ascii[found.ascii_size] = 0;
 		text = ascii;
 	}
-	o = json_tokener_parse_ex(c->tokener, text, (int)found.ascii_size + 1);
+	o = json_tokener_parse_ex(tokener, text, (int)found.ascii_size + 1);
 	if (!json_object_is_type(o, json_type_object)) {
 		json_object_put(o);
 		return -EBADMSG;
@@ -363,19 +395,14 @@ static void connection_shrink(struct connection *c)
 	(void)connection_charge(c, c->input_size, c->output_size);
 }
 
-int connection_receive(struct connection *c, json_object **ret_message, struct fds *ret_fds)
+size_t connection_message_size(const struct connection *c)
 {
-	json_object *message;
-	size_t length;
-	int r;
+	return c->nul ? (size_t)(c->nul - c->input) - c->start + 1 : 0;
+}
 
-	if (!c->nul)
-		return 0;
-	length = (size_t)(c->nul - c->input) - c->start;
-	r = connection_parse(c, c->input + c->start, length, &message);
-	if (r < 0)
-		return r;
-
+/* The first message has been taken out of the input: hands out its descriptors, and goes on to the next. */
+static void connection_taken(struct connection *c, struct fds *ret_fds)
+{
 	if (c->n_arrivals > 0 && c->arrivals[0].message == c->start) {
 		*ret_fds = c->arrivals[0].fds;
 		c->arrivals[0] = c->arrivals[1];
@@ -383,13 +410,49 @@ int connection_receive(struct connection *c, json_object **ret_message, struct f
 	} else {
 		ret_fds->n_fds = 0;
 	}
-	*ret_message = message;
-
-	c->start += length + 1;
+	c->start += connection_message_size(c);
 	c->nul = memchr(c->input + c->start, 0, c->end - c->start);
 	if (c->start == c->end)
 		connection_shrink(c);
+}
+
+int connection_receive(struct connection *c, json_object **ret_message, struct fds *ret_fds)
+{
+	int r;
+
+	if (!c->nul)
+		return 0;
+	r = parse(c->tokener, c->input + c->start, connection_message_size(c) - 1, ret_message);
+	if (r < 0)
+		return r;
+	connection_taken(c, ret_fds);
 	return 1;
+}
+
+int connection_receive_text(struct connection *c, char **ret, size_t *ret_n, struct fds *ret_fds)
+{
+	size_t n = connection_message_size(c);
+	char *text = malloc(n);
+
+	if (!text)
+		return -ENOMEM;
+	memcpy(text, c->input + c->start, n);
+	connection_taken(c, ret_fds);
+	*ret = text;
+	*ret_n = n;
+	return 0;
+}
+
+int message_parse(const char *text, size_t n, json_object **ret)
+{
+	json_tokener *tokener = tokener_new();
+	int r;
+
+	if (!tokener)
+		return -ENOMEM;
+	r = parse(tokener, text, n - 1, ret);
+	json_tokener_free(tokener);
+	return r;
 }
 
 /* A segment with room for n bytes: the last one, or a new one. */
@@ -399,7 +462,7 @@ static int connection_get_segment(struct connection *c, size_t n, bool alone, st
 	size_t size = n < SEGMENT_MIN && !alone ? SEGMENT_MIN : n;
 	int r;
 
-	/* One with descriptors never has any. */
+	/* One with descriptors, or a text, never has any. */
 	if (s && !alone && s->size - s->end >= n) {
 		*ret = s;
 		return 0;
@@ -407,16 +470,83 @@ static int connection_get_segment(struct connection *c, size_t n, bool alone, st
 	r = connection_charge(c, c->input_size, c->output_size + size);
 	if (r < 0)
 		return r;
-	s = malloc(sizeof(*s) + size);
+	s = segment_new(size);
 	if (!s) {
 		(void)connection_charge(c, c->input_size, c->output_size);
 		return -ENOMEM;
 	}
 	c->output_size += size;
-	s->fds.n_fds = s->start = s->end = 0;
-	s->size = size;
 	TAILQ_INSERT_TAIL(&c->segments, s, next);
 	*ret = s;
+	return 0;
+}
+
+/* ret_n: with the NUL */
+static int message_format(json_object *message, const char **ret, size_t *ret_n)
+{
+	/* json-c 0.16 leaves out what it is refused memory for, and says nothing. */
+	errno = 0;
+	*ret = json_object_to_json_string_length(
+		message, JSON_C_TO_STRING_PLAIN | JSON_C_TO_STRING_NOSLASHESCAPE, ret_n);
+	if (!*ret || errno == ENOMEM)
+		return -ENOMEM;
+	(*ret_n)++;
+	return 0;
+}
+
+int text_new(json_object *message, struct text **ret)
+{
+	struct text *text;
+	const char *bytes;
+	size_t n;
+	int r;
+
+	r = message_format(message, &bytes, &n);
+	if (r < 0)
+		return r;
+	text = malloc(sizeof(*text) + n);
+	if (!text)
+		return -ENOMEM;
+	text->n_refs = 1;
+	text->size = n;
+	memcpy(text->bytes, bytes, n);
+	*ret = text;
+	return 0;
+}
+
+struct text *text_ref(struct text *text)
+{
+	text->n_refs++;
+	return text;
+}
+
+struct text *text_unref(struct text *text)
+{
+	if (text && --text->n_refs == 0)
+		free(text);
+	return NULL;
+}
+
+int connection_send_text(struct connection *c, struct text *text)
+{
+	struct segment *s;
+	int r;
+
+	if (text->size > CONNECTION_OUTPUT_MAX - c->queued)
+		return -ENOBUFS;
+	r = connection_charge(c, c->input_size, c->output_size + text->size);
+	if (r < 0)
+		return r;
+	s = segment_new(0);
+	if (!s) {
+		(void)connection_charge(c, c->input_size, c->output_size);
+		return -ENOMEM;
+	}
+	c->output_size += text->size;
+	s->text = text_ref(text);
+	s->size = s->end = text->size;
+	TAILQ_INSERT_TAIL(&c->segments, s, next);
+	c->queued += text->size;
 	return 0;
 }
 
@@ -429,13 +559,9 @@ int connection_send(struct connection *c, json_object *message, const int *fds, 
 
 	if (n_fds > CONNECTION_FDS_MAX)
 		return -EINVAL;
-	/* json-c 0.16 leaves out what it is refused memory for, and says nothing. */
-	errno = 0;
-	text = json_object_to_json_string_length(
-		message, JSON_C_TO_STRING_PLAIN | JSON_C_TO_STRING_NOSLASHESCAPE, &n);
-	if (!text || errno == ENOMEM)
-		return -ENOMEM;
-	n++;
+	r = message_format(message, &text, &n);
+	if (r < 0)
+		return r;
 	if (n > CONNECTION_OUTPUT_MAX - c->queued)
 		return -ENOBUFS;
 	r = connection_get_segment(c, n, n_fds > 0, &s);
@@ -467,7 +593,7 @@ static void connection_sent(struct connection *c, size_t n)
 		TAILQ_REMOVE(&c->segments, s, next);
 		c->output_size -= s->size;
 		(void)connection_charge(c, c->input_size, c->output_size);
-		free(s);
+		segment_free(s);
 		if (n == 0)
 			return;
 	}
@@ -494,7 +620,7 @@ static ssize_t connection_write(struct connection *c)
 		mh.msg_controllen = CMSG_SPACE(n);
 	}
 	do {
-		iov[mh.msg_iovlen].iov_base = s->bytes + s->start;
+		iov[mh.msg_iovlen].iov_base = (s->text ? s->text->bytes : s->bytes) + s->start;
 		iov[mh.msg_iovlen++].iov_len = s->end - s->start;
 		s = TAILQ_NEXT(s, next);
 	} while (s && !mh.msg_control && s->fds.n_fds == 0 && mh.msg_iovlen < SEGMENTS_MAX);
@@ -504,6 +630,8 @@ static ssize_t connection_write(struct connection *c)
 
 int connection_flush(struct connection *c)
 {
+	size_t written = 0;
+
 	while (c->queued > 0) {
 		ssize_t n = connection_write(c);
 
@@ -512,6 +640,10 @@ int connection_flush(struct connection *c)
 		if (n < 0)
 			return errno == EAGAIN ? 1 : -errno;
 		connection_sent(c, (size_t)n);
+		written += (size_t)n;
+		/* whoever reads as fast as this writes must not keep it for ever */
+		if (written >= CONNECTION_WRITE_MAX && c->queued > 0)
+			return 1;
 	}
 	return 0;
 }

@@ -17,6 +17,7 @@
 
 #define CONNECTION_MESSAGE_MAX (1024U * 1024U) /* bytes of one message received, with the NUL */
 #define CONNECTION_OUTPUT_MAX  (32U * 1024U * 1024U) /* bytes queued for sending */
+#define CONNECTION_WRITE_MAX   (256U * 1024U) /* bytes sent at a time */
 #define CONNECTION_DEPTH_MAX   16                    /* of the JSON */
 #define CONNECTION_FDS_MAX     16                    /* descriptors with one message */
 #define CONNECTION_READ_FDS_MAX 253 /* SCM_MAX_FD: descriptors that one read can bring */
@@ -25,6 +26,9 @@
 #define CONNECTION_BRACKETS_MAX 8192
 
 struct connection;
+
+/* A message as it is sent, which may be queued on many connections and exists once. */
+struct text;
 
 struct fds {
 	int fds[CONNECTION_FDS_MAX];
@@ -76,6 +80,13 @@ size_t connection_received(const struct connection *c);
  */
 int connection_receive(struct connection *c, json_object **ret_message, struct fds *ret_fds);
 
+/* Bytes of the message that connection_receive() would take next, with its NUL; 0: there is none. */
+size_t connection_message_size(const struct connection *c);
+/* Takes it as it is: the text, with its NUL, is the caller's. 0, or -ENOMEM. */
+int connection_receive_text(struct connection *c, char **ret, size_t *ret_n, struct fds *ret_fds);
+/* Makes of a text what connection_receive() would, with the same errors. On any thread. */
+int message_parse(const char *text, size_t n, json_object **ret);
+
 /* True if connection_receive() would return something other than 0. */
 bool connection_has_message(const struct connection *c);
 
@@ -86,7 +97,14 @@ bool connection_has_message(const struct connection *c);
  */
 int connection_send(struct connection *c, json_object *message, const int *fds, size_t n_fds);
 
-/* Writes what the socket takes. Returns 1 if something is left (wait for EPOLLOUT), 0 if all has
+/* -ENOMEM */
+int text_new(json_object *message, struct text **ret);
+struct text *text_ref(struct text *text);
+struct text *text_unref(struct text *text); /* accepts NULL, returns NULL */
+/* Queues it, with a reference of its own; returns what connection_send() does. */
+int connection_send_text(struct connection *c, struct text *text);
+
+/* Writes what the socket takes, at most CONNECTION_WRITE_MAX and a bit. Returns 1 if something is left (wait for EPOLLOUT), 0 if all has
  * been sent, negative errno from the socket. */
 int connection_flush(struct connection *c);
 
