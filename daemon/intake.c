@@ -12,7 +12,7 @@
 #define RETRY_USEC (10 * USEC_PER_MSEC)
 
 /* Of one connection: answers, and descriptors in them, that were not read. */
-#define UNREAD_MAX     (256U * 1024U)
+#define UNREAD_MAX     (64U * 1024U)
 #define UNREAD_FDS_MAX 16U
 
 /* The least that MaxUnfinishedPerUser= means for closes, and what there is beyond limits where a

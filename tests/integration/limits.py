@@ -107,6 +107,7 @@ class Attacker:
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
 
         def run():
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
             for value in function():
                 os.write(writer, struct.pack('q', value or 0))
                 signal.sigwait([signal.SIGUSR1])
@@ -197,7 +198,7 @@ class LimitsCase(Case):
 
 
 class Closes(LimitsCase):
-    CONFIG = '[Revocation]\nRevokeGraceSec=300ms\nSignalGraceSec=10s\n'
+    CONFIG = '[Revocation]\nRevokeGraceSec=2s\nSignalGraceSec=10s\n'
 
     def setUp(self):
         super().setUp()
