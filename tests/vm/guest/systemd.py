@@ -272,16 +272,16 @@ class Ladder(Case):
         return ended['PINBROKER_REVOCATION'], holder
 
     def test_detach(self):
-        """An io_uring's buffer: its holder lives on."""
+        """An io_uring's buffer: its holder lives on, and says so."""
         revocation, holder = self.expect_force()
         entry = journal(MESSAGES['REVOKE_ESCALATED'], PINBROKER_REVOCATION=revocation)
         self.assertEqual(entry['PINBROKER_CLIENT_PID'], str(holder.pid))
-        self.assertEqual(show(holder.unit, 'ActiveState'), 'active')
+        self.assertEqual(holder.expect_release()['by'], 'force')
 
     def test_detach_of_a_user(self):
         """... also one of another user's."""
         _, holder = self.expect_force(owner=TESTER, user='tester')
-        self.assertEqual(show(holder.unit, 'ActiveState'), 'active')
+        self.assertEqual(holder.expect_release()['by'], 'force')
 
     def test_signal(self):
         """Another user's holder, of what cannot be detached: an eventfd."""
