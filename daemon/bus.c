@@ -160,7 +160,7 @@ static void set_changes_timer(struct bus *bus, uint64_t usec)
 
 	if (r >= 0)
 		r = sd_event_source_set_enabled(bus->changes_timer, SD_EVENT_ONESHOT);
-	if (r < 0)
+	if (r < 0 && r != -ESTALE) /* the loop is over: nothing of it is told any more */
 		log_errno(LOG_ERR, r, "Cannot arm the timer of what changes");
 }
 
