@@ -427,10 +427,12 @@ class Catalog(Case):
             seconds = f.read()
         self.addCleanup(self.write, LEASE_BREAK_TIME, seconds)
         self.write(LEASE_BREAK_TIME, '1')
-        self.held('--access', 'write')
+        # it is not known who waits before it has been looked for, nor if he does not wait any more by then
+        self.held('--access', 'write', '--on-revoke', 'ignore')
         daemon.wait_for_log(self.logged('LEASE_SETTLED'))
         self.write(LEASE_BREAK_TIME, seconds)
         _, result = self.truncate()
+        daemon.wait_for_log(self.logged('REVOKE_BLAMED'))
         self.truncated(result)
         connection = Connection(self.path)
         connection.send_bytes(b'nonsense\0')

@@ -17,8 +17,8 @@
 #define GRACE_MSEC  (500 * slowness())
 #define SIGNAL_MSEC 300
 
-/* How much later than its time a step may come. */
-#define LATE_MSEC (100 * slowness())
+/* How much later than its time a step may come: before the next one would, on a machine that has more to do. */
+#define LATE_MSEC (250 * slowness())
 #define XDP_FREE_MSEC 250
 
 struct end {

@@ -22,6 +22,9 @@
 
 #define FILES 64
 
+/* How much later than its time a revocation may end, on a machine that has more to do. */
+#define LATE_MSEC (250 * slowness() + kept_msec())
+
 static const char lease_break_time[] = "/proc/sys/fs/lease-break-time";
 static char old_break_time[16];
 
@@ -379,7 +382,7 @@ static void test_no_break_time(void **state)
 	pid = truncate_start(&fd);
 	result = truncate_finish(pid, fd);
 	assert_int_equal(result.error, 0);
-	assert_in_range(result.usec / 1000, 495, 500 + 100 * slowness() + kept_msec());
+	assert_in_range(result.usec / 1000, 495, 500 + LATE_MSEC);
 	expect_pinned(result.pinned, base, 0);
 
 	wait_for_lease(PINBROKER_LEASE_WRITE);
@@ -423,7 +426,7 @@ static void test_bus_lost(void **state)
 	finish(bus_pid, SIGKILL);
 	result = truncate_finish(pid, fd);
 	assert_int_equal(result.error, 0);
-	assert_in_range(result.usec / 1000, 1995, 2000 + 100 * slowness() + kept_msec());
+	assert_in_range(result.usec / 1000, 1995, 2000 + LATE_MSEC);
 	expect_pinned(result.pinned, base, 0);
 	start_bus();
 	holder_stop(&holder, SIGKILL);
