@@ -25,6 +25,7 @@ import unittest
 from client import PAGE, WAIT, Connection, is_readable, truncate_in_child
 
 DAEMON = os.environ['PINBROKERD']
+LIBC = ctypes.CDLL(None)
 NOBODY = 65534
 SIZE = 16 * PAGE
 USAGE, UNAVAILABLE, OSERR, TEMPFAIL, CONFIG = 64, 69, 71, 75, 78  # sysexits.h
@@ -138,10 +139,10 @@ class DeafManager:
         self.socket.close()
 
 
-def is_same_description(fd, other):
-    machine = platform.machine()
-    kcmp = {'x86_64': 312, 'aarch64': 272}[machine]
-    return ctypes.CDLL(None).syscall(kcmp, os.getpid(), os.getpid(), 0, fd, other) == 0
+def is_among(fd, others):
+    """Whether one of them is the same description."""
+    kcmp, pid = {'x86_64': 312, 'aarch64': 272}[platform.machine()], os.getpid()
+    return any(LIBC.syscall(kcmp, pid, pid, 0, fd, other) == 0 for other in others)
 
 
 class Manager(DeafManager):
@@ -179,7 +180,7 @@ class Manager(DeafManager):
         name = fields.get('FDNAME')
         if 'FDSTORE' in fields:
             assert fields['FDPOLL'] == '0' and name not in self.kept and len(fds) == 1, fields
-            if not any(is_same_description(fds[0], fd) for fd in self.kept.values()):
+            if not is_among(fds[0], self.kept.values()):
                 self.kept[name] = fds.pop()
         elif 'FDSTOREREMOVE' in fields and name in self.kept:
             os.close(self.kept.pop(name))
