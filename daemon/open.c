@@ -74,7 +74,7 @@ static void finish(struct open_request *q, int r)
 	q->result.file = q->file;
 	if (file) {
 		file->opening = false;
-		if (r != 0)
+		if (r != 0 && file->lease.fd >= 0)
 			file_touched(file, 0); /* a conversion that failed: go on trying for the lease */
 		file_update(file);
 		if (file->n_uses > 0)
@@ -326,6 +326,17 @@ static void find_way(struct open_request *q)
 		convert(q, file);
 }
 
+/* The file has changed meanwhile, or gone, and with it the use of what was opened. */
+static void begin_anew(struct open_request *q)
+{
+	if (q->client_fd >= 0) {
+		/* the charge of this one goes with it: there is to be another */
+		user_charge_force(q->user, LIMIT_DESCRIPTORS, 1);
+		q->client_fd = offload_close(q->broker->offload, q->user, q->client_fd);
+	}
+	find_way(q);
+}
+
 /* The step's work has been done. */
 static void go_on(struct open_request *q)
 {
@@ -347,7 +358,7 @@ static void go_on(struct open_request *q)
 		break;
 	case STEP_CHECK:
 		if (!file || file->opening || file->lease.access != ACCESS_WRITE) {
-			find_way(q); /* it has changed meanwhile */
+			begin_anew(q);
 			break;
 		}
 		if (r == 0)
@@ -364,7 +375,7 @@ static void go_on(struct open_request *q)
 		break;
 	case STEP_REOPEN:
 		if (!file || file->opening)
-			find_way(q);
+			begin_anew(q);
 		else
 			finish(q, r == 0 ? add_use(q, file, q->access == ACCESS_WRITE, q->probe.mount) : r);
 		break;
