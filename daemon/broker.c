@@ -10,6 +10,7 @@
 #include "hearing.h"
 #include "log.h"
 #include "macro.h"
+#include "open.h"
 #include "state.h"
 #include "watch.h"
 
@@ -163,6 +164,7 @@ struct broker *broker_free(struct broker *broker)
 		revocation_free(rev);
 	while ((client = broker_next_client(broker, 0)))
 		client_free(client);
+	open_give_up(broker);
 	/* what jobs come back with may go through everything once more */
 	if (offload_free(broker->offload) > 0) {
 		log_warning("Some work hangs, and is left behind.");

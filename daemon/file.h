@@ -49,6 +49,7 @@ struct file {
 	uint64_t device_size; /* of a device-DAX, for which fstat() says 0 */
 	struct lease lease; /* its fd < 0: being opened */
 	bool opening;       /* an open request is at work on it; others wait */
+	struct open_request *retrying; /* the one, while it waits to try the lease again, or NULL */
 	STAILQ_HEAD(, open_request) waiting; /* for that one */
 
 	struct pin_ranges pins;

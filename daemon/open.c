@@ -74,6 +74,7 @@ static void finish(struct open_request *q, int r)
 	q->result.file = q->file;
 	if (file) {
 		file->opening = false;
+		file->retrying = NULL;
 		if (r != 0 && file->lease.fd >= 0)
 			file_touched(file, 0); /* a conversion that failed: go on trying for the lease */
 		file_update(file);
@@ -131,7 +132,7 @@ static void go_on(struct open_request *q);
 static void submit(struct open_request *q, enum step step)
 {
 	q->step = step;
-	q->result.r = 0;
+	q->result.r = -ECANCELED; /* unless it runs */
 	offload_submit_force(q->broker->offload, q->user, &q->job);
 }
 
@@ -207,17 +208,21 @@ static int on_retry(sd_event_source *source, uint64_t usec, void *userdata)
 	return 0;
 }
 
-/* Waits a moment. Returns 0, or -EAGAIN when that has been done often enough. */
-static int wait_for_lease(struct open_request *q)
+/* Waits a moment. Returns 0, or -EAGAIN when that has been done often enough, or nobody waits any more. */
+static int wait_for_lease(struct open_request *q, struct file *file)
 {
 	uint64_t usec;
+	int r;
 
-	if (q->n_tries++ >= (store_is_busy(&q->broker->store) ? LEASE_TRIES_MORE : LEASE_TRIES))
+	if (q->n_tries++ >= (store_is_busy(&q->broker->store) ? LEASE_TRIES_MORE : LEASE_TRIES) ||
+	    !broker_find_client(q->broker, q->client_id))
 		return -EAGAIN;
 	usec = now_usec() + (LEASE_RETRY_USEC << q->n_tries) / 2;
 	q->retry = sd_event_source_disable_unref(q->retry);
-	return sd_event_add_time(q->broker->event, &q->retry, CLOCK_MONOTONIC, usec, 1, on_retry,
-				 q);
+	r = sd_event_add_time(q->broker->event, &q->retry, CLOCK_MONOTONIC, usec, 1, on_retry, q);
+	if (r >= 0)
+		file->retrying = q;
+	return r;
 }
 
 /* STEP_OPEN has come back: the lease. */
@@ -235,7 +240,7 @@ static void lease_file(struct open_request *q)
 		r = file_try_lease(file);
 	}
 	if (r == -EAGAIN) {
-		r = wait_for_lease(q);
+		r = wait_for_lease(q, file);
 		if (r >= 0)
 			return;
 	}
@@ -382,6 +387,18 @@ static void go_on(struct open_request *q)
 	}
 }
 
+void open_give_up(struct broker *broker)
+{
+	struct file *file;
+	uint64_t after = 0;
+
+	while ((file = broker_next_file(broker, after))) {
+		after = file->id;
+		if (file->retrying)
+			finish(file->retrying, -ECANCELED);
+	}
+}
+
 static void on_done(struct job *job)
 {
 	go_on(container_of(job, struct open_request, job));
@@ -434,6 +451,7 @@ int open_start(struct client *client, int fd, enum access access,
 	q->job.run = run;
 	q->job.done = on_done;
 	q->step = STEP_PROBE;
+	q->result.r = -ECANCELED;
 	r = charge_descriptors(q, ret_refusal);
 	if (r == 0 && offload_submit(q->broker->offload, q->user, &q->job) < 0)
 		r = refuse_limit(ret_refusal, client->user, LIMIT_UNFINISHED);

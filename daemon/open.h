@@ -36,3 +36,6 @@ int open_start(struct client *client, int fd, enum access access,
 
 /* The file has been opened, or not: those that wait for it go on. */
 void open_wake(struct file *file);
+
+/* The broker ends, and has no clients any more: requests that wait to try a lease again do so no more. */
+void open_give_up(struct broker *broker);

@@ -198,6 +198,8 @@ static void long_message_forgotten(struct job *job)
 {
 	struct long_message *m = container_of(job, struct long_message, job);
 
+	if (m->text)
+		long_message_forget(job); /* the pool ended before it came to that */
 	peer_unref(m->peer);
 	free(m);
 }
