@@ -14,7 +14,7 @@ from rules import Holder, ranges
 from sdbus import Bus
 
 MANAGER = 'org.pinbroker1.Manager'
-PINS, FILES = 100000 // SLOWNESS, 5000
+PINS, FILES = 40000 // SLOWNESS, 5000
 MANAGED_MAX, NODES_MAX, LIST_MAX = 4096, 1024, 1000
 LONGEST = 0.5 if SLOWNESS == 1 else 5  # seconds that another waits
 

@@ -185,7 +185,7 @@ static void test_settling(void **state)
 	fd = timed_open(O_RDONLY, &usec);
 	assert_true(fd >= 0);
 	close(fd);
-	assert_true(usec < 50000);
+	assert_true(usec < 250000);
 	expect_pinned(pinned(), base, PAGES);
 
 	pid = truncate_start(&fd);
