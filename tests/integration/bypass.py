@@ -108,6 +108,24 @@ class Bypass(Case):
         self.addCleanup(os.close, reader)
         self.assertTrue(self.connect().list('org.pinbroker.ListFiles')[0]['exposed'])
 
+    def test_overflow(self):
+        """The queue of events is full: each file is looked at."""
+        with open('/proc/sys/fs/inotify/max_queued_events', encoding='ascii') as f:
+            n_events = int(f.read())
+        daemon = self.launch('[Revocation]\nRevokeGraceSec=20s\n')
+        busy = [self.hold(file=self.make_file(f'busy-{i}')) for i in range(2)]
+        # several times, as each file is looked at now and then anyway
+        for i in range(3):
+            holder = self.hold(file=self.make_file(f'data-{i}'))
+            daemon.kill(signal.SIGSTOP)
+            os.waitid(os.P_PID, daemon.pid, os.WSTOPPED)
+            for k in range(n_events + 100):
+                os.pwrite(busy[k % 2].fd, b'b', 0)
+            os.ftruncate(holder.fd, PAGE)
+            daemon.kill(signal.SIGCONT)
+            self.assertEqual(self.told(holder)['cause'], 'shrink')
+            holder.release()
+
     def test_regrown(self):
         """It is as long as before when anybody looks; its pages are gone."""
         daemon = self.launch('[Files]\nReaders=admit\n[Revocation]\nRevokeGraceSec=20s\n')

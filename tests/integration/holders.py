@@ -13,6 +13,7 @@ import unittest
 import warnings
 
 from client import PAGE, WAIT, Connection, is_readable, truncate_in_child
+from limits import HangingFiles
 from world import DAEMON, NOBODY, READY, Case, DeafManager, Holder, end_child
 
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -139,6 +140,67 @@ class Holders(Case):
         processes[0].tell()
         self.assertEqual(processes[0].hear(), 'released')
         self.wait_until(lambda: {r['state'] for r in self.revocations()} == {'released'})
+
+    def test_second_breaker(self):
+        """One that holds the file is forced also where another came before it."""
+        os.chmod(self.file, 0o666)
+        daemon = self.launch('[Revocation]\nRevokeGraceSec=20s\n')
+
+        def breaker(say, hear):
+            become(NOBODY)
+            holder = Holder(self.path, self.file)
+            say('holds')
+            hear()
+            os.truncate(self.file, PAGE)
+            del holder
+
+        honest = self.hold()
+        process = Process(self, breaker)
+        self.assertEqual(process.hear(), 'holds')
+        daemon.kill(signal.SIGSTOP)  # it sees both at once
+        os.waitid(os.P_PID, daemon.pid, os.WSTOPPED)
+        first, result = self.truncate()
+        self.wait_until(lambda: self.breakers() == [first])
+        process.tell()
+        self.wait_until(lambda: self.breakers() == [first, process.pid])
+        daemon.kill(signal.SIGCONT)
+        self.assertIsNone(process.hear())
+        self.assertEqual(os.waitpid(process.pid, 0)[1], signal.SIGBUS)
+        self.assertIn('notified', {r['state'] for r in self.revocations()})
+        honest.release()
+        self.truncated(result)
+
+    @staticmethod
+    def breakers():
+        with open('/proc/locks', encoding='ascii') as f:
+            return [int(line.split()[5]) for line in f if '-> LEASE  BREAKER' in line]
+
+    def test_no_time_left_to_die(self):
+        """A holder that SIGKILL does not end in time: the last step, too, ends before the kernel's patience."""
+        with open('/proc/sys/fs/lease-break-time', encoding='ascii') as f:
+            self.addCleanup(self.write, '/proc/sys/fs/lease-break-time', f.read())
+        self.write('/proc/sys/fs/lease-break-time', '2')
+        hanging = HangingFiles(os.path.join(self.dir, 'hanging'))
+        self.addCleanup(hanging.close)
+        self.launch('[Revocation]\nRevokeGraceSec=0\nSignalOnTimeout=none\n')
+
+        def holder(say, _):
+            pins = Holder(self.path, self.file)
+            fd = os.open(hanging.path, os.O_RDWR)
+            say('holds')
+            os.close(fd)
+            del pins
+
+        process = Process(self, holder)
+        self.addCleanup(hanging.close)  # before it is waited for
+        self.assertEqual(process.hear(), 'holds')
+        hanging.wait_for_flushes(1)
+        _, result = self.truncate()
+        self.wait_until(lambda: self.revocations() and 'endUSec' in self.revocations()[0])
+        revocation = self.revocations()[0]  # another one is about what the truncate took
+        self.assertEqual(revocation['state'], 'lost')
+        self.assertLess(revocation['endUSec'] - revocation['startUSec'], 1.5e6)
+        self.truncated(result)
 
     def test_one_signal_ends_several(self):
         """What another revocation's signal has ended is looked for, and not called lost."""

@@ -50,7 +50,8 @@ class Survivor:
             raise
 
     def open(self):
-        hello = self.connection.call('org.pinbroker.Hello', {'name': 'survivor'})
+        hello = self.connection.call('org.pinbroker.Hello',
+                                     {'name': 'survivor', 'busName': ':1.42'})
         self.client, self.token = hello['client'], hello['token']
         fd = os.open(self.data, os.O_PATH | os.O_CLOEXEC)
         try:
@@ -408,6 +409,50 @@ class Restart(Case):
         self.expect_restored(0, 1, 1)
         survivor.resume()
         self.assertEqual(survivor.unpin(), [pin])
+        del mapping
+
+    def test_destroyed(self):
+        """What was destroyed under a pin that has not ended is named as such, however often it ends meanwhile."""
+        self.run_daemon()
+        survivor = self.survivor(self.file)
+        pins = [survivor.pin(), survivor.pin(PAGE)]
+        self.end_daemon()
+        with open(self.state, encoding='ascii') as f:
+            text = f.read()
+        line = f'pin id={pins[0]} '
+        self.assertIn('\n' + line, text)
+        self.write(self.state, text.replace(line, line + 'destroyed=1 '))
+        for _ in range(2):
+            self.run_daemon()
+            self.expect_restored(2, 1, 1)
+            self.end_daemon()
+        self.run_daemon()
+        survivor.resume()
+        self.assertEqual(survivor.unpin(), pins[:1])
+
+    def test_leaving(self):
+        """A pin that was let go of and was not gone yet is its holder's no more, and still waited for."""
+        self.run_daemon()
+        survivor = self.survivor(self.file, ring=True)
+        pin = survivor.pin(PAGE, 2 * PAGE)
+        mapping = self.register(survivor)
+        survivor.connection.call('org.pinbroker.Bind', {'pin': pin, 'handle': 0})
+        watch = survivor.watch()
+        _, result = self.truncate()
+        watch.reply('org.pinbroker.Watch')
+        watch.close()
+        survivor.unpin()
+        self.wait_for_pin('leaving')
+        self.restart()
+        self.expect_restored(1, 1, 1)
+        survivor.resume()
+        self.wait_for_pin('leaving')
+        with self.assertRaises(Refused) as refused:
+            survivor.connection.call('org.pinbroker.Bind', {'pin': pin, 'handle': 0})
+        self.assertEqual(refused.exception.error, 'org.pinbroker.NoSuchObject')
+        self.assertFalse(is_readable(result, 0))
+        survivor.ring.unregister()
+        self.truncated(result)
         del mapping
 
     def test_on_demand(self):

@@ -4,8 +4,10 @@
 names it, on every file system that it knows and the machine has."""
 
 import contextlib
+import ctypes
 import errno
 import fcntl
+import mmap
 import os
 import signal
 import subprocess
@@ -13,7 +15,7 @@ import sys
 import tempfile
 import time
 
-from client import (Connection, PAGE, Refused, SIZE, WAIT, World, equal, expect,
+from client import (Connection, PAGE, Refused, Ring, SIZE, WAIT, World, equal, expect,
                     truncate_in_child)
 
 PB = 'org.pinbroker.'
@@ -115,7 +117,11 @@ def test_ranges():
 
         pins = h.call('Pin', pin | {'ranges': ranges(*[(0, PAGE)] * 1024)})['pins']
         equal(len(set(pins)), 1024)
-        equal(h.call('Unpin', {'pins': pins}), {'ended': []})
+        equal(h.connection.list(PB + 'ListClients')[0]['pinnedBytes'], 1024 * PAGE)
+        equal(h.call('Unpin', {'pins': pins[:1000]}), {'ended': []})
+        equal(h.connection.list(PB + 'ListClients')[0]['pinnedBytes'], 24 * PAGE)
+        h.call('Unpin', {'pins': pins[1000:]})
+        equal(h.connection.list(PB + 'ListClients')[0]['pinnedBytes'], 0)
         for bad in ([], [(0, PAGE)] * 1025, [(0, 0)], [(-PAGE, PAGE)], [(0, -1)],
                     [(2 ** 63 - 1, 1)], [(PAGE, 2 ** 63 - 1)], [(0, PAGE), (0, 0)]):
             h.invalid('ranges', 'Pin', pin | {'ranges': ranges(*bad)})
@@ -146,6 +152,12 @@ def test_revocation_in_the_way():
         other.refused('NoSuchObject', {}, 'Extend',
                       {'revocation': revocation['revocation'], 'byUSec': 1})
         h.call('Extend', {'revocation': revocation['revocation'], 'byUSec': 0})
+        # whatever is asked for, the rest of the ladder fits before the kernel takes the lease
+        with open('/proc/sys/fs/lease-break-time', encoding='ascii') as f:
+            seconds = int(f.read())
+        deadline = h.call('Extend', {'revocation': revocation['revocation'],
+                                     'byUSec': 2 ** 62})['deadlineUSec']
+        expect(seconds < 20 or deadline <= revocation['startUSec'] + (seconds - 9) * 10 ** 6, deadline)
         # never bound, it is let go like any other
         h.call('Unpin', {'pins': reserved})
         equal(h.connection.list(PB + 'ListRevocations')[0]['state'], 'released')
@@ -153,6 +165,31 @@ def test_revocation_in_the_way():
                   {'revocation': revocation['revocation'], 'byUSec': 1})
         write_at_last(world.file)
         other.call('Unpin', {'pins': other.call('Pin', other_pin)['pins']})
+
+
+def test_leaving():
+    """A pin that was let go of and is not gone yet is its holder's no more; it is waited for."""
+    with running() as world:
+        h, ring = Holder(world), Ring()
+        file = h.open(world.file)['file']
+        context = h.call('AddContext', {'remoteDescriptor': ring.fd})['context']
+        memory = mmap.mmap(-1, PAGE)
+        view = ctypes.c_char.from_buffer(memory)
+        ring.register(ctypes.addressof(view), PAGE)
+        pin = h.call('Pin', {'file': file, 'context': context, 'access': 'read',
+                             'ranges': ranges((0, PAGE))})['pins'][0]
+        h.call('Bind', {'pin': pin, 'handle': 0})
+        expect(break_lease(world.file))
+        h.call('Unpin', {'pins': [pin]})
+        equal([p['state'] for p in h.connection.list(PB + 'ListPins')], ['leaving'])
+        h.refused('NoSuchObject', {'type': 'pin', 'id': pin}, 'Bind', {'pin': pin, 'handle': 0})
+        equal(h.connection.list(PB + 'ListRevocations')[0]['state'], 'notified')
+        ring.unregister()
+        write_at_last(world.file)
+        equal(h.connection.list(PB + 'ListPins'), [])
+        del view
+        memory.close()
+        os.close(ring.fd)
 
 
 def test_who_comes_later():
@@ -208,7 +245,10 @@ def test_others_objects():
         other.open(world.file)
         other.refused('NoSuchObject', {'type': 'context'}, 'Pin', pin)
         # a token is good for its own client only
-        for wrong in (other.client['token'], h.client['token'][:-1], h.client['token'] + '0', ''):
+        token = h.client['token']
+        changed = [token[:i] + ('1' if token[i] == '0' else '0') + token[i + 1:]
+                   for i in (0, len(token) // 2, len(token) - 1)]
+        for wrong in (other.client['token'], token[:-1], token + '0', '', *changed):
             stranger = Connection(world.path)
             for method in ('Resume', 'Watch'):
                 try:
@@ -273,6 +313,28 @@ def test_limits():
         while len(others[1].connection.list(PB + 'ListClients')) > 2:
             expect(time.monotonic() < end)
         Holder(world).close()
+
+
+def test_client_that_has_gone():
+    """What is done for one that does not wait for it leaves no descriptor behind."""
+    with running() as world:
+        h = Holder(world)
+        h.open(world.file, 'write')
+        h.context()
+        fd, event, ring = os.open(world.file, os.O_PATH | os.O_CLOEXEC), os.eventfd(0), Ring()
+        n_fds = world.fds()
+        for i in range(60):
+            gone = Holder(world)
+            method, parameters, sent = (('OpenFile', {'fileDescriptor': 0, 'access': 'write'}, [fd]),
+                                        ('AddContext', {'fileDescriptor': 0}, [event]),
+                                        ('AddContext', {'remoteDescriptor': ring.fd}, []))[i % 3]
+            gone.connection.send(PB + method, parameters, sent)
+            gone.close()
+        end = time.monotonic() + WAIT
+        while len(h.connection.list(PB + 'ListClients')) > 1 or world.fds() > n_fds:
+            expect(time.monotonic() < end, world.fds(), n_fds)
+        for number in (fd, event, ring.fd):
+            os.close(number)
 
 
 def test_open_descriptor_wanted():
@@ -355,14 +417,19 @@ def test_file_system(kind):
 
 
 def main():
+    """All tests, or those that the arguments name."""
     signal.alarm(300)
-    for test in (test_ranges, test_revocation_in_the_way, test_who_comes_later,
-                 test_reading_and_writing,
-                 test_others_objects, test_limits, test_open_descriptor_wanted):
+    for test in (test_ranges, test_revocation_in_the_way, test_leaving, test_who_comes_later,
+                 test_reading_and_writing, test_others_objects, test_limits,
+                 test_client_that_has_gone, test_open_descriptor_wanted):
+        if sys.argv[1:] and test.__name__ not in sys.argv[1:]:
+            continue
         test()
         print(f'ok {test.__name__}', flush=True)
     skipped = False
     for kind in FILE_SYSTEMS:
+        if sys.argv[1:] and kind not in sys.argv[1:]:
+            continue
         reason = test_file_system(kind)
         print(f'ok {kind} # SKIP {reason}' if reason else f'ok {kind}', flush=True)
         skipped |= reason is not None

@@ -139,6 +139,29 @@ static void test_group(void **state)
 	world_stop();
 }
 
+/* The group that he has connected with counts, too, and nobody has the broker's own. */
+static void test_own_group(void **state)
+{
+	begin("tmpfs", "");
+	own_file(ALICE, BOB, 0660);
+	assert_int_equal(open_as(BOB, false, file_path, PINBROKER_WRITE), 0);
+	own_file(ALICE, 0, 0660);
+	assert_int_equal(open_as(BOB, false, file_path, PINBROKER_WRITE), -EACCES);
+	world_stop();
+}
+
+/* Root's clients are looked at by the mode bits, like everybody's. */
+static void test_root(void **state)
+{
+	begin("tmpfs", "");
+	own_file(ALICE, ALICE, 0600);
+	assert_int_equal(open_as(0, false, file_path, PINBROKER_READ), -EACCES);
+	assert_int_equal(open_as(0, false, file_path, PINBROKER_WRITE), -EACCES);
+	own_file(0, 0, 0600);
+	assert_int_equal(open_as(0, false, file_path, PINBROKER_WRITE), 0);
+	world_stop();
+}
+
 static void test_acl(void **state)
 {
 	begin("ext4", "");
@@ -312,6 +335,8 @@ int main(void)
 		cmocka_unit_test(test_reader),
 		cmocka_unit_test(test_leases_owner),
 		cmocka_unit_test(test_group),
+		cmocka_unit_test(test_own_group),
+		cmocka_unit_test(test_root),
 		cmocka_unit_test(test_acl),
 		cmocka_unit_test(test_read_only_mount),
 		cmocka_unit_test(test_flags),

@@ -166,6 +166,7 @@ static void test_in_flight(void **state)
 	if (kept_msec() > 0)
 		skip();
 	signalled(&(struct holder_options){ .ignore = true, .in_flight = true });
+	signalled(&(struct holder_options){ .ignore = true, .in_flight = true, .writes = true });
 }
 
 static void test_clone(void **state)

@@ -48,6 +48,13 @@ static void __attribute__((constructor)) lock_machine(void)
 	(void)setpriority(PRIO_PROCESS, 0, -20);
 }
 
+/* One test alone, by the name that is given as argument. */
+static void __attribute__((constructor)) choose_test(int argc, char *argv[])
+{
+	if (argc > 1)
+		cmocka_set_test_filter(argv[1]);
+}
+
 uint64_t usec_now(void)
 {
 	struct timespec ts;
@@ -315,14 +322,22 @@ bool can_clone_buffers(void)
 	return can;
 }
 
-static int read_for_ever(struct holding *h)
+static int transfer_for_ever(struct holding *h)
 {
 	struct io_uring_sqe *sqe = io_uring_get_sqe(&h->ring);
 	int fds[2];
 
-	if (pipe2(fds, O_CLOEXEC) < 0)
+	if (pipe2(fds, O_CLOEXEC | O_NONBLOCK) < 0)
 		return -errno;
-	io_uring_prep_read_fixed(sqe, fds[0], h->map, PAGE, 0, 0);
+	if (h->options->writes) {
+		while (write(fds[1], h->map, PAGE) > 0)
+			;
+		io_uring_prep_write_fixed(sqe, fds[1], h->map, PAGE, 0, 0);
+	} else {
+		io_uring_prep_read_fixed(sqe, fds[0], h->map, PAGE, 0, 0);
+	}
+	fcntl(fds[0], F_SETFL, 0);
+	fcntl(fds[1], F_SETFL, 0);
 	return io_uring_submit(&h->ring);
 }
 
@@ -348,7 +363,7 @@ static void hold(pinbroker *pb, struct holding *h)
 	if (h->options->clone)
 		MUST(clone_buffers(h));
 	if (h->options->in_flight)
-		MUST(read_for_ever(h));
+		MUST(transfer_for_ever(h));
 	fprintf(h->events, "holding %lu\n", h->pin);
 }
 

@@ -63,6 +63,7 @@ struct holder_options {
 	bool ignore;         /* does not let go */
 	bool extend;         /* asks for EXTEND_MSEC more, and says how long that is after the notice */
 	bool in_flight;      /* a fixed read from an empty pipe is under way */
+	bool writes;         /* that is a fixed write into a full one */
 	bool clone;          /* the buffers are in a second ring, too */
 	bool catch_signal;   /* SIGBUS is caught, and says "signal" */
 };

@@ -92,7 +92,7 @@ static int setup(void **state)
 static int teardown(void **state)
 {
 	static const char *const names[] = {"a.conf", "a.conf.d/10-x.conf", "a.conf.d/9-x.conf",
-		"a.conf.d/x.txt", "a.conf.d/.x.conf", "a.conf.d/d.conf", "a.conf.d", ""};
+		"a.conf.d/x.txt", "a.conf.d/.x.conf", "a.conf.d/.conf", "a.conf.d/d.conf", "a.conf.d", ""};
 
 	for (size_t i = 0; i < ELEMENTS(names); i++) {
 		char s[512];
@@ -190,6 +190,43 @@ static void test_everything(void **state)
 	config_clear(&c);
 }
 
+/* Each word and unit for what it says. */
+static void test_words(void **state)
+{
+	static const struct {
+		const char *text;
+		uint64_t usec;
+	} spans[] = {
+		{"7", 7 * USEC_PER_SEC},
+		{"7us", 7},
+		{"7ms", 7 * USEC_PER_MSEC},
+		{"7s", 7 * USEC_PER_SEC},
+		{"7sec", 7 * USEC_PER_SEC},
+		{"7m", 7 * 60 * USEC_PER_SEC},
+		{"7min", 7 * 60 * USEC_PER_SEC},
+		{"7h", 7 * 60 * 60 * USEC_PER_SEC},
+	};
+	static const char *const booleans[][2] = {{"0", "1"}, {"no", "yes"}, {"n", "y"},
+		{"false", "true"}, {"f", "t"}, {"off", "on"}};
+	struct config c;
+	char text[64];
+
+	for (size_t i = 0; i < ELEMENTS(spans); i++) {
+		snprintf(text, sizeof(text), "[Revocation]\nRevokeGraceSec=%s\n", spans[i].text);
+		c = load(text);
+		assert_int_equal(c.revoke_grace_usec, spans[i].usec);
+		config_clear(&c);
+	}
+	for (size_t i = 0; i < 2 * ELEMENTS(booleans); i++) {
+		snprintf(text, sizeof(text), "[Revocation]\nForceUnmap=%s\nForceUnmap=%s\n",
+			booleans[0][i % 2 == 0], booleans[i / 2][i % 2]);
+		c = load(text);
+		assert_int_equal(c.force_unmap, i % 2);
+		config_clear(&c);
+	}
+	assert_int_equal(n_warnings, 0);
+}
+
 /* A wrong line is named, and changes nothing. */
 static void test_wrong_lines(void **state)
 {
@@ -263,6 +300,7 @@ static void test_drop_ins(void **state)
 	write_file("a.conf.d/9-x.conf", "[Limits]\nMaxPinsPerUser=9\n");
 	write_file("a.conf.d/x.txt", "[Limits]\nMaxPinsPerUser=11\n");
 	write_file("a.conf.d/.x.conf", "[Limits]\nMaxPinsPerUser=12\n");
+	write_file("a.conf.d/.conf", "[Limits]\nMaxFilesPerUser=13\n");
 	c = load("[Limits]\nMaxPinsPerUser=8\nMaxFilesPerUser=8\nMaxClientsPerUser=8\n");
 	assert_int_equal(n_warnings, 0);
 	assert_int_equal(c.limits[LIMIT_PINS], 9);
@@ -329,6 +367,7 @@ int main(void)
 	static const struct CMUnitTest tests[] = {
 		cmocka_unit_test_setup_teardown(test_empty, setup, teardown),
 		cmocka_unit_test_setup_teardown(test_everything, setup, teardown),
+		cmocka_unit_test_setup_teardown(test_words, setup, teardown),
 		cmocka_unit_test_setup_teardown(test_wrong_lines, setup, teardown),
 		cmocka_unit_test_setup_teardown(test_earlier_line_stays, setup, teardown),
 		cmocka_unit_test_setup_teardown(test_long_line, setup, teardown),

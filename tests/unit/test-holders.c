@@ -27,6 +27,36 @@ struct world {
 	int client_socket, child_socket;
 };
 
+static void (*before_stop)(void), (*before_open)(void); /* once */
+
+static void run_once(void (**f)(void))
+{
+	void (*g)(void) = *f;
+
+	*f = NULL;
+	if (g)
+		g();
+}
+
+int __real_process_is_stopped(pid_t pid);
+int __wrap_process_is_stopped(pid_t pid);
+int __real_pidfd_open(pid_t pid, unsigned flags);
+int __wrap_pidfd_open(pid_t pid, unsigned flags);
+
+int __wrap_process_is_stopped(pid_t pid)
+{
+	int r = __real_process_is_stopped(pid);
+
+	run_once(&before_stop);
+	return r;
+}
+
+int __wrap_pidfd_open(pid_t pid, unsigned flags)
+{
+	run_once(&before_open);
+	return __real_pidfd_open(pid, flags);
+}
+
 static pid_t spawn(int *ret_socket)
 {
 	int pair[2];
@@ -171,6 +201,149 @@ static void test_not_allowed(void **state)
 	assert_runs(w->child_socket);
 }
 
+/* One whose uids are these, and which becomes root, or lets go of the context, at a byte. */
+static pid_t spawn_as(uid_t real, uid_t effective, uid_t saved, int context, int *ret_socket)
+{
+	int pair[2];
+	char byte;
+	pid_t pid;
+
+	assert_int_equal(socketpair(AF_UNIX, SOCK_STREAM, 0, pair), 0);
+	pid = fork();
+	assert_true(pid >= 0);
+	if (pid == 0) {
+		prctl(PR_SET_PDEATHSIG, SIGKILL);
+		(void)!setresuid(real, effective, saved);
+		(void)!write(pair[1], "", 1);
+		while (read(pair[1], &byte, 1) == 1) {
+			if (byte == 'r')
+				(void)!setresuid(0, 0, 0);
+			if (byte == 'c')
+				close(context);
+			(void)!write(pair[1], &byte, 1);
+		}
+		_exit(0);
+	}
+	close(pair[1]);
+	assert_int_equal(read(pair[0], &byte, 1), 1);
+	*ret_socket = pair[0];
+	return pid;
+}
+
+/* As kill(2): the real and the saved uid decide, and not the effective one. */
+static void test_uids(void **state)
+{
+	static const struct {
+		uid_t real, effective, saved;
+		int result;
+	} cases[] = {
+		{ NOBODY, NOBODY, NOBODY, 0 },
+		{ NOBODY, 0, 0, 0 },
+		{ 0, 0, NOBODY, 0 },
+		{ 0, NOBODY, 0, -EPERM },
+		{ 0, 0, 0, -EPERM },
+	};
+	int context, fd;
+
+	if (getuid() != 0)
+		skip();
+	for (size_t i = 0; i < ELEMENTS(cases); i++) {
+		struct process client = { .uid = NOBODY };
+		struct holders holders;
+		pid_t pid;
+
+		context = eventfd(0, EFD_CLOEXEC);
+		pid = spawn_as(cases[i].real, cases[i].effective, cases[i].saved, context, &fd);
+		assert_int_equal(holders_stop(context, &client, false, TIMEOUT_USEC, &holders),
+			cases[i].result);
+		assert_int_equal(process_is_stopped(pid), cases[i].result == 0);
+		holders_continue(&holders);
+		assert_runs(fd);
+		end(pid, fd);
+		close(context);
+	}
+}
+
+static int change_fd;
+static char change;
+
+static void tell_to_change(void)
+{
+	char byte;
+
+	assert_int_equal(write(change_fd, &change, 1), 1);
+	assert_int_equal(read(change_fd, &byte, 1), 1);
+}
+
+/* It becomes another user while it is looked at. */
+static void test_another_user_by_then(void **state)
+{
+	int context = eventfd(0, EFD_CLOEXEC), fd;
+	struct process client = { .uid = NOBODY };
+	struct holders holders;
+	pid_t pid;
+
+	if (getuid() != 0)
+		skip();
+	pid = spawn_as(NOBODY, NOBODY, 0, context, &fd);
+	change_fd = fd;
+	change = 'r';
+	before_stop = tell_to_change;
+	/* its saved uid is what lets it, and is root's: only the real one is the client's */
+	assert_int_equal(holders_stop(context, &client, false, TIMEOUT_USEC, &holders), -EPERM);
+	assert_int_equal(process_is_stopped(pid), 0);
+	holders_continue(&holders);
+	assert_runs(fd);
+	end(pid, fd);
+	close(context);
+}
+
+/* It lets go of the context while it is looked at: it might be another process by then. */
+static void test_no_holder_by_then(void **state)
+{
+	int context = eventfd(0, EFD_CLOEXEC), fd;
+	struct process client = { .uid = getuid() };
+	struct holders holders;
+	pid_t pid;
+
+	pid = spawn_as(getuid(), getuid(), getuid(), context, &fd);
+	change_fd = fd;
+	change = 'c';
+	before_open = tell_to_change;
+	assert_int_equal(holders_stop(context, &client, false, TIMEOUT_USEC, &holders), 0);
+	assert_int_equal(holders.n, 0);
+	assert_int_equal(process_is_stopped(pid), 0);
+	holders_continue(&holders);
+	end(pid, fd);
+	close(context);
+}
+
+/* What a daemon that was killed has stopped goes on; what its user may not stop is left alone. */
+static void test_left(void **state)
+{
+	int context, fd;
+
+	if (getuid() != 0)
+		skip();
+	for (unsigned i = 0; i < 2; i++) {
+		uid_t uid = i == 0 ? NOBODY : 0;
+		struct process client = { .uid = NOBODY, .pidfd = -1 };
+		pid_t pid;
+
+		context = eventfd(0, EFD_CLOEXEC);
+		pid = spawn_as(uid, uid, uid, context, &fd);
+		kill(pid, SIGSTOP);
+		assert_int_equal(waitpid(pid, NULL, WUNTRACED), pid);
+		holders_continue_left(context, &client);
+		if (i == 0)
+			assert_runs(fd);
+		else
+			assert_int_equal(process_is_stopped(pid), 1);
+		end(pid, fd);
+		close(context);
+	}
+}
+
 /* A process that forks on and on while it is being stopped. */
 static void test_forking(void **state)
 {
@@ -202,6 +375,10 @@ int main(void)
 		cmocka_unit_test_setup_teardown(test_stopped_before, setup, teardown),
 		cmocka_unit_test_setup_teardown(test_two_at_a_time, setup, teardown),
 		cmocka_unit_test_setup_teardown(test_not_allowed, setup, teardown),
+		cmocka_unit_test(test_uids),
+		cmocka_unit_test(test_another_user_by_then),
+		cmocka_unit_test(test_no_holder_by_then),
+		cmocka_unit_test(test_left),
 		cmocka_unit_test_setup_teardown(test_forking, setup, teardown),
 	};
 

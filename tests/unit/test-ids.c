@@ -54,6 +54,7 @@ static void test_damage(void **state)
 	assert_true(FIRST_AFTER(" 0000000000000000005\n") == 1);
 	assert_true(FIRST_AFTER("0000000000000000004\n") == 1);
 	assert_true(FIRST_AFTER("00000000000000000041") == 1);
+	assert_true(FIRST_AFTER("00000000000000000041x") == 1);
 	assert_true(FIRST_AFTER("00000000000000000041\n\n") == 1);
 	assert_true(FIRST_AFTER("000000000000000000041") == 1);
 	assert_true(FIRST_AFTER("0000000000000000004x\n") == 1);
@@ -105,6 +106,31 @@ static void test_passed(void **state)
 	ids_close(&ids);
 }
 
+/* What has been seen is reserved, too, before anything else is given out. */
+static void test_passed_at_the_end(void **state)
+{
+	struct ids ids;
+
+	write_file("", 0);
+	assert_int_equal(ids_open(&ids, path), 0);
+	ids_pass(&ids, 1000000);
+	ids_close(&ids);
+	assert_int_equal(ids_open(&ids, path), 0);
+	assert_true(ids_next(&ids) > 1000000);
+	ids_close(&ids);
+}
+
+static void test_one_at_a_time(void **state)
+{
+	struct ids ids, other;
+
+	assert_int_equal(ids_open(&ids, path), 0);
+	assert_int_equal(ids_open(&other, path), -EADDRINUSE);
+	ids_close(&ids);
+	assert_int_equal(ids_open(&other, path), 0);
+	ids_close(&other);
+}
+
 static void test_no_file(void **state)
 {
 	struct ids ids;
@@ -135,6 +161,8 @@ int main(void)
 		cmocka_unit_test(test_damage),
 		cmocka_unit_test(test_runs),
 		cmocka_unit_test(test_passed),
+		cmocka_unit_test(test_passed_at_the_end),
+		cmocka_unit_test(test_one_at_a_time),
 		cmocka_unit_test(test_no_file),
 	};
 

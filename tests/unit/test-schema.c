@@ -284,6 +284,19 @@ static void text_is_made_fit_to_write(void **state)
 	assert_string_equal(again.name, "/a?/\xc3\xa4?");
 }
 
+static void words_are_found_by_number_and_name(void **state)
+{
+	const struct enumeration *e = &enumeration_access;
+
+	assert_string_equal(enumeration_name(e, 0), "read");
+	assert_string_equal(enumeration_name(e, (int)e->n_members - 1), e->members[e->n_members - 1]);
+	assert_null(enumeration_name(e, -1));
+	assert_null(enumeration_name(&(struct enumeration){ .members = e->members, .n_members = 1 }, 1));
+	assert_int_equal(enumeration_value(e, "write"), ACCESS_WRITE);
+	assert_int_equal(enumeration_value(e, "writ"), -EINVAL);
+	assert_int_equal(enumeration_value(e, ""), -EINVAL);
+}
+
 static void utf8_is_strict(void **state)
 {
 	static const struct {
@@ -295,11 +308,14 @@ static void utf8_is_strict(void **state)
 		{"a\0b", 3, 1},
 		{"\xc2\x80", 2, 2},
 		{"\xc2", 1, 0},
+		{"\xc2\x80", 1, 0},
+		{"\xc3\xc3", 2, 0},
 		{"\xc1\xbf", 2, 0},
 		{"\xe0\xa0\x80", 3, 3},
 		{"\xe0\x9f\xbf", 3, 0},
 		{"\xed\x9f\xbf", 3, 3},
 		{"\xed\xa0\x80", 3, 0},
+		{"\xed\xbf\xbf", 3, 0},
 		{"\xef\xbf\xbd", 3, 3},
 		{"\xef\xbf\xbe", 3, 0},
 		{"\xef\xb7\x90", 3, 0},
@@ -496,6 +512,7 @@ int main(void)
 		cmocka_unit_test(unknown_fields_are_refused_unless_ignored),
 		cmocka_unit_test(only_an_object_is_read),
 		cmocka_unit_test(text_is_made_fit_to_write),
+		cmocka_unit_test(words_are_found_by_number_and_name),
 		cmocka_unit_test(utf8_is_strict),
 		cmocka_unit_test(every_message_makes_the_round_trip),
 	};

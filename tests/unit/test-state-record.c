@@ -44,6 +44,7 @@ static void test_written_and_read(void **state)
 	char *line;
 
 	record_begin(&b, "pin");
+	record_put_string(&b, "identity", "not it");
 	record_put(&b, "id", UINT64_MAX);
 	record_put_signed(&b, "handle", INT64_MIN);
 	record_put_string(&b, "label", odd);
@@ -53,7 +54,7 @@ static void test_written_and_read(void **state)
 	line = take_line(&b);
 	assert_int_equal(record_parse(line, &record), 0);
 	assert_string_equal(record.kind, "pin");
-	assert_int_equal(record.n_fields, 4);
+	assert_int_equal(record.n_fields, 5);
 	assert_true(record_unsigned(&record, "id", 0, &bad) == UINT64_MAX);
 	assert_true(record_signed(&record, "handle", 0, &bad) == INT64_MIN);
 	assert_string_equal(record_string(&record, "label"), odd);
