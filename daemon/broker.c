@@ -140,6 +140,8 @@ int broker_new(sd_event *event, struct config *config, struct broker **ret)
 	if (r >= 0)
 		r = offload_new(event, NULL, &broker->offload);
 	if (r >= 0)
+		r = schedule_new(event, &broker->schedule);
+	if (r >= 0)
 		r = watch_new(broker, &broker->watch);
 	if (r >= 0)
 		r = blame_new(broker, &broker->blame);
@@ -178,6 +180,7 @@ struct broker *broker_free(struct broker *broker)
 	hearing_free(broker->hearing);
 	sharings_free(broker->sharings);
 	sd_event_source_disable_unref(broker->audit);
+	schedule_free(broker->schedule);
 	users_free(broker->users);
 	ids_close(&broker->ids);
 	config_unref(broker->config);

@@ -46,6 +46,7 @@ struct broker {
 	struct config *config; /* reference; the one that was read last */
 	struct users *users;
 	struct offload *offload;
+	struct schedule *schedule; /* of connections */
 	struct hearing *hearing; /* hears of breaks of leases */
 	struct sharings *sharings; /* files whose description several uids were given */
 	struct watch *watch; /* inotify, for files without a lease */

@@ -45,7 +45,7 @@ static int add_next(struct answer *a)
 	return r < 0 ? r : 1;
 }
 
-static int on_answer(sd_event_source *source, void *userdata)
+static int on_answer(sd_event_source *source, uint64_t usec, void *userdata)
 {
 	struct slice slice = slice_begin();
 	struct answer *a = userdata;
@@ -83,7 +83,7 @@ static int on_call(sd_bus_message *m, void *userdata, sd_bus_error *error)
 	if (r >= 0)
 		r = sd_bus_message_open_container(a->reply, 'a', "{oa{sa{sv}}}");
 	if (r >= 0)
-		r = sd_event_add_defer(broker->event, &source, on_answer, a);
+		r = turn_add_source(broker->event, &source, on_answer, a);
 	if (r < 0) {
 		answer_free(a);
 		return r;

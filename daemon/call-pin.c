@@ -226,7 +226,7 @@ static int unpin_go_on(struct unpinning *u, struct refusal *ret_refusal)
 	return r == CALL_PENDING ? r : unpin_answer(u, r, ret_refusal);
 }
 
-static int on_unpin(sd_event_source *source, void *userdata)
+static int on_unpin(sd_event_source *source, uint64_t usec, void *userdata)
 {
 	struct unpinning *u = userdata;
 	struct refusal refusal;
@@ -261,7 +261,7 @@ int call_unpin(struct call *call, const union call_in *in)
 	u->n_pins = pins->n_items;
 	if (pins->n_items > 0)
 		memcpy(u->pins, pins->items, pins->n_items * sizeof(u->pins[0]));
-	r = sd_event_add_defer(u->broker->event, &u->source, on_unpin, u);
+	r = turn_add_source(u->broker->event, &u->source, on_unpin, u);
 	if (r >= 0)
 		r = sd_event_source_set_enabled(u->source, SD_EVENT_OFF);
 	if (r < 0) {

@@ -62,12 +62,12 @@ static int compare_lost(const struct use *a, const struct use *b)
 
 TREE_GENERATE(lost_uses, use, by_lost, compare_lost)
 
-static int on_work(sd_event_source *source, void *userdata);
+static int on_work(sd_event_source *source, uint64_t usec, void *userdata);
 
 /* Returns false if it cannot, and all has to be done at once. */
 static bool work_later(struct client *client)
 {
-	if (!client->work && sd_event_add_defer(client->broker->event, &client->work, on_work, client) < 0)
+	if (!client->work && turn_add_source(client->broker->event, &client->work, on_work, client) < 0)
 		return false;
 	return sd_event_source_set_enabled(client->work, SD_EVENT_ONESHOT) >= 0;
 }
@@ -245,7 +245,7 @@ static void client_end(struct client *client)
 		client_free(client);
 }
 
-static int on_work(sd_event_source *source, void *userdata)
+static int on_work(sd_event_source *source, uint64_t usec, void *userdata)
 {
 	struct client *client = userdata;
 

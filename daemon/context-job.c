@@ -97,7 +97,7 @@ static void context_job_free(struct context_job *j)
 	free(j);
 }
 
-static int on_part(sd_event_source *source, void *userdata)
+static int on_part(sd_event_source *source, uint64_t usec, void *userdata)
 {
 	struct slice slice = slice_begin();
 	struct context_job *j = userdata;
@@ -114,7 +114,7 @@ static int do_later(struct context_job *j)
 	int r;
 
 	if (!j->source) {
-		r = sd_event_add_defer(j->broker->event, &j->source, on_part, j);
+		r = turn_add_source(j->broker->event, &j->source, on_part, j);
 		if (r < 0)
 			return r;
 	}

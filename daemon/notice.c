@@ -335,7 +335,7 @@ static int send_bus(const struct msg_notice *notice, void *userdata)
 	return 0;
 }
 
-static int on_catch_up(sd_event_source *source, void *userdata)
+static int on_catch_up(sd_event_source *source, uint64_t usec, void *userdata)
 {
 	struct client *client = userdata;
 
@@ -351,7 +351,7 @@ void notice_send_bus(struct client *client)
 
 	client->bus_place = (struct notice_place){};
 	if (!client->bus_catch_up)
-		r = sd_event_add_defer(
+		r = turn_add_source(
 			client->broker->event, &client->bus_catch_up, on_catch_up, client);
 	if (r >= 0)
 		r = sd_event_source_set_enabled(client->bus_catch_up, SD_EVENT_ON);

@@ -345,6 +345,7 @@ unsigned offload_unfinished(const struct offload *o)
 
 static bool job_finish_next(struct offload *o)
 {
+	uint64_t begin_usec;
 	struct user *user;
 	struct job *job;
 
@@ -369,7 +370,10 @@ static bool job_finish_next(struct offload *o)
 			user_discharge(user, LIMIT_UNFINISHED, 1);
 		o->n_unfinished--;
 	}
+	begin_usec = turn_cpu_usec();
 	job->done(job);
+	if (user)
+		user_spend(user, turn_cpu_usec() - begin_usec);
 	user_unref(user);
 	return true;
 }

@@ -16,6 +16,7 @@
 #include "protocol/service.h"
 #include "request.h"
 #include "rpc.h"
+#include "schedule.h"
 #include "state.h"
 #include "turn.h"
 
@@ -90,7 +91,7 @@ void peer_close(struct peer *peer)
 	if (is_held(peer))
 		notifier_forget(peer->broker->store.notifier, &peer->told);
 	peer->io = sd_event_source_disable_unref(peer->io);
-	peer->later = sd_event_source_disable_unref(peer->later);
+	schedule_remove(peer);
 	if (!intake_close(peer))
 		peer->connection = connection_free(peer->connection);
 	if (client) {
@@ -101,11 +102,16 @@ void peer_close(struct peer *peer)
 	peer_unref(peer);
 }
 
+static void go_on_later(struct peer *peer)
+{
+	schedule_add(peer->broker->schedule, peer, false);
+}
+
 static void fail(struct peer *peer)
 {
 	peer->failed = true;
-	if (peer->later)
-		(void)sd_event_source_set_enabled(peer->later, SD_EVENT_ONESHOT);
+	if (peer->connection)
+		go_on_later(peer);
 }
 
 static void log_bad_input(struct peer *peer, int error)
@@ -148,12 +154,6 @@ static void flush(struct peer *peer)
 	if (peer->failed || !peer->connection || is_held(peer))
 		return;
 	if (connection_flush(peer->connection) < 0)
-		fail(peer);
-}
-
-static void go_on_later(struct peer *peer)
-{
-	if (sd_event_source_set_enabled(peer->later, SD_EVENT_ONESHOT) < 0)
 		fail(peer);
 }
 
@@ -315,25 +315,34 @@ void peer_read(struct peer *peer, int r)
 	turn(peer, r == -EAGAIN ? 0 : r);
 }
 
-static int on_io(sd_event_source *source, int fd, uint32_t revents, void *userdata)
+void peer_take_turn(struct peer *peer)
 {
-	struct peer *peer = peer_ref(userdata);
+	uint64_t begin_usec = turn_cpu_usec();
+	uint32_t revents = peer->revents;
 
+	peer_ref(peer);
+	peer->revents = 0;
+	if (revents != 0)
+		(void)sd_event_source_set_enabled(peer->io, SD_EVENT_ON);
 	if (revents & EPOLLIN && !peer->pending)
 		peer_read(peer, intake_read(peer));
 	else
 		turn(peer, revents & (EPOLLHUP | EPOLLERR) ? -EPIPE : 0);
+	user_spend(peer->user, turn_cpu_usec() - begin_usec);
 	peer_unref(peer);
-	return 0;
 }
 
-static int on_later(sd_event_source *source, void *userdata)
+static int on_io(sd_event_source *source, int fd, uint32_t revents, void *userdata)
 {
-	struct peer *peer = peer_ref(userdata);
+	struct peer *peer = userdata;
 
-	turn(peer, 0);
-	peer_unref(peer);
-	return 0;
+	peer->revents = revents;
+	if (user_is_light(peer->user)) {
+		peer_take_turn(peer);
+		return 0;
+	}
+	schedule_add(peer->broker->schedule, peer, true);
+	return sd_event_source_set_enabled(source, SD_EVENT_OFF);
 }
 
 static void peer_told(struct notifier_waiter *waiter)
@@ -374,10 +383,6 @@ static int peer_start(struct peer *peer, int fd)
 	if (setsockopt(fd, SOL_SOCKET, SO_OOBINLINE, &on, sizeof(on)) < 0)
 		return -errno;
 	r = sd_event_add_io(peer->broker->event, &peer->io, fd, EPOLLIN, on_io, peer);
-	if (r >= 0)
-		r = sd_event_add_defer(peer->broker->event, &peer->later, on_later, peer);
-	if (r >= 0)
-		r = sd_event_source_set_enabled(peer->later, SD_EVENT_OFF);
 	if (r >= 0)
 		r = connection_new(fd, close_fd, peer, &peer->connection);
 	if (r >= 0)
@@ -446,7 +451,6 @@ int peer_new(struct rpc *rpc, struct broker *broker, struct peer_list *peers, in
 	r = peer_start(peer, fd);
 	if (r < 0) {
 		peer->io = sd_event_source_disable_unref(peer->io);
-		peer->later = sd_event_source_disable_unref(peer->later);
 		offload_close_connection(broker->offload, user, fd);
 		peer_unref(peer);
 		return r;

@@ -31,7 +31,8 @@ struct peer {
 	struct connection *connection; /* owned; NULL: closed, kept for a job's sake */
 	int fd;                        /* its number */
 	struct intake intake;
-	sd_event_source *io, *later;   /* later: more to do without waiting for the socket */
+	sd_event_source *io;
+	uint32_t revents;              /* of io, which is off until the turn that it waits for */
 	struct client *client;         /* client::peers; NULL: no Hello yet */
 	bool pending;                  /* a call is under way, or being read */
 	bool watching;                 /* the call is Watch */
@@ -48,6 +49,8 @@ struct peer {
 	unsigned n_refs; /* the registry's, and one for each job */
 	LIST_ENTRY(peer) of_rpc;
 	LIST_ENTRY(peer) of_client;
+	struct peer_queue *queue; /* in which it waits for its turn; schedule's, as the next */
+	TAILQ_ENTRY(peer) of_queue;
 };
 
 LIST_HEAD(peer_list, peer);
@@ -89,6 +92,9 @@ void peer_refuse(struct peer *peer, int r, const struct refusal *refusal);
 /* For intake: connection_read() has returned this; what is to be waited for has changed. */
 void peer_read(struct peer *peer, int r);
 void peer_set_events(struct peer *peer);
+
+/* Its turn has come. */
+void peer_take_turn(struct peer *peer);
 
 /* A call that was pending has been answered: goes on with the next. */
 void peer_done(struct peer *peer);

@@ -514,7 +514,7 @@ void revocation_go_on(struct revocation *rev)
 	(void)sd_event_source_set_enabled(rev->work, more ? SD_EVENT_ON : SD_EVENT_OFF);
 }
 
-static int on_work(sd_event_source *source, void *userdata)
+static int on_work(sd_event_source *source, uint64_t usec, void *userdata)
 {
 	revocation_go_on(userdata);
 	return 0;
@@ -549,7 +549,7 @@ static int make_sources(struct revocation *rev)
 	if (r >= 0)
 		r = sd_event_source_set_enabled(rev->timer, SD_EVENT_OFF);
 	if (r >= 0)
-		r = sd_event_add_defer(event, &rev->work, on_work, rev);
+		r = turn_add_source(event, &rev->work, on_work, rev);
 	return r < 0 ? r : sd_event_source_set_enabled(rev->work, SD_EVENT_OFF);
 }
 

@@ -321,7 +321,7 @@ static int rewrite_some(struct state *state, const struct slice *slice)
 	return r < 0 ? r : more;
 }
 
-static int on_rewrite(sd_event_source *source, void *userdata)
+static int on_rewrite(sd_event_source *source, uint64_t usec, void *userdata)
 {
 	struct slice slice = slice_begin();
 	struct state *state = userdata;
@@ -376,7 +376,7 @@ int state_new(struct broker *broker, const char *path, struct state **ret)
 	state->path = strdup(path);
 	r = !state->path || asprintf(&state->new_path, "%s.new", path) < 0 ? -ENOMEM : 0;
 	if (r >= 0)
-		r = sd_event_add_defer(broker->event, &state->rewrite, on_rewrite, state);
+		r = turn_add_source(broker->event, &state->rewrite, on_rewrite, state);
 	if (r >= 0)
 		r = sd_event_source_set_enabled(state->rewrite, SD_EVENT_OFF);
 	if (r >= 0)

@@ -13,6 +13,23 @@ bool slice_is_over(const struct slice *slice)
 	return now_usec() >= slice->end_usec;
 }
 
+uint64_t turn_cpu_usec(void)
+{
+	struct timespec ts;
+
+	clock_gettime(CLOCK_THREAD_CPUTIME_ID, &ts);
+	return (uint64_t)ts.tv_sec * USEC_PER_SEC + (uint64_t)ts.tv_nsec / 1000;
+}
+
+int turn_add_source(
+	sd_event *event, sd_event_source **ret, sd_event_time_handler_t handler, void *userdata)
+{
+	/* The time has always come; and a time is noticed anew in each turn. */
+	int r = sd_event_add_time(event, ret, CLOCK_MONOTONIC, 0, 1, handler, userdata);
+
+	return r < 0 ? r : sd_event_source_set_enabled(*ret, SD_EVENT_OFF);
+}
+
 #ifndef PINBROKER_MEASURE_TURNS
 
 int turn_loop(sd_event *event)
@@ -39,14 +56,6 @@ static struct {
 	void *addresses[64];
 	int n;
 } found;
-
-static uint64_t cpu_usec(void)
-{
-	struct timespec ts;
-
-	clock_gettime(CLOCK_THREAD_CPUTIME_ID, &ts);
-	return (uint64_t)ts.tv_sec * USEC_PER_SEC + (uint64_t)ts.tv_nsec / 1000;
-}
 
 static void on_half_time(int sig)
 {
@@ -84,7 +93,7 @@ static void set_timer(const timer_t *timer, long usec)
 static bool is_stolen(uint64_t took_usec)
 {
 	static uint64_t last_usec;
-	uint64_t now = cpu_usec();
+	uint64_t now = turn_cpu_usec();
 	bool recent = last_usec != 0 && now - last_usec < BETWEEN_STOLEN_USEC;
 
 	last_usec = now;
@@ -93,7 +102,7 @@ static bool is_stolen(uint64_t took_usec)
 
 static void check(uint64_t begin_usec, const char *what)
 {
-	uint64_t took = cpu_usec() - begin_usec;
+	uint64_t took = turn_cpu_usec() - begin_usec;
 	char line[200];
 	int n;
 
@@ -111,7 +120,7 @@ static void check(uint64_t begin_usec, const char *what)
 
 static int run_once(sd_event *event, const timer_t *timer)
 {
-	uint64_t begin = cpu_usec();
+	uint64_t begin = turn_cpu_usec();
 	int r;
 
 	r = sd_event_prepare(event);
@@ -122,7 +131,7 @@ static int run_once(sd_event *event, const timer_t *timer)
 		return r;
 	found.n = 0;
 	set_timer(timer, MAX_USEC / 2);
-	begin = cpu_usec();
+	begin = turn_cpu_usec();
 	r = sd_event_dispatch(event);
 	set_timer(timer, 0);
 	check(begin, "A turn");

@@ -14,6 +14,9 @@
 #define TURN_MAX_USEC 5000
 #define SLICE_USEC    1000
 
+/* CPU time of the calling thread. */
+uint64_t turn_cpu_usec(void);
+
 /* Runs the loop to its end, like sd_event_loop(). */
 int turn_loop(sd_event *event);
 
@@ -24,3 +27,8 @@ struct slice {
 
 struct slice slice_begin(void);
 bool slice_is_over(const struct slice *slice);
+
+/* A source, not enabled yet, for what is done in slices: while it is enabled, its handler is called again and
+ * again, in turn with everything that is as urgent. A deferred source would come before all that. */
+int turn_add_source(sd_event *event, sd_event_source **ret, sd_event_time_handler_t handler,
+	void *userdata);

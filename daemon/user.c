@@ -11,6 +11,10 @@
 /* What two reads can bring, and some more */
 #define SHARE_MIN 640U
 
+/* Of the CPU time spent on a user: how soon half of it is forgotten, and what is little. */
+#define HALF_USEC  50000U
+#define LIGHT_USEC 2000U
+
 struct users {
 	uint64_t maxima[LIMIT_COUNT];
 	uint64_t capacity, share; /* descriptors: of all users, of one */
@@ -135,6 +139,28 @@ void users_set_capacity(struct users *users, uint64_t n_descriptors)
 bool users_have_room(const struct users *users, uint64_t n)
 {
 	return users->n_descriptors <= users->capacity && n <= users->capacity - users->n_descriptors;
+}
+
+static void halve_spent(struct user *user)
+{
+	uint64_t now = now_usec(), n = (now - user->halved_usec) / HALF_USEC;
+
+	if (n == 0)
+		return;
+	user->spent_usec = n < 64 ? user->spent_usec >> n : 0;
+	user->halved_usec = n < 64 ? user->halved_usec + n * HALF_USEC : now;
+}
+
+void user_spend(struct user *user, uint64_t usec)
+{
+	halve_spent(user);
+	user->spent_usec += usec;
+}
+
+bool user_is_light(struct user *user)
+{
+	halve_spent(user);
+	return user->spent_usec < LIGHT_USEC;
 }
 
 void users_enforce(struct users *users, bool on)

@@ -8,6 +8,7 @@
 
 #include "closer.h"
 #include "offload.h"
+#include "schedule.h"
 
 /*
  * What one uid uses of the broker. Everything that a client causes to be kept or done is charged to
@@ -35,6 +36,9 @@ struct user {
 	struct users *users;
 	struct offload_queue queues[OFFLOAD_LANES];   /* offload's */
 	struct closer_queue closers[CLOSER_KINDS]; /* closer's */
+	struct waiting waiting;                    /* schedule's */
+	uint64_t spent_usec;   /* of the loop's CPU time; halved every 50 ms, … */
+	uint64_t halved_usec;  /* … the last time then */
 	UT_hash_handle hh;          /* users */
 };
 
@@ -53,6 +57,11 @@ struct user *user_unref(struct user *user); /* accepts NULL, returns NULL; frees
 
 /* Other maxima. Whoever is over one of them already keeps what there is. */
 void users_set_maxima(struct users *users, const uint64_t maxima[LIMIT_COUNT]);
+
+/* The loop has spent so much of its CPU time (turn_cpu_usec()) on the user. */
+void user_spend(struct user *user, uint64_t usec);
+/* Has it been little, lately? */
+bool user_is_light(struct user *user);
 
 /* While they are not enforced, every charge goes through. */
 void users_enforce(struct users *users, bool on);

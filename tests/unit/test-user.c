@@ -201,6 +201,25 @@ static void test_no_memory(void **state)
 	user_unref(b);
 }
 
+/* Each user's own time counts, what has been spent adds up, and all of it is forgotten in the end. */
+static void test_spent_time(void **state)
+{
+	struct user *a, *b;
+
+	assert_int_equal(user_get(*state, 1, &a), 0);
+	assert_int_equal(user_get(*state, 2, &b), 0);
+	assert_true(user_is_light(a));
+	for (int i = 0; i < 10; i++)
+		user_spend(a, 1000);
+	assert_false(user_is_light(a));
+	assert_true(user_is_light(b));
+	a->halved_usec -= 60 * 1000000ULL;
+	assert_true(user_is_light(a));
+	assert_int_equal(a->spent_usec, 0);
+	user_unref(a);
+	user_unref(b);
+}
+
 int main(void)
 {
 	static const struct CMUnitTest tests[] = {
@@ -209,6 +228,7 @@ int main(void)
 		cmocka_unit_test_setup_teardown(test_bytes_do_not_wrap, setup, teardown),
 		cmocka_unit_test(test_reserve),
 		cmocka_unit_test(test_capacity),
+		cmocka_unit_test_setup_teardown(test_spent_time, setup, teardown),
 		cmocka_unit_test(test_names),
 		cmocka_unit_test_setup_teardown(test_no_memory, setup, teardown),
 	};
