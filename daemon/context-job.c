@@ -56,6 +56,7 @@ struct context_job {
 	bool closed;         /* reap: ours is closed, too */
 	int result;
 	size_t n_wanted;     /* detach: of the handles */
+	bool reaped;         /* detach: it has been looked before who else holds it */
 
 	/* what is done in slices: before the job runs, or with its results */
 	sd_event_source *source;
@@ -672,6 +673,7 @@ static void handles_added(struct context_job *j)
 	struct context *context = j->context;
 	struct broker *broker = j->broker;
 	uint64_t context_id, revocation = j->revocation;
+	bool reaped = j->reaped;
 
 	if (context->client && j->n_wanted > 0) {
 		submit_detach(j);
@@ -680,13 +682,13 @@ static void handles_added(struct context_job *j)
 	context_id = context->id;
 	detach_free(j);
 	context = broker_find_context(broker, context_id);
-	if (!context || detach_by_reap(context, revocation) <= 0)
+	if (!context || reaped || detach_by_reap(context, revocation) <= 0)
 		revocation_job_done(broker, revocation, REVOCATION_DETACHING, false);
 }
 
 /* Returns 1 if a job is under way, 0 if there is nothing that could be detached so. While it is being found
  * out what there is, no pin is let go of: its handle would be another's. */
-static int start_detach(struct context *context, const struct revocation *revocation)
+static int start_detach(struct context *context, const struct revocation *revocation, bool reaped)
 {
 	struct slice slice = slice_begin();
 	struct context_job *j;
@@ -699,6 +701,7 @@ static int start_detach(struct context *context, const struct revocation *revoca
 		return -ENOMEM;
 	j->i = context->n_pins; /* for so many there is room */
 	j->revocation = revocation->id;
+	j->reaped = reaped;
 	j->part = add_some_handles;
 	j->rest = handles_added;
 	context->n_detaching++;
@@ -721,7 +724,7 @@ static bool detach_now(struct context *context, uint64_t id)
 		broker_find_revocation(context->client->broker, id);
 
 	return revocation && revocation->state == REVOCATION_DETACHING &&
-	       start_detach(context, revocation) > 0;
+	       start_detach(context, revocation, true) > 0;
 }
 
 static int detach_by_reap(struct context *context, uint64_t revocation)
@@ -742,7 +745,7 @@ int context_detach(struct context *context, struct revocation *revocation)
 
 	/* One that is being reaped anyway is detached after that, if need be. */
 	if (!context->reaping) {
-		r = start_detach(context, revocation);
+		r = start_detach(context, revocation, false);
 		if (r != 0 || context->fd < 0)
 			return r;
 	}
