@@ -349,7 +349,7 @@ void kernel_open(struct fake_file *file, bool to_write)
 	file->event = to_write ? LEASE_WRITER : LEASE_READER;
 }
 
-/* The last is another user's, and the one before it a device-DAX. */
+/* The last is the first user's alone to write, and the one before it a device-DAX. */
 int access_probe(int fd, const struct process *client, char *const *file_systems, struct probe *ret,
 	struct refusal *ret_refusal)
 {
@@ -364,7 +364,7 @@ int access_probe(int fd, const struct process *client, char *const *file_systems
 		.inode = file->inode,
 		.mount = 20 + (uint64_t)(file - kernel.files),
 		.mount_device = makedev(8, 1),
-		.owner = 1000,
+		.owner = FIRST_UID,
 		.size = FILE_SIZE,
 		.backing = {.kind = BACKING_PAGE_CACHE, .device = "sda1", .numa_node = -1},
 		.path = strdup(path),
@@ -395,7 +395,8 @@ int access_check_descriptor(int fd, enum access access, struct refusal *ret_refu
 int access_check_open(
 	int fd, const struct process *client, enum access access, struct refusal *ret_refusal)
 {
-	if (access == ACCESS_READ || find_file(fd) != &kernel.files[N_FILES - 1])
+	if (access == ACCESS_READ || client->uid == FIRST_UID ||
+		find_file(fd) != &kernel.files[N_FILES - 1])
 		return 0;
 	return refuse(ret_refusal, REFUSAL_NOT_ALLOWED, "access", "It is another's.");
 }
@@ -526,7 +527,7 @@ static void make_process(struct fake_process *p, size_t i)
 		abort();
 	p->inode = inode_of(p->pipe[0]);
 	p->pid = FIRST_PID + (pid_t)i;
-	p->uid = 1000 + i % 2;
+	p->uid = FIRST_UID + i % 2;
 	p->holds = i < 2;
 }
 

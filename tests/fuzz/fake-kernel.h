@@ -22,6 +22,7 @@ struct sd_event;
 
 /* /proc/PID has room for none of these */
 #define FIRST_PID 5000000
+#define FIRST_UID 1000
 
 struct fake_process {
 	pid_t pid;

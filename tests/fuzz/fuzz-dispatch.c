@@ -39,7 +39,7 @@
 
 #define LINES_MAX       1000
 #define TURNS_MAX       20000
-#define DESCRIPTORS_MAX 512
+#define DESCRIPTORS_MAX 128
 
 struct link {
 	int fd; /* -1: none */
@@ -203,11 +203,17 @@ static void tamper(size_t i, uint64_t who)
 		sharing_look(file);
 }
 
-static void resize(size_t i, bool shrink)
+static void change(size_t i, char what)
 {
-	struct fake_file *file = &kernel.files[i];
+	int fd = kernel.files[i].fd, r = 0;
 
-	if (shrink ? ftruncate(file->fd, 4096) < 0 : pwrite(file->fd, "", 1, 0) != 1)
+	if (what == '#')
+		r = ftruncate(fd, 4096);
+	else if (what == '%')
+		r = pwrite(fd, "", 1, 0) == 1 ? 0 : -1;
+	else
+		r = fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, 4096);
+	if (r < 0)
 		abort();
 	touch(i, IN_MODIFY);
 }
@@ -229,7 +235,7 @@ static void blame(struct fake_process *p)
 static void order(char what, uint64_t n)
 {
 	const struct inode_key now = {makedev(8, 1), kernel.files[n % N_FILES].inode};
-	const uint64_t pins[] = {n, n + 1}, others[] = {20};
+	const uint64_t pins[] = {n}, others[] = {20};
 	const struct mounts mounts = {makedev(8, 1), others, n % 2};
 	struct broker *b = f.broker;
 	struct refusal refusal;
@@ -369,7 +375,8 @@ static void do_to_file(char what, size_t i, uint64_t more)
 		break;
 	case '#':
 	case '%':
-		resize(i, what == '#');
+	case '_':
+		change(i, what);
 		break;
 	}
 }
@@ -442,7 +449,7 @@ static void do_line(char *line, size_t size)
 		link->unread = !link->unread;
 	else if (strchr("klLsy", what))
 		do_to_process(what, &kernel.processes[digit % N_PROCESSES]);
-	else if (strchr("<>=~e!#%", what))
+	else if (strchr("<>=~e!#%_", what))
 		do_to_file(what, digit % N_FILES, second ? (uint64_t)rest[1] : 0);
 	else
 		do_to_all(what, rest, strtoull(rest, NULL, 10));
