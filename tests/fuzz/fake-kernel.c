@@ -34,7 +34,7 @@ int __wrap_clock_gettime(clockid_t clock, struct timespec *ret);
 int __wrap_clock_gettime(clockid_t clock, struct timespec *ret)
 {
 	/* before the first input, and outside of any, somebody else may be asking */
-	if (clock != CLOCK_MONOTONIC || kernel.now_usec == 0)
+	if ((clock != CLOCK_MONOTONIC && clock != CLOCK_THREAD_CPUTIME_ID) || kernel.now_usec == 0)
 		return __real_clock_gettime(clock, ret);
 	kernel.now_usec += kernel.tick_usec;
 	ret->tv_sec = (time_t)(kernel.now_usec / USEC_PER_SEC);

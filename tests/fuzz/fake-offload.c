@@ -108,6 +108,8 @@ bool offload_finish_next(struct offload *o)
 		o->n_unfinished--;
 	}
 	job->done(job);
+	if (user)
+		user_spend(user, kernel.tick_usec);
 	user_unref(user);
 	return true;
 }
