@@ -547,7 +547,7 @@ def test_pipelined_calls(world):
     """All that were sent at once are answered, in their order."""
     connection = Connection(world.path)
     connection.call('org.pinbroker.Hello')
-    calls = [('Extend', {'revocation': 5000 + i, 'byUSec': 1}) for i in range(100)]
+    calls = [('Extend', {'revocation': 5000 + i, 'byUSec': 1}) for i in range(1000)]
     connection.send_bytes(b''.join(
         json.dumps({'method': 'org.pinbroker.' + method, 'parameters': parameters}).encode() + b'\0'
         for method, parameters in calls))

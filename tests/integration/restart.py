@@ -430,6 +430,24 @@ class Restart(Case):
         survivor.resume()
         self.assertEqual(survivor.unpin(), pins[:1])
 
+    def test_limits(self):
+        """What is taken up counts, and is the most that there can be."""
+        self.write(self.config, '[Limits]\nMaxPinsPerUser=2\n')
+        self.run_daemon()
+        survivor = self.survivor(self.file)
+        survivor.pin()
+        survivor.pin(PAGE)
+        self.restart()
+        self.expect_restored(2, 1, 1)
+        survivor.resume()
+        with self.assertRaises(Refused) as refused:
+            survivor.pin(2 * PAGE)
+        self.assertEqual(refused.exception.parameters, {'limit': 'MaxPinsPerUser', 'maximum': 2, 'used': 2})
+        survivor.unpin()
+        survivor.pins.clear()
+        survivor.pin(2 * PAGE)
+        survivor.unpin()
+
     def test_leaving(self):
         """A pin that was let go of and was not gone yet is its holder's no more, and still waited for."""
         self.run_daemon()
@@ -841,6 +859,8 @@ class Restart(Case):
             everything)
         run(good + f'pin id={pin} context\n'.encode(), r'Cannot take up pin .*Bad message')
         run(good.replace(b'device=', b'device=1'), r'Cannot take up file .*Stale file handle')
+        run(good.replace(b' inode=', b' inode=1'), r'Cannot take up file .*Stale file handle')
+        run(good.replace(b'offset=0', b'offset=9223372036854775807'), r'Pin \d+ of .* was lost')
         run(good.replace(b'token=', b'token=x'), r'Cannot take up client')
         run(good.replace(b'length=', b'length=9999999999999999999'), r'Pin \d+ of .* was lost')
         run(good.replace(b'kind=opaque', b'kind=quantum'), everything)
@@ -1091,7 +1111,10 @@ class Restart(Case):
         self.assertEqual(self.daemon.wait(), -signal.SIGKILL)
         os.waitid(os.P_PID, pid, os.WSTOPPED)
         self.run_daemon()
-        os.waitid(os.P_PID, pid, os.WCONTINUED)
+        end = time.monotonic() + WAIT
+        while not os.waitid(os.P_PID, pid, os.WCONTINUED | os.WNOHANG):
+            self.assertLess(time.monotonic(), end)
+            time.sleep(0.01)
         self.truncated(result)
         self.assertEqual(os.waitpid(pid, os.WNOHANG), (0, 0))  # detached, not killed
 

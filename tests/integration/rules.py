@@ -323,12 +323,17 @@ def test_client_that_has_gone():
         h.context()
         fd, event, ring = os.open(world.file, os.O_PATH | os.O_CLOEXEC), os.eventfd(0), Ring()
         n_fds = world.fds()
+        calls = (('OpenFile', {'fileDescriptor': 0, 'access': 'write'}, [fd]),
+                 ('AddContext', {'fileDescriptor': 0}, [event]),
+                 ('AddContext', {'remoteDescriptor': ring.fd}, []))
         for i in range(60):
-            gone = Holder(world)
-            method, parameters, sent = (('OpenFile', {'fileDescriptor': 0, 'access': 'write'}, [fd]),
-                                        ('AddContext', {'fileDescriptor': 0}, [event]),
-                                        ('AddContext', {'remoteDescriptor': ring.fd}, []))[i % 3]
-            gone.connection.send(PB + method, parameters, sent)
+            gone = Holder(world).connection
+            gone.send(PB + calls[i % 3][0], *calls[i % 3][1:])
+            gone.close()
+            # of one that is still there, a connection
+            gone = Connection(world.path)
+            gone.call(PB + 'Resume', h.client)
+            gone.send(PB + calls[0][0], *calls[0][1:])
             gone.close()
         end = time.monotonic() + WAIT
         while len(h.connection.list(PB + 'ListClients')) > 1 or world.fds() > n_fds:

@@ -300,11 +300,12 @@ static void test_drop_ins(void **state)
 	write_file("a.conf.d/9-x.conf", "[Limits]\nMaxPinsPerUser=9\n");
 	write_file("a.conf.d/x.txt", "[Limits]\nMaxPinsPerUser=11\n");
 	write_file("a.conf.d/.x.conf", "[Limits]\nMaxPinsPerUser=12\n");
-	write_file("a.conf.d/.conf", "[Limits]\nMaxFilesPerUser=13\n");
+	write_file("a.conf.d/.conf", "[Limits]\nMaxContextsPerUser=13\n");
 	c = load("[Limits]\nMaxPinsPerUser=8\nMaxFilesPerUser=8\nMaxClientsPerUser=8\n");
 	assert_int_equal(n_warnings, 0);
 	assert_int_equal(c.limits[LIMIT_PINS], 9);
 	assert_int_equal(c.limits[LIMIT_FILES], 10);
+	assert_int_equal(c.limits[LIMIT_CONTEXTS], 256);
 	assert_int_equal(c.limits[LIMIT_CLIENTS], 8);
 	config_clear(&c);
 }

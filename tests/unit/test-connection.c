@@ -371,12 +371,14 @@ static void bytes_are_charged(void **state)
 	assert_int_equal(r, -EDQUOT);
 	assert_in_range(bytes_charged, 2 * CONNECTION_FREE, 4 * CONNECTION_FREE);
 	assert_in_range(connection_queued(p->c), 4 * CONNECTION_FREE, 6 * CONNECTION_FREE);
-	json_object_put(o);
 	/* once they are read, it is given back */
 	while (connection_flush(p->c) > 0)
 		while (recv(p->peer, text, CONNECTION_FREE, MSG_DONTWAIT) > 0)
 			;
 	assert_int_equal(bytes_charged, 0);
+	assert_int_equal(connection_send(p->c, o, NULL, 0), 0);
+	assert_true(bytes_charged > 0);
+	json_object_put(o);
 	p->c = connection_free(p->c);
 	assert_int_equal(bytes_charged, 0);
 }

@@ -11,6 +11,8 @@
 
 #include <cmocka.h>
 
+#define ROOM 64
+
 static unsigned n_allocated;
 static bool no_memory;
 
@@ -19,13 +21,13 @@ void *__wrap_malloc(size_t size);
 void __real_free(void *p);
 void __wrap_free(void *p);
 
-/* Nothing in it happens to be 0. */
+/* Nothing in it, or behind it, happens to be 0. */
 void *__wrap_malloc(size_t size)
 {
-	void *p = no_memory ? NULL : __real_malloc(size);
+	void *p = no_memory ? NULL : __real_malloc(size + ROOM);
 
 	n_allocated += p != NULL;
-	return p ? memset(p, 'x', size) : NULL;
+	return p ? memset(p, 'x', size + ROOM) : NULL;
 }
 
 void __wrap_free(void *p)
@@ -36,7 +38,7 @@ void __wrap_free(void *p)
 
 static void test_text(void **state)
 {
-	static const char *const texts[] = { "", "a", "weights of layer 7", "1234567", "12345678" };
+	static const char *const texts[] = {"", "a", "weights of layer 7", "1234567", "12345678"};
 
 	for (size_t i = 0; i < sizeof(texts) / sizeof(texts[0]); i++) {
 		struct label *label = label_new(texts[i]);

@@ -177,6 +177,10 @@ static void test_every_error_of_the_interface_has_a_number(void **state)
 		assert_int_not_equal(error_number(name), -EREMOTEIO);
 	}
 	assert_int_equal(error_number("org.pinbroker.NotLeasable"), -EMEDIUMTYPE);
+	assert_int_equal(error_number("org.pinbroker.Busy"), -EBUSY);
+	assert_int_equal(error_number("org.pinbroker.RangeConflict"), -EAGAIN);
+	assert_int_equal(error_number("org.pinbroker.NotAllowed"), -EACCES);
+	assert_int_equal(error_number("org.pinbroker.LimitExceeded"), -EDQUOT);
 	assert_int_equal(error_number("org.varlink.service.MethodNotFound"), -ENOSYS);
 	assert_int_equal(error_number("com.example.Other"), -EREMOTEIO);
 }
@@ -199,6 +203,9 @@ static void test_fields_become_sentences(void **state)
 	assert_int_equal(e->error, -ESTALE);
 	assert_int_equal(e->revocation, 5);
 	assert_non_null(strstr(e->message, "Pins 3, 4 "));
+	e = error_of(*state, "org.pinbroker.Revoked",
+		"{\"revocation\":5,\"pins\":[1,2,3,4,5,6,7,8,9,10]}");
+	assert_non_null(strstr(e->message, " 8 and 2 more went"));
 
 	e = error_of(*state, "org.pinbroker.Revoked", "{\"revocation\":5,\"pins\":[]}");
 	assert_int_equal(e->revocation, 5);
@@ -220,6 +227,11 @@ static void test_fields_become_sentences(void **state)
 	assert_string_equal(e->cause, "settling");
 	assert_true(e->until_usec > now_usec() && e->until_usec != PINBROKER_UNKNOWN);
 	assert_non_null(strstr(e->message, "It settles. Try again in "));
+	e = error_of(*state, "org.pinbroker.Busy",
+		"{\"cause\":\"settling\",\"untilUSec\":1,\"message\":\"It has settled.\"}");
+	assert_int_equal(e->until_usec, PINBROKER_UNKNOWN);
+	/* and nothing of what was said before */
+	assert_string_equal(e->message, "It has settled.");
 }
 
 static void test_odd_errors_still_say_something(void **state)
@@ -624,6 +636,80 @@ static void test_forgotten_client_is_told(void **state)
 	script_end(&s);
 }
 
+static void test_watch_tells_a_forgotten_client(void **state)
+{
+	static const struct step steps[] = {
+		{ACCEPT, 0},
+		{ANSWER, 0, "Hello", HELLO_REPLY},
+		{ACCEPT, 1},
+		{ANSWER, 1, "Watch", NO_CLIENT},
+		{END},
+	};
+	struct seen seen = {};
+	struct script s;
+	pinbroker *pb;
+
+	pb = script_new(&s, steps, PINBROKER_CHANNEL_WATCH);
+	assert_int_equal(pinbroker_set_lost_callback(pb, on_lost, &seen), 0);
+	assert_int_equal(pinbroker_connect(pb), 0);
+	dispatch_once(pb);
+	assert_int_equal(pinbroker_dispatch(pb), -ENOTRECOVERABLE);
+	assert_int_equal(seen.n_lost, 1);
+	pinbroker_unref(pb);
+	script_end(&s);
+}
+
+static void on_revoke_cause(pinbroker *pb, const struct pinbroker_notice *notice, void *userdata)
+{
+	*(int *)userdata = (int)notice->cause;
+}
+
+/* A broker that is newer may have other causes. */
+static void test_unknown_cause_comes_through(void **state)
+{
+	static const struct step steps[] = {
+		{ACCEPT, 0},
+		{ANSWER, 0, "Hello", HELLO_REPLY},
+		{ACCEPT, 1},
+		{ANSWER, 1, "Watch",
+			"{\"continues\":true,\"parameters\":{\"notice\":{\"revocation\":3,\"client\":1,"
+			"\"file\":2,\"path\":\"/f\",\"pins\":[8],\"conflict\":{\"cause\":\"eclipse\","
+			"\"offset\":0,\"length\":0},\"deadlineUSec\":99}}}"},
+		{END},
+	};
+	struct script s;
+	pinbroker *pb;
+	int cause = -1;
+
+	pb = script_start(&s, steps, PINBROKER_CHANNEL_WATCH);
+	pinbroker_set_revoke_callback(pb, on_revoke_cause, &cause);
+	dispatch_once(pb);
+	assert_int_equal(cause, PINBROKER_CAUSE_MODIFY);
+	pinbroker_unref(pb);
+	script_end(&s);
+}
+
+static void test_answer_that_is_none(void **state)
+{
+	static const struct step steps[] = {
+		{ACCEPT, 0},
+		{ANSWER, 0, "Hello", HELLO_REPLY},
+		{ANSWER, 0, "Bind", "{\"error\":5}"},
+		{ANSWER, 0, "Bind", "{\"parameters\":5}"},
+		{ANSWER, 0, "Bind", EMPTY_REPLY},
+		{END},
+	};
+	struct script s;
+	pinbroker *pb;
+
+	pb = script_start(&s, steps, 0);
+	assert_int_equal(pinbroker_bind(pb, 8, 0), -EPROTO);
+	assert_int_equal(pinbroker_bind(pb, 8, 0), -EPROTO);
+	assert_int_equal(pinbroker_bind(pb, 8, 0), 0);
+	pinbroker_unref(pb);
+	script_end(&s);
+}
+
 static void test_watch_comes_back_and_repeats_nothing(void **state)
 {
 	static const struct step steps[] = {
@@ -879,6 +965,9 @@ int main(void)
 		cmocka_unit_test(test_unread_call_is_repeated_after_resume),
 		cmocka_unit_test(test_call_that_was_read_is_not_repeated),
 		cmocka_unit_test(test_forgotten_client_is_told),
+		cmocka_unit_test(test_watch_tells_a_forgotten_client),
+		cmocka_unit_test(test_unknown_cause_comes_through),
+		cmocka_unit_test(test_answer_that_is_none),
 		cmocka_unit_test(test_watch_comes_back_and_repeats_nothing),
 		cmocka_unit_test(test_lost_answer_about_a_file_is_asked_again),
 		cmocka_unit_test(test_own_thread_runs_the_callback),

@@ -8,6 +8,7 @@
 #include <stdlib.h>
 
 #include "daemon/pin.h"
+#include "daemon/revocation.h"
 
 /* The interval tree against a plain array, under random inserts, removals and searches. */
 
@@ -150,11 +151,48 @@ static void test_random(void **state)
 	assert_true(RB_EMPTY(&ranges));
 }
 
+/* Those that are to go, which others lie in between of. */
+static void test_wanted(void **state)
+{
+	struct pin_ranges ranges = RB_INITIALIZER(&ranges);
+	static struct target targets[PINS];
+
+	srandom(2);
+	for (unsigned i = 0; i < PINS; i++) {
+		pins[i] = (struct pin){
+			.id = i + 1,
+			.offset = (uint64_t)random() % RANGE,
+			.length = 1 + (uint64_t)random() % 20,
+		};
+		pin_ranges_insert(&ranges, &pins[i]);
+	}
+	for (unsigned round = 0; round < ROUNDS / 10; round++) {
+		uint64_t start = (uint64_t)random() % RANGE, end = start + (uint64_t)random() % 100;
+		struct pin *pin = &pins[(unsigned)random() % PINS], *found;
+		bool expected = false;
+
+		if (LIST_EMPTY(&pin->targets))
+			LIST_INSERT_HEAD(&pin->targets, &targets[pin - pins], of_pin);
+		else if (round % 3 > 0) /* so that few are at a time */
+			LIST_REMOVE(&targets[pin - pins], of_pin);
+		pin_ranges_update(pin);
+		for (unsigned i = 0; i < PINS; i++)
+			expected |= !LIST_EMPTY(&pins[i].targets) && pins[i].offset < end &&
+				    pin_end_offset(&pins[i]) > start;
+		found = pin_ranges_find_wanted(&ranges, start, end);
+		assert_int_equal(found != NULL, expected);
+		if (found)
+			assert_true(!LIST_EMPTY(&found->targets) && found->offset < end &&
+				    pin_end_offset(found) > start);
+	}
+}
+
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(test_borders),
 		cmocka_unit_test(test_random),
+		cmocka_unit_test(test_wanted),
 	};
 
 	return cmocka_run_group_tests(tests, NULL, NULL);

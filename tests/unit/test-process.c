@@ -61,7 +61,7 @@ static void end(struct child *child)
 
 static struct process describe(const struct child *child, uid_t uid)
 {
-	struct process p = { .pid = child->pid, .uid = uid, .pidfd = pidfd_open(child->pid, 0) };
+	struct process p = {.pid = child->pid, .uid = uid, .pidfd = pidfd_open(child->pid, 0)};
 
 	assert_int_equal(process_describe(&p), 0);
 	return p;
@@ -90,7 +90,7 @@ static void other_saved(void)
 
 static void other_fs(void)
 {
-	struct __user_cap_header_struct header = { .version = _LINUX_CAPABILITY_VERSION_3 };
+	struct __user_cap_header_struct header = {.version = _LINUX_CAPABILITY_VERSION_3};
 	struct __user_cap_data_struct data[2];
 
 	prctl(PR_SET_KEEPCAPS, 1);
@@ -104,7 +104,7 @@ static void other_fs(void)
 /* It is the one that connected only with that user in each of its four uids. */
 static void test_uids(void **state)
 {
-	static void (*const others[])(void) = { other_real, other_effective, other_saved, other_fs };
+	static void (*const others[])(void) = {other_real, other_effective, other_saved, other_fs};
 	struct process p;
 	struct child child;
 
@@ -132,14 +132,15 @@ static void test_uids(void **state)
 static void test_ended(void **state)
 {
 	struct child child = spawn(NULL);
-	struct process p = describe(&child, getuid()), again = { .pid = p.pid, .start_time = p.start_time };
+	struct process p = describe(&child, getuid()),
+		       again = {.pid = p.pid, .start_time = p.start_time};
 
 	assert_true(process_is_alive(&p));
 	assert_true(process_is_same(&p));
 	assert_int_equal(process_reopen(&again), 0);
 	assert_true(process_is_alive(&again));
 	process_clear(&again);
-	again = (struct process){ .pid = p.pid, .start_time = p.start_time + 1 };
+	again = (struct process){.pid = p.pid, .start_time = p.start_time + 1};
 	assert_int_equal(process_reopen(&again), 0);
 	assert_false(process_is_alive(&again));
 	process_clear(&again);
@@ -152,7 +153,7 @@ static void test_ended(void **state)
 
 static void join_crew(void)
 {
-	gid_t groups[] = { CREW, CREW + 1 };
+	gid_t groups[] = {CREW, CREW + 1};
 
 	(void)!setgroups(2, groups);
 	(void)!setresgid(BOB, BOB, BOB);
@@ -171,14 +172,15 @@ static void test_peer(void **state)
 	if (pid == 0) {
 		join_crew();
 		all();
-		if (socketpair(AF_UNIX, SOCK_STREAM, 0, pair) < 0 || process_from_socket(pair[0], &p) < 0)
+		if (socketpair(AF_UNIX, SOCK_STREAM, 0, pair) < 0 ||
+			process_from_socket(pair[0], &p) < 0)
 			_exit(1);
 		if (p.pid != getpid() || p.uid != ALICE || p.gid != BOB || p.n_groups != 2 ||
 			p.groups[0] != CREW || p.groups[1] != CREW + 1 || !process_is_alive(&p))
 			_exit(2);
 		if (process_copy(&p, &copy) < 0 || copy.pid != p.pid || copy.gid != BOB ||
-			copy.n_groups != 2 || copy.groups == p.groups || copy.groups[1] != CREW + 1 ||
-			copy.pidfd == p.pidfd)
+			copy.n_groups != 2 || copy.groups == p.groups ||
+			copy.groups[1] != CREW + 1 || copy.pidfd == p.pidfd)
 			_exit(3);
 		_exit(0);
 	}
@@ -199,6 +201,10 @@ static void test_odd_name(void **state)
 	assert_string_equal(p.comm, "a) R 1 2?");
 	assert_true(process_is_same(&p));
 	assert_int_equal(process_is_stopped(child.pid), 0);
+	kill(child.pid, SIGSTOP);
+	assert_int_equal(waitpid(child.pid, NULL, WUNTRACED), child.pid);
+	assert_int_equal(process_is_stopped(child.pid), 1);
+	kill(child.pid, SIGCONT);
 	process_clear(&p);
 	end(&child);
 }
