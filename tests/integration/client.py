@@ -340,22 +340,28 @@ class World:
         shutil.rmtree(self.dir)
 
 
+def truncate_and_tell(path, size, fd):
+    code, begin = 0, time.monotonic()
+    try:
+        os.truncate(path, size)
+    except OSError as e:
+        code = e.errno
+    took = time.monotonic() - begin
+    os.write(fd, struct.pack('idq', code, took, pinned_pages()))
+
+
 def truncate_in_child(path, size):
     """A process that truncates: its pid, and where its errno, time and the pins then come from."""
     result, end = os.pipe()
     pid = os.fork()
     if pid == 0:
-        # what it has inherited would count as its own: a context, too
-        os.closerange(3, end)
-        os.closerange(end + 1, 65536)
-        code, begin = 0, time.monotonic()
         try:
-            os.truncate(path, size)
-        except OSError as e:
-            code = e.errno
-        took = time.monotonic() - begin
-        os.write(end, struct.pack('idq', code, took, pinned_pages()))
-        os._exit(0)
+            # what it has inherited would count as its own: a context, too
+            os.closerange(3, end)
+            os.closerange(end + 1, 65536)
+            truncate_and_tell(path, size, end)
+        finally:
+            os._exit(0)  # whatever happens, the tests are the parent's
     os.close(end)
     return pid, result
 
