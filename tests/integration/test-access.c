@@ -220,6 +220,7 @@ static void second_writer(const char *fs)
 		set_flag(pinbroker_file_get_fd(file), flags[i], false);
 		assert_int_equal(open_as(BOB, false, file_path, PINBROKER_WRITE), 0);
 	}
+	assert_int_equal(pinbroker_close_file(file), 0);
 	pinbroker_unref(pb);
 	world_stop();
 }
