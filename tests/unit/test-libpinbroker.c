@@ -517,6 +517,7 @@ static void test_broker_introduces_itself(void **state)
 	assert_null(pinbroker_get_version(pb));
 	assert_int_equal(pinbroker_list_features(pb, collect_feature, names), -ENOTCONN);
 	assert_int_equal(pinbroker_connect(pb), 0);
+	assert_int_equal(pinbroker_connect(pb), -EISCONN);
 	assert_string_equal(pinbroker_get_version(pb), "0");
 	assert_int_equal(pinbroker_list_features(pb, collect_feature, names), 0);
 	assert_string_equal(names, "ac");
