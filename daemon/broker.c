@@ -22,6 +22,8 @@
 /* There are pinned files that inotify does not watch. */
 #define AUDIT_UNWATCHED_USEC (500 * USEC_PER_MSEC)
 #define RESERVED_DESCRIPTORS 1024U
+/* So many contexts are looked at each time: see look_for_holders(). */
+#define LOOKS_PER_AUDIT 1024U
 
 static void reap_orphans(struct broker *broker)
 {
@@ -38,6 +40,21 @@ static void reap_orphans(struct broker *broker)
 			if (context->n_pins > 0)
 				context_reap(context);
 	}
+}
+
+/* Holders that have closed their connections may have executed another program, without their contexts. */
+static void look_for_holders(struct broker *broker)
+{
+	struct context *context;
+	unsigned n = 0;
+
+	while (n < LOOKS_PER_AUDIT && (context = broker_next_context(broker, broker->looked_for))) {
+		broker->looked_for = context->id;
+		context_look_for_holder(context);
+		n++;
+	}
+	if (n < LOOKS_PER_AUDIT)
+		broker->looked_for = 0;
 }
 
 /* Clients of the run before that have not come back, and hold nothing. */
@@ -84,6 +101,7 @@ static int on_audit(sd_event_source *source, uint64_t usec, void *userdata)
 	hearing_sweep(broker->hearing);
 	reap_orphans(broker);
 	keep_contexts(broker);
+	look_for_holders(broker);
 	forget_absent(broker);
 	state_touch(broker);
 	return r;

@@ -73,6 +73,7 @@ struct broker {
 	struct state *state;  /* NULL: nothing outlives this process */
 	uint64_t resume_usec; /* holders of the run before are waited for until then; 0: no more */
 	uint64_t n_overflows; /* of the signal queue */
+	uint64_t looked_for;  /* contexts have been looked for with their clients, up to this one */
 	sd_event_source *audit;
 	bool stale_signals; /* of leases that the run before took: si_fd is as it was there */
 	bool stopping;

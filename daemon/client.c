@@ -273,6 +273,16 @@ void client_disconnected(struct client *client)
 {
 	if (client->n_pins > 0 && !client->dead) {
 		struct log_fields fields = client_fields(client);
+		struct slice slice = slice_begin();
+		struct context *context;
+
+		/* It may have executed another program, which is still closing the rest: audits go on with it. */
+		LIST_FOREACH(context, &client->contexts, of_client) {
+			if (slice_is_over(&slice))
+				break;
+			context_look_for_holder(context);
+		}
+		broker_audit_soon(client->broker);
 
 		log_event(LOG_INFO, NULL, &fields,
 			  "Holder %s (pid %d) closed its connection, and leaves %u pin%s.",

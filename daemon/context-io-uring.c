@@ -3,11 +3,13 @@
 #include <linux/io_uring.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/pidfd.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
 
 #include "context.h"
 #include "macro.h"
+#include "search.h"
 
 /*
  * The handle is the index of a fixed buffer. The ring's fdinfo lists the buffers by address and
@@ -74,19 +76,51 @@ static int read_fdinfo(pid_t pid, int fd, char **ret)
 	return -EAGAIN;
 }
 
-static int find_buffer(const char *info, int64_t index, struct handle_identity *ret)
+struct buffer {
+	uint32_t index;
+	uint64_t address, length; /* length 0: the slot is empty */
+};
+
+/* For next_buffer(): the line before the first. */
+static const char *first_buffer(const char *info)
 {
 	const char *line = strstr(info, "\nUserBufs:");
-	unsigned long long address, length;
-	long long i;
 
-	while (line && (line = strchr(line + 1, '\n')) &&
-	       sscanf(line, " %lld: %llx/%llu", &i, &address, &length) >= 1) {
-		if (i != index)
+	return line ? line + 1 : NULL;
+}
+
+/* Returns the line that it is on, NULL if there is none any more. */
+static const char *next_buffer(const char *line, struct buffer *ret)
+{
+	unsigned long long address, length;
+	unsigned index;
+	int n;
+
+	line = line ? strchr(line, '\n') : NULL;
+	if (!line)
+		return NULL;
+	n = sscanf(++line, " %u: %llx/%llu", &index, &address, &length);
+	if (n < 1)
+		return NULL;
+	*ret = (struct buffer){ .index = index };
+	if (n == 3) {
+		ret->address = address;
+		ret->length = length;
+	}
+	return line;
+}
+
+static int find_buffer(const char *info, int64_t index, struct handle_identity *ret)
+{
+	const char *line = first_buffer(info);
+	struct buffer b;
+
+	while ((line = next_buffer(line, &b))) {
+		if (b.index != index)
 			continue;
-		if (sscanf(line, " %lld: %llx/%llu", &i, &address, &length) != 3)
+		if (b.length == 0)
 			return -ENOENT;
-		*ret = (struct handle_identity){ .address = address, .length = length };
+		*ret = (struct handle_identity){ .address = b.address, .length = b.length };
 		return 0;
 	}
 	return -ENOENT;
@@ -143,70 +177,115 @@ static bool wait_until_idle(int fd)
 	}
 }
 
+/* --- buffers cloned into other rings (Linux 6.12) --- */
+
+#ifndef IORING_REGISTER_CLONE_BUFFERS
+#define IORING_REGISTER_CLONE_BUFFERS 30
+#endif
+
+/* A clone has the address and length of its original, and is in a ring that the same process has made. Another
+ * process's can look so and be its own: workers that were forked from one parent have the same addresses. */
 struct clone_search {
+	const struct process *holder;
 	const struct handle *handles;
 	size_t n_handles;
 };
 
-static int has_clone(pid_t pid, int fd, void *userdata)
+static bool can_have_clones(int fd)
+{
+	uint32_t from[8] = { UINT32_MAX }; /* struct io_uring_clone_buffers: from no descriptor */
+
+	return ring_register(fd, IORING_REGISTER_CLONE_BUFFERS, from, 1) != -EINVAL;
+}
+
+static bool is_clone(const struct clone_search *s, uint64_t address, uint64_t length)
+{
+	for (size_t i = 0; i < s->n_handles; i++)
+		if (!s->handles[i].keep && s->handles[i].identity.address == address &&
+		    s->handles[i].identity.length == length)
+			return true;
+	return false;
+}
+
+static int has_clone(pid_t tid, int fd, void *userdata)
 {
 	const struct clone_search *s = userdata;
 	_cleanup_(freep) char *info = NULL;
+	const char *line;
+	struct uids uids;
+	struct buffer b;
 
-	if (read_fdinfo(pid, fd, &info) < 0)
+	/* another user's ring counts its pages to another user; or it was closed meanwhile */
+	if (process_uids(tid, &uids) < 0 || uids.real != s->holder->uid || read_fdinfo(tid, fd, &info) < 0)
 		return 0;
-	for (size_t i = 0; i < s->n_handles; i++) {
-		char line[64];
+	for (line = first_buffer(info); (line = next_buffer(line, &b));)
+		if (b.length > 0 && is_clone(s, b.address, b.length))
+			return tid;
+	return 0;
+}
 
-		if (s->handles[i].keep)
-			continue;
+static int clear_buffer(int fd, uint32_t index)
+{
+	struct iovec none = {};
+	struct io_uring_rsrc_update2 update = { .offset = index, .data = (uintptr_t)&none, .nr = 1 };
 
-		snprintf(line, sizeof(line), ": 0x%llx/%llu\n",
-			 (unsigned long long)s->handles[i].identity.address,
-			 (unsigned long long)s->handles[i].identity.length);
-		if (strstr(info, line))
-			return pid;
-	}
+	return ring_register(fd, IORING_REGISTER_BUFFERS_UPDATE, &update, sizeof(update));
+}
+
+/* The same pages under another name: in a ring of the holder, which stands still. */
+static int clear_clones(pid_t tid, int number, void *userdata)
+{
+	const struct clone_search *s = userdata;
+	_cleanup_(close_fdp) int fd = pidfd_getfd(s->holder->pidfd, number, 0);
+	_cleanup_(freep) char *info = NULL;
+	const char *line;
+	struct buffer b;
+
+	/* what a thread has in a table of its own cannot be had */
+	if (fd < 0 || tid != s->holder->pid || read_fdinfo(getpid(), fd, &info) < 0)
+		return 0;
+	for (line = first_buffer(info); (line = next_buffer(line, &b));)
+		if (b.length > 0 && is_clone(s, b.address, b.length))
+			(void)clear_buffer(fd, b.index);
 	return 0;
 }
 
 static int ring_detach(int fd, const struct process *holder, struct handle *handles,
 		       size_t n_handles)
 {
-	struct clone_search search = { handles, n_handles };
+	struct clone_search search = { holder, handles, n_handles };
 	int r;
 
 	for (size_t i = 0; i < n_handles; i++) {
-		struct iovec none = {};
-		struct io_uring_rsrc_update2 update = {
-			.offset = (uint32_t)handles[i].handle,
-			.data = (uintptr_t)&none,
-			.nr = 1,
-		};
 		struct handle_identity now;
 
 		if (handles[i].keep)
 			continue;
 		r = ring_read_handle(fd, handles[i].handle, &now);
 		if (r == 0 && handle_identity_equal(&now, &handles[i].identity))
-			r = ring_register(fd, IORING_REGISTER_BUFFERS_UPDATE, &update,
-					  sizeof(update));
+			r = clear_buffer(fd, (uint32_t)handles[i].handle);
 		if (r < 0 && r != -ENOENT)
 			return r;
 	}
 	if (!wait_until_idle(fd))
 		return -EBUSY;
-	r = process_for_each_fd(holder->uid, RING_LINK, has_clone, &search);
-	if (r != 0)
-		return r < 0 ? r : -EBUSY;
+	if (can_have_clones(fd)) {
+		if (process_is_same(holder))
+			(void)search_links(holder->pid, RING_LINK, clear_clones, &search);
+		r = search_links(0, RING_LINK, has_clone, &search);
+		if (r != 0)
+			return r < 0 ? r : -EBUSY;
+	}
 	for (size_t i = 0; i < n_handles; i++)
 		handles[i].gone = !handles[i].keep;
 	return 0;
 }
 
-static int ring_check(int fd, struct handle *handles, size_t n_handles)
+static int ring_check(int fd, const struct process *holder, struct handle *handles, size_t n_handles)
 {
+	struct clone_search search = { holder, handles, n_handles };
 	_cleanup_(freep) char *info = NULL;
+	bool any = false;
 	int r;
 
 	r = read_fdinfo(getpid(), fd, &info);
@@ -217,8 +296,43 @@ static int ring_check(int fd, struct handle *handles, size_t n_handles)
 
 		handles[i].gone = find_buffer(info, handles[i].handle, &now) < 0 ||
 				  !handle_identity_equal(&now, &handles[i].identity);
+		any |= handles[i].gone;
 	}
-	return 0;
+	if (!any || !can_have_clones(fd))
+		return 0;
+	for (size_t i = 0; i < n_handles; i++)
+		handles[i].keep = !handles[i].gone;
+	r = search_links(holder->pid, RING_LINK, has_clone, &search);
+	return r > 0 ? -EBUSY : 0;
+}
+
+static void ring_count(int fd, uint64_t n_bound, struct page_count *ret)
+{
+	uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
+	_cleanup_(freep) char *info = NULL;
+	const char *line;
+	struct buffer b;
+
+	*ret = (struct page_count){};
+	if (read_fdinfo(getpid(), fd, &info) < 0)
+		return;
+	for (line = first_buffer(info); (line = next_buffer(line, &b));) {
+		ret->most += b.length / page;
+		ret->least += b.length >= page;
+	}
+}
+
+static void ring_clear(int fd)
+{
+	_cleanup_(freep) char *info = NULL;
+	const char *line;
+	struct buffer b;
+
+	if (read_fdinfo(getpid(), fd, &info) < 0)
+		return;
+	for (line = first_buffer(info); (line = next_buffer(line, &b));)
+		if (b.length > 0)
+			(void)clear_buffer(fd, b.index);
 }
 
 const struct context_ops context_io_uring = {
@@ -228,6 +342,8 @@ const struct context_ops context_io_uring = {
 	.read_handle = ring_read_handle,
 	.detach = ring_detach,
 	.check = ring_check,
+	.count = ring_count,
+	.clear = ring_clear,
 	/* 3 to 15 ms were seen */
 	.frees_usec = 25 * USEC_PER_MSEC,
 	/* more than a second in Linux 6.1, at once in 6.12 */

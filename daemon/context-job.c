@@ -2,7 +2,6 @@
 #include "context-job.h"
 
 #include <inttypes.h>
-#include <poll.h>
 #include <string.h>
 
 #include "broker.h"
@@ -13,13 +12,10 @@
 #include "state.h"
 #include "turn.h"
 
-/* Looking whether pins are gone, closing for good, detaching by force: what is done on the pool. */
+/* Looking whether pins are gone, and detaching them by force: what is done on the pool. */
 
 /* How long stopping a holder may take before a forced detach is given up. */
 #define STOP_TIMEOUT_USEC (200 * USEC_PER_MSEC)
-
-/* How long the service manager may take to close its copy. */
-#define BARRIER_MSEC 5000
 
 /* So many pins are looked for at a time. */
 #define CHECK_MAX 1024U
@@ -28,48 +24,14 @@
 #define CHECK_LAST_USEC  (64 * USEC_PER_MSEC)
 #define CHECK_IDLE_USEC  (4 * USEC_PER_SEC) /* the same where nobody waits */
 
-/* The same for looks through all of /proc. */
+/* The same where all of /proc has to be looked through. */
 #define REAP_FIRST_USEC (20 * USEC_PER_MSEC)
 #define REAP_LAST_USEC  (320 * USEC_PER_MSEC)
 
 /* How long a holder has who wants to deregister what he has let go of, before it is asked for. */
 #define ASK_MSEC 10
 
-/*
- * Work on a context's descriptor, which stays open until the job has come back. The context may have
- * lost its client by then.
- */
-struct context_job {
-	struct job job;
-	struct broker *broker;
-	struct context *context;
-	const struct context_ops *ops;
-	int fd;
-	struct process holder; /* a copy */
-	bool holder_dead;
-	uint64_t revocation; /* 0: none */
-	uint64_t n_pages;    /* reap: that should be freed */
-	pid_t manager;       /* reap: the service manager's, if it has a copy; else 0 */
-	pid_t found;         /* reap: somebody else who holds it */
-	struct process heir; /* reap: who has it of the same user, if the holder is dead; pidfd -1: nobody */
-	int barrier;         /* reap: owned; hangs up when the manager's copy has gone; -1: it has none */
-	bool closed;         /* reap: ours is closed, too */
-	int result;
-	size_t n_wanted;     /* detach: of the handles */
-	bool reaped;         /* detach: it has been looked before who else holds it */
-
-	/* what is done in slices: before the job runs, or with its results */
-	sd_event_source *source;
-	bool (*part)(struct context_job *j, const struct slice *slice); /* true: there is more of it */
-	void (*rest)(struct context_job *j);                            /* afterwards */
-	uint64_t after; /* this pin */
-	size_t i;       /* handle */
-
-	size_t n_handles;
-	struct handle handles[];
-};
-
-static struct context_job *context_job_new(struct context *context, size_t n_handles)
+struct context_job *context_job_new(struct context *context, size_t n_handles)
 {
 	struct context_job *j = calloc(1, sizeof(*j) + n_handles * sizeof(struct handle));
 
@@ -89,7 +51,7 @@ static struct context_job *context_job_new(struct context *context, size_t n_han
 	return j;
 }
 
-static void context_job_free(struct context_job *j)
+void context_job_free(struct context_job *j)
 {
 	sd_event_source_disable_unref(j->source);
 	safe_close(j->barrier);
@@ -122,9 +84,8 @@ static int do_later(struct context_job *j)
 	return sd_event_source_set_enabled(j->source, SD_EVENT_ON);
 }
 
-/* Does as much of it as fits into a slice, and the others in the turns that follow. */
-static void do_in_parts(struct context_job *j, bool (*part)(struct context_job *j, const struct slice *slice),
-			void (*rest)(struct context_job *j))
+void context_job_do(struct context_job *j, bool (*part)(struct context_job *j, const struct slice *slice),
+		    void (*rest)(struct context_job *j))
 {
 	struct slice slice = slice_begin();
 
@@ -170,7 +131,7 @@ static bool end_some_gone(struct context_job *j, const struct slice *slice)
 	return false;
 }
 
-static struct handle handle_of(const struct pin *pin)
+struct handle context_handle(const struct pin *pin)
 {
 	return (struct handle){
 		.pin = pin->id,
@@ -185,7 +146,7 @@ static void check_run(struct job *job)
 {
 	struct context_job *j = container_of(job, struct context_job, job);
 
-	j->result = j->ops->check(j->fd, j->handles, j->n_handles);
+	j->result = j->ops->check(j->fd, &j->holder, j->handles, j->n_handles);
 }
 
 static void check_now(struct context *context);
@@ -194,7 +155,7 @@ static int on_recheck(sd_event_source *source, uint64_t usec, void *userdata)
 {
 	struct context *context = userdata;
 
-	if (context->client->dead)
+	if (context->client->dead || context_is_doubtful(context))
 		context_reap(context);
 	else
 		check_now(context);
@@ -224,9 +185,9 @@ static void set_recheck(struct context *context, uint64_t usec)
 		log_errno(LOG_WARNING, r, "Cannot look again whether pins are gone");
 }
 
-static void check_later(struct context *context)
+void context_check_later(struct context *context)
 {
-	bool reap = context->client->dead || context->ops->until_close;
+	bool reap = context->client->dead || context->ops->until_close || context->copied;
 	uint64_t first = reap ? REAP_FIRST_USEC : CHECK_FIRST_USEC;
 	uint64_t last = reap ? REAP_LAST_USEC : CHECK_LAST_USEC;
 
@@ -250,6 +211,7 @@ static void check_end(struct context_job *j)
 	bool again = context->check_again;
 
 	context->checking = false;
+	context->copied = j->result == -EBUSY;
 	context->check_again = false;
 	if (context->client) {
 		bool left = context_n_awaited(context) > 0;
@@ -259,7 +221,7 @@ static void check_end(struct context_job *j)
 		} else {
 			context->n_unchecked = 0;
 			if (left)
-				check_later(context);
+				context_check_later(context);
 		}
 		if (!context->checking)
 			context_wake(&context->waiters);
@@ -270,7 +232,7 @@ static void check_end(struct context_job *j)
 
 static void check_done(struct job *job)
 {
-	do_in_parts(container_of(job, struct context_job, job), end_some_gone, check_end);
+	context_job_do(container_of(job, struct context_job, job), end_some_gone, check_end);
 }
 
 /* The next ones of the round. Each is put last, so that the next job has others. */
@@ -286,7 +248,7 @@ static void add_awaited(struct context *context, struct context_job *j)
 		TAILQ_INSERT_TAIL(&context->leaving, pin, of_leaving);
 		if (!pin_is_awaited(pin))
 			continue;
-		j->handles[j->n_handles] = handle_of(pin);
+		j->handles[j->n_handles] = context_handle(pin);
 		j->handles[j->n_handles++].ask = context->ask || now - pin->left_msec >= ASK_MSEC;
 	}
 	context->n_unchecked -= n_max;
@@ -303,6 +265,8 @@ static void check_now(struct context *context)
 		context->check_again = true;
 		return;
 	}
+	if (n > 0 && context_is_doubtful(context))
+		context_reap(context);
 	if (n == 0 || context->fd < 0 || context->reaping)
 		return;
 	if (context->ops->until_close) {
@@ -315,7 +279,7 @@ static void check_now(struct context *context)
 		context->n_unchecked = n;
 	j = context_job_new(context, context->n_unchecked < CHECK_MAX ? context->n_unchecked : CHECK_MAX);
 	if (!j) {
-		check_later(context);
+		context_check_later(context);
 		return;
 	}
 	add_awaited(context, j);
@@ -349,198 +313,6 @@ bool context_wait_detached(struct context *context, struct context_waiter *waite
 		return false;
 	LIST_INSERT_HEAD(&context->unpins, waiter, of_context);
 	return true;
-}
-
-static bool detach_now(struct context *context, uint64_t revocation);
-
-/* Returns who keeps pins through it, 0 for nobody, or negative errno. */
-static int find_keeper(const struct context_job *j)
-{
-	pid_t found = process_find_holder(j->fd, j->manager);
-
-	/* A living holder may just be about to register. */
-	if (!j->ops->is_empty || (found > 0 && !j->holder_dead))
-		return found;
-	if (j->ops->is_empty(j->fd))
-		return 0;
-	return found != 0 ? found : -EBUSY;
-}
-
-static int try_heir(pid_t pid, void *userdata)
-{
-	struct context_job *j = userdata;
-
-	/* our own parent stores it for us */
-	if (pid == getppid() || process_succeed(&j->holder, pid, &j->heir) < 0)
-		return 0;
-	/* The number may have been another's before. */
-	if (process_holds(pid, j->fd))
-		return 1;
-	process_clear(&j->heir);
-	return 0;
-}
-
-static void find_run(struct job *job)
-{
-	struct context_job *j = container_of(job, struct context_job, job);
-
-	j->found = find_keeper(j);
-	if (j->found > 0 && j->holder_dead)
-		(void)process_for_each_holder(j->fd, try_heir, j);
-}
-
-/* Nobody else holds it: the manager's copy has gone, or is going, and ours follows. */
-static void close_run(struct job *job)
-{
-	struct context_job *j = container_of(job, struct context_job, job);
-	struct pollfd barrier = { .fd = j->barrier };
-	struct pin_counter counter;
-
-	if (j->barrier >= 0 && poll(&barrier, 1, BARRIER_MSEC) <= 0) {
-		j->found = -ETIMEDOUT;
-		return;
-	}
-	pin_counter_start(&counter);
-	interruptible_close(j->fd);
-	j->closed = true;
-	if (j->ops->frees_usec > 0)
-		pin_counter_wait(&counter, j->n_pages, j->ops->frees_usec);
-}
-
-static bool end_some_pins(struct context_job *j, const struct slice *slice)
-{
-	struct context *context = j->context;
-	struct pin *pin;
-
-	while ((pin = context_next_pin(context, j->after))) {
-		if (slice_is_over(slice))
-			return true;
-		j->after = pin->id;
-		if (!pin->over)
-			pin_end(pin, context->client->dead ? PROOF_PRESUMED : PROOF_CLAIMED);
-	}
-	return false;
-}
-
-static void set_reaping(struct context *context, bool reaping)
-{
-	if (context->client && reaping != context->reaping)
-		context->client->n_reaping += reaping ? 1 : -1U;
-	context->reaping = reaping;
-}
-
-static void reap_end(struct context_job *j)
-{
-	struct context *context = j->context;
-	uint64_t revocation = context->reap_revocation;
-
-	context->reap_revocation = 0;
-	set_reaping(context, false);
-	if (context_release(context, j->broker)) {
-		struct client *client = context->client;
-
-		if (!j->closed)
-			context_keep(context); /* the copy was dropped too early */
-		if (j->heir.pidfd >= 0)
-			client_inherit(client, &j->heir);
-		revocation_check_reachable(j->broker);
-		if (!j->closed && (client->dead || revocation == 0))
-			check_later(context);
-		if (revocation != 0 && (j->closed || !detach_now(context, revocation)))
-			revocation_job_done(j->broker, revocation, REVOCATION_DETACHING, false);
-		client_collect(client);
-	} else if (revocation != 0) {
-		revocation_job_done(j->broker, revocation, REVOCATION_DETACHING, false);
-	}
-	context_job_free(j);
-}
-
-static void reap_done(struct job *job)
-{
-	struct context_job *j = container_of(job, struct context_job, job);
-	struct context *context = j->context;
-
-	if (j->closed) {
-		context->fd = -1;
-		user_discharge(context->user, LIMIT_DESCRIPTORS, 1);
-	} else if (j->found < 0)
-		log_errno(LOG_WARNING, j->found, "Cannot find out who else holds context %" PRIu64,
-			  context->id);
-	else if (j->found > 0 && j->holder_dead && j->found != context->other_holder)
-		log_info("Context %" PRIu64 " of a holder is still held by process %d.",
-			 context->id, j->found);
-	context->other_holder = j->found;
-	if (j->closed && context->client) {
-		state_context(context);
-		do_in_parts(j, end_some_pins, reap_end);
-	} else {
-		reap_end(j);
-	}
-}
-
-static void find_done(struct job *job)
-{
-	struct context_job *j = container_of(job, struct context_job, job);
-	struct context *context = j->context;
-
-	if (j->found != 0 || !context->client) {
-		reap_done(job);
-		return;
-	}
-	if (store_has(&context->copy)) {
-		context_drop_copy(context);
-		j->barrier = store_barrier(&j->broker->store);
-	}
-	j->job.run = close_run;
-	j->job.done = reap_done;
-	offload_submit_reap(j->broker->offload, context->user, &j->job);
-}
-
-void context_start_reap(struct context *context)
-{
-	struct context_job *j;
-
-	j = context_job_new(context, 0);
-	if (!j) {
-		/* The audit comes back to it. */
-		set_reaping(context, false);
-		broker_audit_soon(context->client->broker);
-		return;
-	}
-	j->n_pages = context->n_pages;
-	j->manager = store_has(&context->copy) ? getppid() : 0;
-	j->job.run = find_run;
-	j->job.done = find_done;
-	offload_submit_step(context->client->broker->offload, context->user, &j->job);
-}
-
-/* Lost with the last run: there is nothing to look for. */
-static void end_lost(struct context *context)
-{
-	struct context_job *j = context_job_new(context, 0);
-
-	if (!j) {
-		broker_audit_soon(context->client->broker);
-		return;
-	}
-	set_reaping(context, true);
-	j->closed = true;
-	do_in_parts(j, end_some_pins, reap_end);
-}
-
-void context_reap(struct context *context)
-{
-	if (context->reaping)
-		return;
-	if (context->fd < 0) {
-		if (context->client->dead && context->n_pins > 0)
-			end_lost(context);
-		return;
-	}
-	/* Our copy may be closed: no other job may be using it. */
-	set_reaping(context, true);
-	if (context->n_jobs == 0)
-		context_start_reap(context);
 }
 
 static uint64_t wanted_pages(const struct context_job *j)
@@ -622,7 +394,7 @@ static void detach_done(struct job *job)
 			  "Detached %zu pin%s of %s (pid %d) by force.", j->n_wanted,
 			  PLURAL(j->n_wanted), j->holder.comm, j->holder.pid);
 	}
-	do_in_parts(j, end_some_gone, detach_end);
+	context_job_do(j, end_some_gone, detach_end);
 }
 
 static bool is_wanted(const struct pin *pin, const struct revocation *revocation)
@@ -649,7 +421,7 @@ static bool add_some_handles(struct context_job *j, const struct slice *slice)
 		if (pin->handle == INT_NULL || pin->over || j->n_handles == j->i)
 			continue;
 		wanted = revocation && is_wanted(pin, revocation);
-		j->handles[j->n_handles] = handle_of(pin);
+		j->handles[j->n_handles] = context_handle(pin);
 		j->handles[j->n_handles++].keep = !wanted;
 		j->n_wanted += wanted;
 	}
@@ -717,8 +489,7 @@ static int start_detach(struct context *context, const struct revocation *revoca
 	return r;
 }
 
-/* After a reap in vain. */
-static bool detach_now(struct context *context, uint64_t id)
+bool context_detach_now(struct context *context, uint64_t id)
 {
 	const struct revocation *revocation =
 		broker_find_revocation(context->client->broker, id);

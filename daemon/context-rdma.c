@@ -229,7 +229,7 @@ static int compare_handle(const void *a, const void *b)
  * A handle that is not listed is nobody's. One that is may be another region's by now; but to ask which locks
  * it for a moment, and its holder, were he deregistering it just then, would get EBUSY.
  */
-static int rdma_check(int fd, struct handle *handles, size_t n_handles)
+static int rdma_check(int fd, const struct process *holder, struct handle *handles, size_t n_handles)
 {
 	_cleanup_(freep) uint32_t *listed = NULL;
 	uint32_t driver, n = 0;

@@ -8,6 +8,7 @@
 #include <sys/queue.h>
 #include <systemd/sd-event.h>
 
+#include "pin-counter.h"
 #include "pin.h"
 #include "process.h"
 #include "protocol/interface.h"
@@ -44,6 +45,10 @@ struct context_description {
 	enum proof proof;
 };
 
+struct page_count {
+	uint64_t least, most; /* 0: not known */
+};
+
 struct context_ops {
 	const char *kind;
 
@@ -66,7 +71,16 @@ struct context_ops {
 
 	/* Sets `gone` on the handles that are no longer there, after their holder said so. Default:
 	 * the holder is believed. */
-	int (*check)(int fd, struct handle *handles, size_t n_handles);
+	int (*check)(int fd, const struct process *holder, struct handle *handles, size_t n_handles);
+
+	/* How many pages are pinned through it: those that the kernel's counter has to show at least when they
+	 * are let go of, and at most (a huge page may count as one). n_bound: so many have pins that were
+	 * bound. Default: not known. */
+	void (*count)(int fd, uint64_t n_bound, struct page_count *ret);
+
+	/* Lets everything go that is pinned through it, also for those who have it where nobody can see
+	 * it. Default: cannot be done. */
+	void (*clear)(int fd);
 
 	/* Is nothing pinned through it (any more), whoever has it? Where it can be asked, that nobody is found
 	 * with the descriptor is not enough. Default: cannot be asked. */
@@ -95,6 +109,14 @@ extern const struct context_ops context_rdma;
 extern const struct context_ops context_vfio;
 extern const struct context_ops context_opaque;
 
+/* Why pins are not taken for gone though nobody was found with the context. */
+struct context_doubt {
+	struct pin_counter counter; /* as it was before our copy was closed */
+	uint64_t n_pages;           /* nothing that was pinned was let go of then: so many at most; 0: it was */
+	pid_t unseen;               /* may have it, and cannot be looked into; 0: nobody */
+	bool told;                  /* the log says so */
+};
+
 struct context {
 	uint64_t id;
 	struct client *client; /* client::contexts; NULL: removed, and kept for a job's sake */
@@ -119,6 +141,9 @@ struct context {
 	bool ask; /* the next look may get in the way of the holder, who says that he is done */
 	bool orphaned; /* its client has died, and it has been looked at for that */
 	bool reaping; /* a job looks who else holds it, or waits for the others to come back */
+	bool looking; /* a job looks whether its client has it still */
+	bool copied;  /* what was let go of is seen to live on in a copy */
+	struct context_doubt doubt;
 	pid_t other_holder; /* who was last found with it, beside us; or negative errno */
 	uint64_t withdrawn;       /* the revocation with which its device goes, or 0 */
 	uint64_t detached_by;     /* the revocation that last had its pins detached */
@@ -192,9 +217,18 @@ bool context_wait_detached(struct context *context, struct context_waiter *waite
 
 /*
  * Looks whether any other process holds it. If none does, our own copy is closed, and its pins end, with
- * PROOF_PRESUMED if the holder is dead and cannot say so itself. Otherwise they stay.
+ * PROOF_PRESUMED if the holder has not said itself that they have. Otherwise they stay, as they do if
+ * something contradicts: see struct context_doubt.
  */
 void context_reap(struct context *context);
+/* Reaps it if its living client, who is not connected and has pins on it, is seen not to have it any more. */
+void context_look_for_holder(struct context *context);
+static inline bool context_is_doubtful(const struct context *context)
+{
+	return context->doubt.n_pages > 0 || context->doubt.unseen > 0;
+}
+/* Why, in words for people. */
+void context_say_doubt(const struct context *context, char *ret, size_t size);
 
 /* Detaches the revocation's pins by force, or, where that cannot be done, reaps the context; calls
  * revocation_job_done() afterwards. */

@@ -9,6 +9,7 @@
 #include <sys/queue.h>
 
 #include "macro.h"
+#include "search.h"
 
 /* Scans, before those who fork faster than they are stopped are given up. */
 #define ROUNDS_MAX 8
@@ -126,20 +127,18 @@ static bool is_listed(const struct holders *holders, pid_t pid)
 
 static int stop_process(struct holders *holders, pid_t pid)
 {
-	int pidfd = pidfd_open(pid, 0);
+	_cleanup_(close_fdp) int pidfd = pidfd_open(pid, 0);
+	int r;
 
 	if (pidfd < 0)
 		return -errno;
 	/* The number may have been another's before. */
-	if (!process_holds(pid, holders->fd)) {
-		safe_close(pidfd);
-		return -ESRCH;
-	}
-	if (!may_stop(holders, pid)) {
-		safe_close(pidfd);
+	r = search_process(pid, holders->fd);
+	if (r <= 0)
+		return r < 0 ? r : -ESRCH;
+	if (!may_stop(holders, pid))
 		return -EPERM;
-	}
-	return add(holders, pid, pidfd);
+	return add(holders, pid, TAKE_FD(pidfd));
 }
 
 static int on_holder(pid_t pid, void *userdata)
@@ -161,6 +160,7 @@ static int on_holder(pid_t pid, void *userdata)
 int holders_stop(int fd, const struct process *client, bool client_alive, uint64_t timeout_usec,
 		 struct holders *ret)
 {
+	struct search search = { .fd = fd, .holder = client, .found = on_holder, .userdata = ret };
 	size_t n_before;
 	int r;
 
@@ -181,9 +181,11 @@ int holders_stop(int fd, const struct process *client, bool client_alive, uint64
 	/* Those who run meanwhile may fork: until a scan finds nobody else. */
 	for (unsigned i = 0; i < ROUNDS_MAX; i++) {
 		n_before = ret->n;
-		r = process_for_each_holder(fd, on_holder, ret);
+		r = search_run(&search);
 		if (r != 0)
 			return r < 0 ? r : ret->result;
+		if (search.unseen != 0)
+			return -EACCES;
 		if (ret->n == n_before)
 			return 0;
 	}
@@ -215,8 +217,9 @@ static int continue_left(pid_t pid, void *userdata)
 void holders_continue_left(int fd, const struct process *client)
 {
 	struct holders holders = { .fd = fd, .uid = client->uid };
+	struct search search = { .fd = fd, .found = continue_left, .userdata = &holders };
 
 	if (process_is_same(client))
 		(void)continue_left(client->pid, &holders);
-	(void)process_for_each_holder(fd, continue_left, &holders);
+	(void)search_run(&search);
 }

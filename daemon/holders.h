@@ -22,7 +22,8 @@ struct holders {
 
 /*
  * Stops them all, and the client, if it is alive, in any case. -EPERM: somebody has the context
- * whom the client could not have stopped itself; -ETIMEDOUT. holders_continue() is to follow,
+ * whom the client could not have stopped itself; -EACCES: somebody may have it, but cannot be looked
+ * into; -ETIMEDOUT. holders_continue() is to follow,
  * whatever the result: it has those go on that were not stopped before. (scan)
  */
 int holders_stop(int fd, const struct process *client, bool client_alive, uint64_t timeout_usec,

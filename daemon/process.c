@@ -3,8 +3,6 @@
 
 #include <dirent.h>
 #include <fcntl.h>
-#include <limits.h>
-#include <linux/kcmp.h>
 #include <poll.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -13,7 +11,6 @@
 #include <sys/eventfd.h>
 #include <sys/pidfd.h>
 #include <sys/socket.h>
-#include <sys/syscall.h>
 #include <systemd/sd-login.h>
 
 #include "macro.h"
@@ -22,6 +19,9 @@
 #ifndef SO_PEERPIDFD
 #define SO_PEERPIDFD 77 /* Linux 6.5 */
 #endif
+
+/* linux/sched.h: a bit of field 9 in /proc/PID/stat */
+#define PF_KTHREAD 0x00200000U
 
 static void closedirp(DIR **d)
 {
@@ -173,37 +173,39 @@ bool process_is_alive(const struct process *p)
 	return poll(&pfd, 1, 0) == 0;
 }
 
-/* state: the letter in /proc/PID/stat */
-static int read_stat(char *stat, char *ret_state, uint64_t *ret_start_time)
+int process_read_stat(pid_t pid, pid_t tid, struct process_stat *ret)
 {
-	/* The name may hold blanks and parentheses: count from the last one. */
-	char *p = strrchr(stat, ')');
+	_cleanup_(freep) char *text = NULL;
+	struct process_stat stat;
+	unsigned flags;
+	char *p;
+	int r;
 
-	if (!p || p[1] != ' ')
+	r = tid == 0 ? proc_read(&text, "/proc/%d/stat", pid) : proc_read(&text, "/proc/%d/task/%d/stat", pid, tid);
+	if (r < 0)
+		return r == -ENOENT ? -ESRCH : r;
+	/* The name may hold blanks and parentheses: count from the last one. */
+	p = strrchr(text, ')');
+	if (!p || sscanf(p, ") %c %d %d %d %*d %*d %u", &stat.state, &stat.parent, &stat.group, &stat.session,
+			 &flags) != 5)
 		return -EBADMSG;
-	p += 2;
-	if (ret_state)
-		*ret_state = *p;
-	/* field 3 is the state, field 22 the start time */
-	for (int field = 3; field < 22; field++) {
+	stat.kernel_thread = flags & PF_KTHREAD;
+	/* behind the parenthesis stands field 3; field 22 is the start time */
+	for (int field = 2; field < 22; field++) {
 		p = strchr(p, ' ');
 		if (!p)
 			return -EBADMSG;
 		p++;
 	}
-	*ret_start_time = strtoull(p, NULL, 10);
+	stat.start_time = strtoull(p, NULL, 10);
+	*ret = stat;
 	return 0;
 }
 
-static int process_stat(const struct process *p, uint64_t *ret_start_time)
+static int process_stat(const struct process *p, struct process_stat *ret)
 {
-	_cleanup_(freep) char *stat = NULL;
-	int r;
+	int r = process_read_stat(p->pid, 0, ret);
 
-	r = proc_read(&stat, "/proc/%d/stat", p->pid);
-	if (r < 0)
-		return r == -ENOENT ? -ESRCH : r;
-	r = read_stat(stat, NULL, ret_start_time);
 	if (r < 0)
 		return r;
 	/* The number can have been another's only if ours was dead by then. */
@@ -212,10 +214,10 @@ static int process_stat(const struct process *p, uint64_t *ret_start_time)
 
 int process_reopen(struct process *p)
 {
-	uint64_t start_time;
+	struct process_stat stat;
 
 	p->pidfd = pidfd_open(p->pid, 0);
-	if (p->pidfd >= 0 && process_stat(p, &start_time) >= 0 && start_time == p->start_time)
+	if (p->pidfd >= 0 && process_stat(p, &stat) >= 0 && stat.start_time == p->start_time)
 		return 0;
 	safe_close(p->pidfd);
 	/* readable, as the pidfd of one that has ended is */
@@ -227,7 +229,7 @@ int process_describe(struct process *p)
 {
 	_cleanup_(freep) char *comm = NULL;
 	_cleanup_(freep) char *unit = NULL;
-	uint64_t start_time;
+	struct process_stat stat;
 	int r;
 
 	r = proc_read(&comm, "/proc/%d/comm", p->pid);
@@ -235,11 +237,11 @@ int process_describe(struct process *p)
 		return r == -ENOENT ? -ESRCH : r;
 	comm[strcspn(comm, "\n")] = 0;
 	(void)sd_pid_get_unit(p->pid, &unit);
-	r = process_stat(p, &start_time);
+	r = process_stat(p, &stat);
 	if (r < 0)
 		return r;
 
-	p->start_time = start_time;
+	p->start_time = stat.start_time;
 	utf8_sanitize(comm);
 	snprintf(p->comm, sizeof(p->comm), "%s", comm);
 	free(p->unit);
@@ -266,10 +268,10 @@ int process_uids(pid_t pid, struct uids *ret)
 
 bool process_is_same(const struct process *p)
 {
-	uint64_t start_time;
+	struct process_stat stat;
 	struct uids u;
 
-	if (process_stat(p, &start_time) < 0 || start_time != p->start_time)
+	if (process_stat(p, &stat) < 0 || stat.start_time != p->start_time)
 		return false;
 	/* last, as these can change at any time */
 	return process_uids(p->pid, &u) >= 0 && u.real == p->uid && u.effective == p->uid &&
@@ -310,151 +312,6 @@ int process_succeed(const struct process *p, pid_t pid, struct process *ret)
 	return 0;
 }
 
-static int kcmp_file(pid_t pid1, pid_t pid2, int fd1, int fd2)
-{
-	return (int)syscall(SYS_kcmp, pid1, pid2, KCMP_FILE, fd1, fd2);
-}
-
-static int fd_link(pid_t pid, int fd, char *ret, size_t size)
-{
-	char path[64];
-	ssize_t n;
-
-	snprintf(path, sizeof(path), "/proc/%d/fd/%d", pid, fd);
-	n = readlink(path, ret, size - 1);
-	if (n < 0)
-		return -errno;
-	ret[n] = 0;
-	return 0;
-}
-
-/* Calls f for each descriptor of the process whose link reads `link`. */
-static int for_each_fd_of(pid_t pid, const char *link,
-			  int (*f)(pid_t pid, int fd, void *userdata), void *userdata)
-{
-	_cleanup_(closedirp) DIR *dir = NULL;
-	char path[64], target[PATH_MAX];
-	struct dirent *de;
-	int r;
-
-	snprintf(path, sizeof(path), "/proc/%d/fd", pid);
-	dir = opendir(path);
-	if (!dir)
-		return -errno;
-	while ((de = readdir(dir))) {
-		int fd;
-
-		if (de->d_name[0] < '0' || de->d_name[0] > '9')
-			continue;
-		fd = atoi(de->d_name);
-		if (fd_link(pid, fd, target, sizeof(target)) < 0 || strcmp(target, link) != 0)
-			continue;
-		r = f(pid, fd, userdata);
-		if (r != 0)
-			return r;
-	}
-	return 0;
-}
-
-static int is_same_description(pid_t pid, int fd, void *userdata)
-{
-	const int *ours = userdata;
-
-	return kcmp_file(getpid(), pid, *ours, fd) == 0 ? pid : 0;
-}
-
-bool process_holds(pid_t pid, int fd)
-{
-	char link[PATH_MAX];
-
-	return fd_link(getpid(), fd, link, sizeof(link)) >= 0 &&
-	       for_each_fd_of(pid, link, is_same_description, &fd) > 0;
-}
-
-static int for_each_process(int (*f)(pid_t pid, void *userdata), void *userdata)
-{
-	_cleanup_(closedirp) DIR *dir = opendir("/proc");
-	struct dirent *de;
-	int r;
-
-	if (!dir)
-		return -errno;
-	while ((de = readdir(dir))) {
-		pid_t pid = atoi(de->d_name);
-
-		if (pid <= 0 || pid == getpid())
-			continue;
-		r = f(pid, userdata);
-		if (r > 0)
-			return r;
-	}
-	return 0;
-}
-
-struct fd_search {
-	const char *link;
-	uid_t uid; /* (uid_t)-1: any */
-	int (*f)(pid_t pid, int fd, void *userdata);
-	void *userdata;
-};
-
-static int search_process(pid_t pid, void *userdata)
-{
-	struct fd_search *s = userdata;
-	struct uids u;
-
-	if (s->uid != (uid_t)-1 && (process_uids(pid, &u) < 0 || u.real != s->uid))
-		return 0;
-	/* A process that has ended, or that we may not look into, is passed over. */
-	return for_each_fd_of(pid, s->link, s->f, s->userdata);
-}
-
-int process_for_each_fd(uid_t uid, const char *link, int (*f)(pid_t pid, int fd, void *userdata),
-			void *userdata)
-{
-	struct fd_search s = { .link = link, .uid = uid, .f = f, .userdata = userdata };
-
-	return for_each_process(search_process, &s);
-}
-
-struct holder_search {
-	int fd;
-	int (*f)(pid_t pid, void *userdata);
-	void *userdata;
-};
-
-static int tell_holder(pid_t pid, int fd, void *userdata)
-{
-	struct holder_search *s = userdata;
-
-	return is_same_description(pid, fd, &s->fd) > 0 ? s->f(pid, s->userdata) : 0;
-}
-
-int process_for_each_holder(int fd, int (*f)(pid_t pid, void *userdata), void *userdata)
-{
-	struct holder_search s = { .fd = fd, .f = f, .userdata = userdata };
-	char link[PATH_MAX];
-	int r;
-
-	r = fd_link(getpid(), fd, link, sizeof(link));
-	return r < 0 ? r : process_for_each_fd((uid_t)-1, link, tell_holder, &s);
-}
-
-static int find_stranger(pid_t pid, void *userdata)
-{
-	pid_t *keeper = userdata;
-
-	if (pid != *keeper)
-		return pid;
-	*keeper = 0; /* any other it has is its own */
-	return 0;
-}
-
-pid_t process_find_holder(int fd, pid_t keeper)
-{
-	return process_for_each_holder(fd, find_stranger, &keeper);
-}
-
 int process_is_stopped(pid_t pid)
 {
 	_cleanup_(closedirp) DIR *dir = NULL;
@@ -466,17 +323,15 @@ int process_is_stopped(pid_t pid)
 	if (!dir)
 		return errno == ENOENT ? -ESRCH : -errno;
 	while ((de = readdir(dir))) {
-		_cleanup_(freep) char *stat = NULL;
-		uint64_t start_time;
-		char state;
+		struct process_stat stat;
+		int r;
 
 		if (de->d_name[0] == '.')
 			continue;
-		if (proc_read(&stat, "/proc/%d/task/%s/stat", pid, de->d_name) < 0)
-			continue;
-		if (read_stat(stat, &state, &start_time) < 0)
-			return -EBADMSG;
-		if (!strchr("TtZXx", state))
+		r = process_read_stat(pid, atoi(de->d_name), &stat);
+		if (r == -EBADMSG)
+			return r;
+		if (r >= 0 && !strchr("TtZXx", stat.state))
 			return 0;
 	}
 	return 1;

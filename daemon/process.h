@@ -55,23 +55,18 @@ bool process_is_same(const struct process *p);
  * stores descriptors for others, and connects for them (OpenFile=). */
 bool process_is_manager(pid_t pid);
 
-/* True if one of the process's descriptors is the same open file description as our fd (kcmp).
- * (scan) */
+/* search.c: true if the process is seen to have the same open file description as our fd, in whatever way:
+ * see search_process(). (scan) */
 bool process_holds(pid_t pid, int fd);
 
-/* Calls f for each process other than this one that holds fd's description, once for each descriptor of
- * it, until it returns more than 0, which is then returned. (scan) */
-int process_for_each_holder(int fd, int (*f)(pid_t pid, void *userdata), void *userdata);
-
-/* Returns the pid of a process other than this one that holds fd's description, 0 if none was found,
- * negative errno if /proc could not be searched. One descriptor of the process `keeper` does not count; 0: there
- * is none. (scan) */
-pid_t process_find_holder(int fd, pid_t keeper);
-
-/* Calls f for each descriptor, of any process of that uid, whose /proc/PID/fd link reads `link`, until
- * it returns non-zero, which is then returned. (scan) */
-int process_for_each_fd(uid_t uid, const char *link, int (*f)(pid_t pid, int fd, void *userdata),
-			void *userdata);
+/* What /proc/PID/stat says of it, or of one of its threads; tid 0: of it. -ESRCH: it has ended. (scan) */
+struct process_stat {
+	char state; /* its letter there */
+	pid_t parent, group, session;
+	bool kernel_thread;
+	uint64_t start_time;
+};
+int process_read_stat(pid_t pid, pid_t tid, struct process_stat *ret);
 
 /* Returns 1 if every thread is stopped (or ending), 0 if not yet, negative errno. (scan) */
 int process_is_stopped(pid_t pid);

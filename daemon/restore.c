@@ -363,6 +363,12 @@ static int restore_context(struct restorer *r, uint64_t id, const struct record 
 		return error;
 	}
 	context->remote = (int)remote;
+	context->doubt = (struct context_doubt){
+		.counter.acquired = record_unsigned(record, "acquired", 0, &bad),
+		.counter.released = record_unsigned(record, "released", 0, &bad),
+		.n_pages = record_unsigned(record, "kept-pages", 0, &bad),
+		.unseen = (pid_t)record_unsigned(record, "unseen", 0, &bad),
+	};
 	if (fd >= 0 && remote < 0)
 		store_kept(&r->broker->store, &context->copy, STORE_CONTEXT, name, fd);
 	return 0;

@@ -55,7 +55,7 @@ struct revocation_step revocation_next(enum revocation_state state, enum revocat
 		[REVOCATION_KILLED] = {
 			[REVOKE_GONE] = TO_RELEASED,
 			[REVOKE_TIMEOUT] = TO_LOST,
-			[REVOKE_UNREACHABLE] = TO_LOST,
+			/* that there is nobody to turn to is no reason to give the pages away sooner */
 		},
 	};
 	struct revocation_step none = { state, 0 };

@@ -110,6 +110,7 @@ static void plan(struct revocation *rev, uint64_t grace_usec, uint64_t broken_us
 		rev->deadline_usec = UINT64_MAX / 2;
 	rev->latest_usec = rev->by_break ? rev->start_usec + budget - later
 					 : rev->deadline_usec + budget;
+	rev->last_usec = rev->start_usec + budget;
 }
 
 static int on_timer(sd_event_source *source, uint64_t usec, void *userdata)
@@ -145,6 +146,9 @@ static void arm(struct revocation *rev, unsigned actions)
 		usec = now + rev->signal_usec;
 	else
 		usec = now + rev->kill_usec;
+	/* What is pinned still may yet be let go of while the kernel waits. */
+	if (actions & REVOKE_ARM_KILL && rev->by_break && usec < rev->last_usec)
+		usec = rev->last_usec;
 	rev->deadline_usec = usec;
 	set_timer(rev, usec);
 }
@@ -153,19 +157,21 @@ static void log_remaining(struct revocation *rev, const struct stake *stake)
 {
 	const struct client *client = stake->context->client;
 	struct log_fields fields = revocation_fields(rev);
+	char reason[256];
 
 	if (rev->state != REVOCATION_LOST || stake->n_awaited == 0 || rev->reported == client->id)
 		return;
 	rev->reported = client->id;
+	context_say_doubt(stake->context, reason, sizeof(reason));
 	fields.client = client->id;
 	fields.pid = client->process.pid;
 	fields.uid = &client->process.uid;
 	fields.unit = client->process.unit;
 	log_event(LOG_CRIT, MESSAGE_LEASE_LOST, &fields,
 		  "Pages of %s are still pinned by %s (pid %d) through %s while they are taken away: "
-		  "what its hardware writes there is lost.",
+		  "what its hardware writes there is lost%s%s.",
 		  revocation_path(rev), client->process.comm, client->process.pid,
-		  stake->context->ops->kind);
+		  stake->context->ops->kind, reason[0] ? "; " : "", reason);
 }
 
 static void drop_target(struct target *target)
@@ -394,6 +400,8 @@ static void add_pin(struct revocation *rev, struct pin *pin)
 	/* Let go of before, and not yet seen to be gone: now somebody waits for it. */
 	if (pin->state == PIN_LEAVING)
 		context_check_soon(pin->context);
+	else
+		context_look_for_holder(pin->context);
 }
 
 static void find_pins(struct revocation *rev, const struct slice *slice)

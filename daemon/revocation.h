@@ -89,6 +89,7 @@ struct revocation {
 	/* CLOCK_MONOTONIC; every rung has its place from the beginning */
 	uint64_t start_usec, deadline_usec, end_usec;
 	uint64_t latest_usec; /* the deadline can be extended to this */
+	uint64_t last_usec;   /* by_break: the lease is kept so long, if pins are not seen to be gone */
 	uint64_t detach_usec, signal_usec, kill_usec; /* how long each rung may take */
 	int signal;                                   /* that of its rung; 0: none */
 	sd_event_source *timer;

@@ -146,6 +146,13 @@ static void write_context(struct record_buffer *b, const struct context *context
 	record_put_string(b, "proof",
 			  enumeration_name(&enumeration_proof, (int)context->description.proof));
 	record_put(b, "closed", context->fd < 0);
+	if (context->doubt.n_pages > 0) {
+		record_put(b, "kept-pages", context->doubt.n_pages);
+		record_put(b, "acquired", context->doubt.counter.acquired);
+		record_put(b, "released", context->doubt.counter.released);
+	}
+	if (context->doubt.unseen > 0)
+		record_put(b, "unseen", (uint64_t)context->doubt.unseen);
 	if (context->n_detaching > 0)
 		record_put(b, "detaching", true);
 	if (context->remote >= 0)

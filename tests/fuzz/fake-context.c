@@ -31,7 +31,7 @@ static int read_handle(int fd, int64_t handle, struct handle_identity *ret)
 	return 0;
 }
 
-static int check(int fd, struct handle *handles, size_t n)
+static int check(int fd, const struct process *holder, struct handle *handles, size_t n)
 {
 	for (size_t i = 0; i < n; i++)
 		handles[i].gone = !kernel.handles_stay;

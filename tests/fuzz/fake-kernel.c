@@ -16,6 +16,7 @@
 #include "daemon/access.h"
 #include "daemon/macro.h"
 #include "daemon/process.h"
+#include "daemon/search.h"
 
 #define FILE_SIZE 65536
 
@@ -272,34 +273,27 @@ int __wrap_process_succeed(const struct process *p, pid_t pid, struct process *r
 	return ret->pidfd < 0 ? -errno : 0;
 }
 
-bool __wrap_process_holds(pid_t pid, int fd);
-bool __wrap_process_holds(pid_t pid, int fd)
+int search_process(pid_t pid, int fd)
 {
 	const struct fake_process *fake = find_process(pid);
 
 	return !fake->dead && fake->holds;
 }
 
-int __wrap_process_for_each_holder(int fd, int (*f)(pid_t pid, void *userdata), void *userdata);
-int __wrap_process_for_each_holder(int fd, int (*f)(pid_t pid, void *userdata), void *userdata)
+bool process_holds(pid_t pid, int fd)
+{
+	return search_process(pid, fd) > 0;
+}
+
+int search_run(struct search *search)
 {
 	int r = kernel.cannot_search ? -EMFILE : 0;
 
+	search->unseen = 0;
 	for (size_t i = 0; i < N_PROCESSES && r == 0; i++)
-		if (process_holds(kernel.processes[i].pid, fd))
-			r = f(kernel.processes[i].pid, userdata);
+		if (search->fd >= 0 && process_holds(kernel.processes[i].pid, search->fd))
+			r = search->found(kernel.processes[i].pid, search->userdata);
 	return r;
-}
-
-static int take_first(pid_t pid, void *userdata)
-{
-	return pid;
-}
-
-pid_t __wrap_process_find_holder(int fd, pid_t keeper);
-pid_t __wrap_process_find_holder(int fd, pid_t keeper)
-{
-	return process_for_each_holder(fd, take_first, NULL);
 }
 
 int __wrap_pidfd_send_signal(int pidfd, int sig, siginfo_t *info, unsigned flags);

@@ -169,11 +169,20 @@ static void test_in_flight(void **state)
 	signalled(&(struct holder_options){ .ignore = true, .in_flight = true, .writes = true });
 }
 
+/* A clone in another ring of the holder is the same pin under another name: it goes, too. */
 static void test_clone(void **state)
 {
+	const struct holder_options options = { .ignore = true, .clone = true };
+	struct holder holder;
+	long base;
+
 	if (!can_clone_buffers())
 		skip();
-	signalled(&(struct holder_options){ .ignore = true, .clone = true });
+	base = begin(&options, &holder);
+	truncate_and_wait(base, GRACE_MSEC, PINBROKER_PROOF_CLAIMED);
+	assert_int_equal(kill(holder.pid, 0), 0);
+	assert_true(WIFEXITED(holder_stop(&holder, 0)));
+	world_stop();
 }
 
 static void test_opaque(void **state)

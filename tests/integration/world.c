@@ -216,6 +216,36 @@ void world_stop(void)
 	assert_int_equal(WEXITSTATUS(status), 0);
 }
 
+static unsigned old_lease_break_time;
+
+static void write_lease_break_time(unsigned seconds)
+{
+	FILE *f = fopen("/proc/sys/fs/lease-break-time", "we");
+
+	if (f) {
+		fprintf(f, "%u", seconds);
+		fclose(f);
+	}
+}
+
+static void restore_lease_break_time(void)
+{
+	write_lease_break_time(old_lease_break_time);
+}
+
+void set_lease_break_time(unsigned seconds)
+{
+	FILE *f = fopen("/proc/sys/fs/lease-break-time", "re");
+
+	assert_non_null(f);
+	if (old_lease_break_time == 0) {
+		assert_int_equal(fscanf(f, "%u", &old_lease_break_time), 1);
+		assert_int_equal(atexit(restore_lease_break_time), 0);
+	}
+	fclose(f);
+	write_lease_break_time(seconds);
+}
+
 void mount_fs(const char *fs)
 {
 	if (strcmp(fs, "tmpfs") == 0) {

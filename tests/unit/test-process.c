@@ -209,40 +209,6 @@ static void test_odd_name(void **state)
 	end(&child);
 }
 
-static int count(pid_t pid, void *userdata)
-{
-	++*(unsigned *)userdata;
-	return 0;
-}
-
-static void test_holders(void **state)
-{
-	int fd = eventfd(0, EFD_CLOEXEC), other = eventfd(0, EFD_CLOEXEC), copy;
-	struct child child = spawn(NULL);
-	unsigned n = 0;
-
-	assert_true(process_holds(child.pid, fd));
-	assert_int_equal(process_find_holder(fd, 0), child.pid);
-	/* the keeper's first one does not count, a second one does */
-	assert_int_equal(process_find_holder(fd, child.pid), 0);
-	assert_int_equal(process_for_each_holder(fd, count, &n), 0);
-	assert_int_equal(n, 1);
-	end(&child);
-	assert_false(process_holds(child.pid, fd));
-	assert_int_equal(process_find_holder(fd, 0), 0);
-	copy = dup(other);
-	child = spawn(NULL);
-	assert_int_equal(process_find_holder(other, child.pid), child.pid);
-	close(copy);
-	close(other);
-	/* another of its kind is none */
-	other = eventfd(0, EFD_CLOEXEC);
-	assert_false(process_holds(child.pid, other));
-	end(&child);
-	close(other);
-	close(fd);
-}
-
 static void test_manager(void **state)
 {
 	char text[16];
@@ -289,7 +255,6 @@ int main(void)
 		cmocka_unit_test(test_ended),
 		cmocka_unit_test(test_peer),
 		cmocka_unit_test(test_odd_name),
-		cmocka_unit_test(test_holders),
 		cmocka_unit_test(test_manager),
 		cmocka_unit_test(test_stopped),
 	};

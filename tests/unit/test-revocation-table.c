@@ -113,7 +113,7 @@ static bool release_at_end(const struct moment *m)
 	return count(m, REVOKE_RELEASE) == (revocation_state_is_end(m->after) ? 1 : 0);
 }
 
-/* It is let go only when every pin has ended with proof, or with the last rung exhausted. */
+/* It is let go only when every pin has ended with proof, or with the last rung's time over. */
 static bool release_with_proof_or_exhausted(const struct moment *m)
 {
 	if (!(m->actions & REVOKE_RELEASE))
@@ -122,8 +122,7 @@ static bool release_with_proof_or_exhausted(const struct moment *m)
 		return false;
 	if (m->event == REVOKE_GONE)
 		return m->after == REVOCATION_RELEASED;
-	return m->after == REVOCATION_LOST && m->before == REVOCATION_KILLED &&
-	       (m->event == REVOKE_TIMEOUT || m->event == REVOKE_UNREACHABLE);
+	return m->after == REVOCATION_LOST && m->before == REVOCATION_KILLED && m->event == REVOKE_TIMEOUT;
 }
 
 /* Nothing is given up before detaching, the signal and SIGKILL have all been tried. */
@@ -185,14 +184,15 @@ static bool four_timeouts(const struct moment *m)
 	return m->n_timeouts < 4 || revocation_state_is_end(m->after);
 }
 
-/* A rung that can bring nothing any more is not waited out: the next one comes at once. */
+/* A rung that can bring nothing any more is not waited out: the next one comes at once. But where there is
+ * none, pins that nobody can be made to let go of may yet be let go of. */
 static bool not_in_vain(const struct moment *m)
 {
 	if (is_on(m, REVOCATION_NOTIFIED, REVOKE_FORCE) ||
 	    is_on(m, REVOCATION_DETACHING, REVOKE_DETACHED) ||
 	    is_on(m, REVOCATION_SIGNALLED, REVOKE_UNREACHABLE))
 		return m->after == m->before + 1;
-	return !is_on(m, REVOCATION_KILLED, REVOKE_UNREACHABLE) || m->after == REVOCATION_LOST;
+	return !is_on(m, REVOCATION_KILLED, REVOKE_UNREACHABLE) || (m->after == m->before && m->actions == 0);
 }
 
 /* What is no news on a rung changes nothing: force once it has begun, the end of a detaching that has
@@ -387,7 +387,7 @@ static void test_wrong_tables(void **state)
 		{ REVOCATION_SIGNALLED, REVOKE_TIMEOUT, REVOKE_GONE },
 		{ REVOCATION_KILLED, REVOKE_TIMEOUT, REVOKE_GONE },
 		{ REVOCATION_KILLED, REVOKE_GONE, REVOKE_TIMEOUT },
-		{ REVOCATION_KILLED, REVOKE_FORCE, REVOKE_UNREACHABLE },
+		{ REVOCATION_KILLED, REVOKE_FORCE, REVOKE_TIMEOUT },
 	};
 
 	memset(&wrong, 0, sizeof(wrong));
