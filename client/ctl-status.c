@@ -4,9 +4,7 @@
 #include <fcntl.h>
 #include <getopt.h>
 #include <inttypes.h>
-#include <linux/kcmp.h>
 #include <string.h>
-#include <sys/syscall.h>
 #include <sys/utsname.h>
 
 #define SOCKET_DEFAULT "/run/pinbroker/org.pinbroker"
@@ -27,7 +25,11 @@ struct counts {
 struct kernel {
 	struct utsname uts;
 	uint64_t lease_break_seconds, leases_enabled, io_uring_disabled; /* or PINBROKER_UNKNOWN */
-	bool kcmp;
+};
+
+/* What the broker may look into, which need not be what this program may. */
+struct powers {
+	bool known, kcmp, processes;
 };
 
 struct status {
@@ -36,6 +38,7 @@ struct status {
 	const char *version; /* pb's */
 	struct counts counts;
 	struct kernel kernel;
+	struct powers powers;
 	struct ids exposed, running, ended;
 	struct table *exposures, *revocations; /* owned */
 	json_object *features;                 /* owned, an array */
@@ -145,6 +148,20 @@ static void read_counts(sd_bus_message *m, struct counts *c)
 			c->unfinished = value;
 }
 
+static void read_powers(sd_bus_message *m, struct powers *p)
+{
+	const char *restriction;
+
+	if (sd_bus_message_enter_container(m, 'a', "s") < 0)
+		return;
+	*p = (struct powers){.known = true, .kcmp = true, .processes = true};
+	while (sd_bus_message_read(m, "s", &restriction) > 0)
+		if (strcmp(restriction, "kcmp") == 0)
+			p->kcmp = false;
+		else if (strcmp(restriction, "processes") == 0)
+			p->processes = false;
+}
+
 /* It need not be there, nor let this caller in: the socket has the rest. */
 static void status_ask_bus(struct status *s)
 {
@@ -168,6 +185,10 @@ static void status_ask_bus(struct status *s)
 	if (sd_bus_get_property(bus, BROKER_NAME, BROKER_PATH, BROKER_INTERFACE, "Counts", NULL, &m,
 		    "a{st}") >= 0)
 		read_counts(m, &s->counts);
+	m = sd_bus_message_unref(m);
+	if (sd_bus_get_property(bus, BROKER_NAME, BROKER_PATH, BROKER_INTERFACE, "Restrictions", NULL,
+		    &m, "as") >= 0)
+		read_powers(m, &s->powers);
 }
 
 /* ---- What the kernel says ---- */
@@ -186,7 +207,6 @@ static void status_ask_kernel(struct kernel *k)
 	k->lease_break_seconds = read_sysctl("/proc/sys/fs/lease-break-time");
 	k->leases_enabled = read_sysctl("/proc/sys/fs/leases-enable");
 	k->io_uring_disabled = read_sysctl("/proc/sys/kernel/io_uring_disabled");
-	k->kcmp = syscall(SYS_kcmp, getpid(), getpid(), KCMP_FILE, 0, 0) >= 0 || errno != ENOSYS;
 }
 
 /* ---- What is shown ---- */
@@ -207,8 +227,12 @@ static json_object *kernel_to_json(const struct kernel *k)
 			? NULL
 			: must(json_object_new_boolean(k->leases_enabled != 0)));
 	json_add_number(o, "ioUringDisabled", k->io_uring_disabled);
-	json_add_bool(o, "kcmp", k->kcmp);
 	return o;
+}
+
+static json_object *power_to_json(const struct powers *p, bool power)
+{
+	return p->known ? must(json_object_new_boolean(power)) : NULL;
 }
 
 static json_object *counts_to_json(const struct counts *c)
@@ -228,7 +252,7 @@ static json_object *counts_to_json(const struct counts *c)
 
 static void status_print_json(const struct status *s)
 {
-	json_object *o = must(json_object_new_object());
+	json_object *o = must(json_object_new_object()), *kernel;
 
 	json_add_string(o, "version", s->version);
 	json_add_string(o, "socket", socket_path(s));
@@ -236,7 +260,10 @@ static void status_print_json(const struct status *s)
 	json_add_number(o, "pid", s->pid > 0 ? (uint64_t)s->pid : PINBROKER_UNKNOWN);
 	json_add_string(o, "unit", s->unit);
 	json_add(o, "features", json_object_get(s->features));
-	json_add(o, "kernel", kernel_to_json(&s->kernel));
+	kernel = kernel_to_json(&s->kernel);
+	json_add(kernel, "kcmp", power_to_json(&s->powers, s->powers.kcmp));
+	json_add(o, "kernel", kernel);
+	json_add(o, "otherProcesses", power_to_json(&s->powers, s->powers.processes));
 	json_add(o, "counts", counts_to_json(&s->counts));
 	json_add(o, "exposed", table_to_json(s->exposures));
 	json_add(o, "revocations", table_to_json(s->revocations));
@@ -256,9 +283,19 @@ static void print_kernel(const struct kernel *k)
 		fputs(", io_uring for the group in kernel.io_uring_group only", stdout);
 	else if (k->io_uring_disabled == 2)
 		fputs(", io_uring is off (sysctl kernel.io_uring_disabled)", stdout);
-	if (!k->kcmp)
-		fputs(", no kcmp: who else holds a context is not found", stdout);
 	putchar('\n');
+}
+
+static void print_powers(const struct powers *p)
+{
+	if (!p->known)
+		return;
+	if (!p->kcmp)
+		puts("           The broker may not use kcmp(2): who else has a context other than an io_uring "
+		     "or a socket is not found");
+	if (!p->processes)
+		puts("           The broker may not look into other users' processes: a dead holder's pins are "
+		     "taken for gone only if the kernel's counters show it");
 }
 
 static void print_count(uint64_t n, const char *what)
@@ -300,6 +337,7 @@ static void status_print(const struct status *s)
 		puts("      Bus: not there");
 	}
 	print_kernel(&s->kernel);
+	print_powers(&s->powers);
 	fputs(" Contexts: ", stdout);
 	for (size_t i = 0; i < json_object_array_length(s->features); i++, separator = ", ")
 		printf("%s%s", separator,

@@ -11,6 +11,7 @@
 #include "bus-path.h"
 #include "bus.h"
 #include "macro.h"
+#include "search.h"
 #include "turn.h"
 
 /* org.pinbroker1.Manager: from messages to the broker and back. */
@@ -334,6 +335,19 @@ static int get_features(sd_bus *bus, const char *path, const char *interface, co
 	return r < 0 ? r : sd_bus_message_close_container(reply);
 }
 
+static int get_restrictions(sd_bus *bus, const char *path, const char *interface, const char *property,
+			    sd_bus_message *reply, void *userdata, sd_bus_error *error)
+{
+	const struct search_powers *powers = search_powers();
+	int r = sd_bus_message_open_container(reply, 'a', "s");
+
+	if (r >= 0 && !powers->kcmp)
+		r = sd_bus_message_append(reply, "s", "kcmp");
+	if (r >= 0 && !powers->others)
+		r = sd_bus_message_append(reply, "s", "processes");
+	return r < 0 ? r : sd_bus_message_close_container(reply);
+}
+
 static int get_counts(sd_bus *bus, const char *path, const char *interface, const char *property,
 		      sd_bus_message *reply, void *userdata, sd_bus_error *error)
 {
@@ -381,6 +395,7 @@ static const sd_bus_vtable manager_vtable[] = {
 	EXPAND(METHOD, "RevokeDevice", REVOKE_ARGS("s", device), revoke_device),
 	SD_BUS_PROPERTY("Version", "s", get_version, 0, SD_BUS_VTABLE_PROPERTY_CONST),
 	SD_BUS_PROPERTY("Features", "as", get_features, 0, SD_BUS_VTABLE_PROPERTY_CONST),
+	SD_BUS_PROPERTY("Restrictions", "as", get_restrictions, 0, SD_BUS_VTABLE_PROPERTY_CONST),
 	SD_BUS_PROPERTY("Counts", "a{st}", get_counts, 0, 0),
 	SD_BUS_SIGNAL_WITH_NAMES("RevocationStarted", "t", SD_BUS_PARAM(revocation), 0),
 	SD_BUS_SIGNAL_WITH_NAMES("RevocationEnded", "ts",

@@ -25,6 +25,7 @@
 #include "notifier.h"
 #include "restore.h"
 #include "rpc.h"
+#include "search.h"
 #include "state.h"
 #include "turn.h"
 
@@ -402,6 +403,13 @@ static int start(struct service *service, const struct options *options)
 		r = listen_all(service, options);
 	if (r >= 0)
 		r = bus_new(broker, options->bus, &broker->bus);
+	if (r >= 0 && !search_powers()->kcmp)
+		log_warning("kcmp() is refused here, or missing in this kernel: who else has a context can be found out "
+			    "for io_urings and sockets only. Pins of other contexts are not taken for gone when "
+			    "their holders die, while others that may have them live.");
+	if (r >= 0 && geteuid() == 0 && !search_powers()->others)
+		log_warning("Other users' processes cannot be looked into (CAP_SYS_PTRACE is missing): pins of holders that "
+			    "die are taken for gone only if the kernel's counters show it.");
 	if (r >= 0 && geteuid() != 0)
 		log_notice("Running as uid %u: serving this user's own files only, and signalling "
 			   "and looking into its own processes only.",

@@ -80,6 +80,7 @@ def test_lists(world, manager):
     counts = prop('Counts')
     equal([counts[key] for key in ('clients', 'files', 'pins', 'revocations')], [2, 1, 4, 0])
     expect(prop('Version'))
+    equal(prop('Restrictions'), [])
     equal(set(prop('Features')), {'io_uring', 'af_xdp', 'rdma', 'vfio', 'opaque'})
     h.call('Unpin', {'pins': pins})
     other.call('Unpin', {'pins': others})
