@@ -2,6 +2,7 @@
 #include <errno.h>
 #include <linux/io_uring.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/pidfd.h>
 #include <sys/syscall.h>
@@ -89,50 +90,93 @@ static const char *first_buffer(const char *info)
 	return line ? line + 1 : NULL;
 }
 
-/* Returns the line that it is on, NULL if there is none any more. */
+/* Returns the line that it is on, NULL if there is none any more. There can be thousands: sscanf() would look at
+ * all that follow for each. */
 static const char *next_buffer(const char *line, struct buffer *ret)
 {
-	unsigned long long address, length;
-	unsigned index;
-	int n;
+	char *end, *rest;
 
 	line = line ? strchr(line, '\n') : NULL;
 	if (!line)
 		return NULL;
-	n = sscanf(++line, " %u: %llx/%llu", &index, &address, &length);
-	if (n < 1)
+	*ret = (struct buffer){ .index = (uint32_t)strtoul(++line, &end, 10) };
+	if (end == line || *end != ':')
 		return NULL;
-	*ret = (struct buffer){ .index = index };
-	if (n == 3) {
-		ret->address = address;
-		ret->length = length;
-	}
+	ret->address = strtoull(++end, &rest, 16);
+	if (rest != end && *rest == '/')
+		ret->length = strtoull(rest + 1, NULL, 10);
 	return line;
 }
 
-static int find_buffer(const char *info, int64_t index, struct handle_identity *ret)
-{
-	const char *line = first_buffer(info);
-	struct buffer b;
+/* Those that are in use, in the order of their indices. */
+struct buffers {
+	struct buffer *list; /* owned */
+	size_t n;
+};
 
-	while ((line = next_buffer(line, &b))) {
-		if (b.index != index)
-			continue;
-		if (b.length == 0)
-			return -ENOENT;
-		*ret = (struct handle_identity){ .address = b.address, .length = b.length };
-		return 0;
-	}
-	return -ENOENT;
+static void buffers_clear(struct buffers *buffers)
+{
+	free(buffers->list);
+}
+
+static int read_buffers(pid_t pid, int fd, struct buffers *ret)
+{
+	_cleanup_(freep) char *info = NULL;
+	_cleanup_(buffers_clear) struct buffers buffers = {};
+	const char *line;
+	struct buffer b;
+	size_t n = 0;
+	int r;
+
+	r = read_fdinfo(pid, fd, &info);
+	if (r < 0)
+		return r;
+	for (line = first_buffer(info); (line = next_buffer(line, &b));)
+		n += b.length > 0;
+	buffers.list = calloc(n + 1, sizeof(*buffers.list));
+	if (!buffers.list)
+		return -ENOMEM;
+	for (line = first_buffer(info); (line = next_buffer(line, &b));)
+		if (b.length > 0)
+			buffers.list[buffers.n++] = b;
+	*ret = buffers;
+	buffers.list = NULL;
+	return 0;
+}
+
+static int compare_buffers(const void *a, const void *b)
+{
+	const struct buffer *x = a, *y = b;
+
+	return x->index < y->index ? -1 : x->index > y->index;
+}
+
+static bool is_in(const struct buffers *buffers, const struct handle *handle)
+{
+	struct buffer key = { .index = (uint32_t)handle->handle };
+	const struct buffer *b = bsearch(&key, buffers->list, buffers->n, sizeof(key), compare_buffers);
+
+	return b && b->index == handle->handle && b->address == handle->identity.address &&
+	       b->length == handle->identity.length;
 }
 
 static int ring_read_handle(int fd, int64_t handle, struct handle_identity *ret)
 {
 	_cleanup_(freep) char *info = NULL;
+	const char *line;
+	struct buffer b;
 	int r;
 
 	r = read_fdinfo(getpid(), fd, &info);
-	return r < 0 ? r : find_buffer(info, handle, ret);
+	if (r < 0)
+		return r;
+	for (line = first_buffer(info); (line = next_buffer(line, &b));) {
+		if (b.index != handle || b.length == 0)
+			continue;
+		*ret = (struct handle_identity){ .address = b.address, .length = b.length };
+		return 0;
+	}
+	return -ENOENT;
 }
 
 static unsigned long info_value(const char *info, const char *key)
@@ -210,16 +254,14 @@ static bool is_clone(const struct clone_search *s, uint64_t address, uint64_t le
 static int has_clone(pid_t tid, int fd, void *userdata)
 {
 	const struct clone_search *s = userdata;
-	_cleanup_(freep) char *info = NULL;
-	const char *line;
+	_cleanup_(buffers_clear) struct buffers buffers = {};
 	struct uids uids;
-	struct buffer b;
 
 	/* another user's ring counts its pages to another user; or it was closed meanwhile */
-	if (process_uids(tid, &uids) < 0 || uids.real != s->holder->uid || read_fdinfo(tid, fd, &info) < 0)
+	if (process_uids(tid, &uids) < 0 || uids.real != s->holder->uid || read_buffers(tid, fd, &buffers) < 0)
 		return 0;
-	for (line = first_buffer(info); (line = next_buffer(line, &b));)
-		if (b.length > 0 && is_clone(s, b.address, b.length))
+	for (size_t i = 0; i < buffers.n; i++)
+		if (is_clone(s, buffers.list[i].address, buffers.list[i].length))
 			return tid;
 	return 0;
 }
@@ -237,16 +279,14 @@ static int clear_clones(pid_t tid, int number, void *userdata)
 {
 	const struct clone_search *s = userdata;
 	_cleanup_(close_fdp) int fd = pidfd_getfd(s->holder->pidfd, number, 0);
-	_cleanup_(freep) char *info = NULL;
-	const char *line;
-	struct buffer b;
+	_cleanup_(buffers_clear) struct buffers buffers = {};
 
 	/* what a thread has in a table of its own cannot be had */
-	if (fd < 0 || tid != s->holder->pid || read_fdinfo(getpid(), fd, &info) < 0)
+	if (fd < 0 || tid != s->holder->pid || read_buffers(getpid(), fd, &buffers) < 0)
 		return 0;
-	for (line = first_buffer(info); (line = next_buffer(line, &b));)
-		if (b.length > 0 && is_clone(s, b.address, b.length))
-			(void)clear_buffer(fd, b.index);
+	for (size_t i = 0; i < buffers.n; i++)
+		if (is_clone(s, buffers.list[i].address, buffers.list[i].length))
+			(void)clear_buffer(fd, buffers.list[i].index);
 	return 0;
 }
 
@@ -254,17 +294,18 @@ static int ring_detach(int fd, const struct process *holder, struct handle *hand
 		       size_t n_handles)
 {
 	struct clone_search search = { holder, handles, n_handles };
+	_cleanup_(buffers_clear) struct buffers buffers = {};
 	int r;
 
+	/* Nobody who has it runs meanwhile. */
+	r = read_buffers(getpid(), fd, &buffers);
+	if (r < 0)
+		return r;
 	for (size_t i = 0; i < n_handles; i++) {
-		struct handle_identity now;
-
-		if (handles[i].keep)
+		if (handles[i].keep || !is_in(&buffers, &handles[i]))
 			continue;
-		r = ring_read_handle(fd, handles[i].handle, &now);
-		if (r == 0 && handle_identity_equal(&now, &handles[i].identity))
-			r = clear_buffer(fd, (uint32_t)handles[i].handle);
-		if (r < 0 && r != -ENOENT)
+		r = clear_buffer(fd, (uint32_t)handles[i].handle);
+		if (r < 0)
 			return r;
 	}
 	if (!wait_until_idle(fd))
@@ -284,18 +325,15 @@ static int ring_detach(int fd, const struct process *holder, struct handle *hand
 static int ring_check(int fd, const struct process *holder, struct handle *handles, size_t n_handles)
 {
 	struct clone_search search = { holder, handles, n_handles };
-	_cleanup_(freep) char *info = NULL;
+	_cleanup_(buffers_clear) struct buffers buffers = {};
 	bool any = false;
 	int r;
 
-	r = read_fdinfo(getpid(), fd, &info);
+	r = read_buffers(getpid(), fd, &buffers);
 	if (r < 0)
 		return r;
 	for (size_t i = 0; i < n_handles; i++) {
-		struct handle_identity now;
-
-		handles[i].gone = find_buffer(info, handles[i].handle, &now) < 0 ||
-				  !handle_identity_equal(&now, &handles[i].identity);
+		handles[i].gone = !is_in(&buffers, &handles[i]);
 		any |= handles[i].gone;
 	}
 	if (!any || !can_have_clones(fd))
@@ -309,30 +347,25 @@ static int ring_check(int fd, const struct process *holder, struct handle *handl
 static void ring_count(int fd, uint64_t n_bound, struct page_count *ret)
 {
 	uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
-	_cleanup_(freep) char *info = NULL;
-	const char *line;
-	struct buffer b;
+	_cleanup_(buffers_clear) struct buffers buffers = {};
 
 	*ret = (struct page_count){};
-	if (read_fdinfo(getpid(), fd, &info) < 0)
+	if (read_buffers(getpid(), fd, &buffers) < 0)
 		return;
-	for (line = first_buffer(info); (line = next_buffer(line, &b));) {
-		ret->most += b.length / page;
-		ret->least += b.length >= page;
+	for (size_t i = 0; i < buffers.n; i++) {
+		ret->most += buffers.list[i].length / page;
+		ret->least += buffers.list[i].length >= page;
 	}
 }
 
 static void ring_clear(int fd)
 {
-	_cleanup_(freep) char *info = NULL;
-	const char *line;
-	struct buffer b;
+	_cleanup_(buffers_clear) struct buffers buffers = {};
 
-	if (read_fdinfo(getpid(), fd, &info) < 0)
+	if (read_buffers(getpid(), fd, &buffers) < 0)
 		return;
-	for (line = first_buffer(info); (line = next_buffer(line, &b));)
-		if (b.length > 0)
-			(void)clear_buffer(fd, b.index);
+	for (size_t i = 0; i < buffers.n; i++)
+		(void)clear_buffer(fd, buffers.list[i].index);
 }
 
 const struct context_ops context_io_uring = {

@@ -23,6 +23,9 @@
 /* linux/sched.h: a bit of field 9 in /proc/PID/stat */
 #define PF_KTHREAD 0x00200000U
 
+/* The fdinfo of an io_uring with as many buffers, and as many files, as most can have, takes 1 MiB. */
+#define PROC_MAX (4U * 1024 * 1024)
+
 static void closedirp(DIR **d)
 {
 	if (*d)
@@ -52,7 +55,7 @@ int proc_read(char **ret, const char *format, ...)
 
 			if (buffer)
 				size *= 4;
-			if (size > 65536)
+			if (size > PROC_MAX)
 				return -EFBIG;
 			p = realloc(buffer, size);
 			if (!p)

@@ -75,9 +75,14 @@ static int ring_register(int fd, unsigned opcode, void *arg, unsigned n)
 	return (int)syscall(SYS_io_uring_register, fd, opcode, arg, n);
 }
 
+/* In the first of as many slots as a ring can have: its fdinfo lists all of them. */
 static void ring_pin(struct context *c)
 {
-	MUST(ring_register(c->fd, IORING_REGISTER_BUFFERS, &(struct iovec){c->map, SIZE}, 1) == 0);
+	static struct iovec slots[16384];
+
+	slots[0] = (struct iovec){c->map, SIZE};
+	MUST(ring_register(
+		     c->fd, IORING_REGISTER_BUFFERS, slots, sizeof(slots) / sizeof(slots[0])) == 0);
 }
 
 static void xdp_pin(struct context *c)
