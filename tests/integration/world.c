@@ -34,13 +34,21 @@ char mount_point[64], socket_path[80], bus_address[80], file_path[80];
 static char bus_path[64], config_path[64];
 pid_t daemon_pid, bus_pid;
 
+static int machine_lock;
+
+static void forget_lock(void)
+{
+	close(machine_lock);
+	machine_lock = -1; /* a child's child has it no more */
+}
+
 /* The counters of pins and the lease-break-time are the machine's: one test at a time, also of several
- * runs. Held until the process ends. */
+ * runs. Held until the process ends, whatever it leaves behind. */
 static void __attribute__((constructor)) lock_machine(void)
 {
-	int fd = open(MACHINE_LOCK, O_RDWR | O_CREAT | O_NOFOLLOW | O_CLOEXEC, 0600);
-
-	if (fd < 0 || flock(fd, LOCK_EX) < 0) {
+	machine_lock = open(MACHINE_LOCK, O_RDWR | O_CREAT | O_NOFOLLOW | O_CLOEXEC, 0600);
+	if (machine_lock < 0 || flock(machine_lock, LOCK_EX) < 0 ||
+	    pthread_atfork(NULL, NULL, forget_lock) != 0) {
 		perror(MACHINE_LOCK);
 		exit(1);
 	}
