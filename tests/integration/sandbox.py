@@ -16,6 +16,7 @@ import subprocess
 import sys
 import unittest
 
+from bypass import punch
 from client import PAGE, Connection, Refused, Ring, is_readable
 from sdbus import Bus
 from world import (Case, DAEMON, NOBODY, READY, Holder, as_nobody, end_child, fork_nobody,
@@ -190,12 +191,38 @@ class Sandbox(Case):
         self.assertEqual((last['revocation'], last['state']), (revocation, 'released'))
         bus.close()
 
+    def punch_hole(self):
+        """No lease sees it: the daemon looks whether the pinned pages are in the file still."""
+        path = self.make_own('punched')
+
+        def client():
+            signal.signal(signal.SIGBUS, signal.SIG_IGN)  # it is revoked by force
+            with contextlib.closing(Holder(self.path, path)) as holder:
+                punch(holder.fd, 0, PAGE)
+                seen = is_readable(holder.watch.socket, 10)
+                return holder.notice()['conflict']['cause'] if seen else None
+
+        self.assertEqual(as_nobody(client), 'shrink')
+
+    @unittest.skipUnless(shutil.which('systemd-analyze') and shutil.which('nm') and
+                         not os.environ.get('PINBROKER_SANITIZED'), 'needs systemd and binutils')
+    def test_calls(self):
+        """Whatever the program calls that is a system call, its unit allows."""
+        imports = subprocess.run(['nm', '--dynamic', '--undefined-only', DAEMON], check=True,
+                                 capture_output=True, encoding='utf-8').stdout
+        called = {re.sub('64$', '', name) for name in re.findall(r'(?m) U (\w+)', imports)}
+        # the C library makes other calls of these
+        called -= {'readdir', 'setrlimit', 'syscall'}
+        self.assertIn('fcntl', called)
+        self.assertEqual(called & expand('@known') - system_calls(), set())
+
     @unittest.skipUnless(os.getuid() == 0 and shutil.which('setpriv') and shutil.which('unshare') and
                          shutil.which('systemd-analyze'), 'needs root, util-linux and systemd')
     def test_sandbox(self):
         daemon = self.start_confined()
         self.signal_holder()
         self.detach_holder()
+        self.punch_hole()
         self.administer()
         # it opens with the client's credentials
         foreign = self.make_file('home/foreign')
