@@ -13,6 +13,7 @@
 #include "broker.h"
 #include "log.h"
 #include "macro.h"
+#include "turn.h"
 
 /* mincore() for so many pages is faster than another thread. */
 #define AT_ONCE_PAGES  4096
@@ -57,62 +58,76 @@ static const char *circumstance(const struct file *file)
 	return file->unguarded ? "while it was exposed" : "past its lease";
 }
 
-static size_t count_pinning(struct pin **pins, size_t n_pins)
+static int revoke_pins(struct file *file, const struct conflict *conflict, struct selection *selection)
 {
-	size_t n = 0;
+	int r = revocation_start(file->broker, file, false, conflict, selection, 0, true, NULL);
 
-	for (size_t i = 0; i < n_pins; i++)
-		n += !pins[i]->on_demand;
-	return n;
-}
-
-static int revoke_pins(struct file *file, const struct conflict *conflict, struct pin **pins, size_t n_pins)
-{
-	struct selection selection;
-	int r;
-
-	r = selection_of_these(file->broker, pins, n_pins, &selection);
-	if (r >= 0)
-		r = revocation_start(file->broker, file, false, conflict, &selection, 0, true, NULL);
 	if (r < 0)
 		log_errno(LOG_ERR, r, "Cannot revoke the pins of %s", file->path);
 	return r;
 }
+
+static void go_on(struct file *file);
 
 /* ---- The file has become shorter ---- */
 
 /* resumed: the run before may have told holders already that have no pages to let go of */
 static void check_size(struct file *file, uint64_t size, bool resumed)
 {
-	_cleanup_(freep) struct pin **pins = NULL;
+	struct change *change = &file->change;
+
+	if (size >= pin_ranges_end(&file->pins) || size >= change->emergency_size)
+		return;
+	change->emergency_size = size;
+	/* What was beyond an end that has not been dealt with yet is not forgotten. */
+	if (change->cut && change->beyond.start < size)
+		size = change->beyond.start;
+	change->beyond = selection_of_file(file, size);
+	change->beyond.pinning = resumed && !file->unguarded;
+	change->beyond.untold = resumed;
+	change->n_beyond = change->n_pinning = 0;
+	change->cut = true;
+	go_on(file);
+}
+
+/* Marks pins beyond the end; true: there are more. */
+static bool mark_some(struct change *change, const struct slice *slice)
+{
+	struct pin *pin;
+
+	while (selection_next(&change->beyond, &pin) > 0) {
+		if (pin) {
+			pin->torn = true;
+			change->n_beyond++;
+			change->n_pinning += !pin->on_demand;
+		}
+		if (slice_is_over(slice))
+			return true;
+	}
+	return false;
+}
+
+static void revoke_beyond(struct file *file)
+{
+	struct change *change = &file->change;
 	struct log_fields fields = { .file = file->id, .path = file->path };
 	struct conflict conflict = conflict_new(CAUSE_SHRINK);
-	struct pin *pin = NULL;
-	size_t n = 0, n_pinning;
+	struct selection selection = change->beyond;
 
-	if (size >= pin_ranges_end(&file->pins) || size >= file->change.emergency_size)
+	change->cut = false;
+	if (change->n_beyond == 0)
 		return;
-	pins = calloc(file->n_pins, sizeof(*pins));
-	if (!pins)
-		return; /* the next look comes by here again */
-	while ((pin = pin_ranges_find(&file->pins, size, UINT64_MAX, pin))) {
-		pin->torn = true;
-		if (!resumed || !pin->on_demand || (file->unguarded && pin->revocation == 0))
-			pins[n++] = pin;
-	}
-	file->change.emergency_size = size;
-	if (n == 0)
-		return;
-	conflict.offset = size;
-	conflict.size = (int64_t)size;
-	n_pinning = count_pinning(pins, n);
-	if (n_pinning > 0)
+	selection.after = selection.after_offset = 0;
+	conflict.offset = selection.start;
+	conflict.size = (int64_t)selection.start;
+	if (change->n_pinning > 0)
 		log_event(LOG_CRIT, MESSAGE_LEASE_LOST, &fields,
-			  "%s was truncated to %" PRIu64 " bytes %s, under %zu pins: they are revoked by "
+			  "%s was truncated to %" PRIu64 " bytes %s, under %zu pin%s: they are revoked by "
 			  "force.",
-			  file->path, size, circumstance(file), n_pinning);
-	if (revoke_pins(file, &conflict, pins, n) < 0)
-		file->change.emergency_size = UINT64_MAX;
+			  file->path, selection.start, circumstance(file), change->n_pinning,
+			  PLURAL(change->n_pinning));
+	if (revoke_pins(file, &conflict, &selection) < 0)
+		change->emergency_size = UINT64_MAX; /* the next look comes by here again */
 }
 
 /* ---- Pages are not in it any more ---- */
@@ -122,18 +137,37 @@ struct range {
 	bool gone; /* out: in part */
 };
 
-struct search {
+/* Lists the pins to look for, looks, and goes through the list again. */
+struct page_search {
 	struct job job;
 	struct broker *broker;
 	uint64_t file;
 	int fd; /* owned; a dup */
+	enum {
+		STEP_LISTS,
+		STEP_LOOKS, /* job */
+		STEP_JUDGES,
+	} step;
 	bool lost_some;
 	uint64_t allocated; /* of hugetlbfs, whose pages mincore() knows only where they are mapped: the bytes that
 			     * the file has in all; else UINT64_MAX */
 	uint64_t took_usec; /* out */
-	size_t n;
+	struct selection left; /* STEP_LISTS: the pins that are yet to come */
+	uint64_t n_bytes;
+	uint64_t *torn; /* owned; the pins that have lost pages, between start and end */
+	size_t n_torn;
+	uint64_t start, end;
+	size_t i; /* STEP_JUDGES: the next range */
+	size_t n, n_max;
 	struct range ranges[];
 };
+
+static void page_search_free(struct page_search *s)
+{
+	safe_close(s->fd);
+	free(s->torn);
+	free(s);
+}
 
 /* A pinned page cannot be swapped out or dropped: where it is not in memory it is not the file's any more. */
 static bool is_whole(int fd, uint64_t offset, uint64_t length)
@@ -158,7 +192,7 @@ static bool is_whole(int fd, uint64_t offset, uint64_t length)
 }
 
 /* In the order of their offsets. */
-static uint64_t count_pinned(const struct search *s)
+static uint64_t count_pinned(const struct page_search *s)
 {
 	uint64_t n = 0, end = 0;
 
@@ -175,7 +209,7 @@ static uint64_t count_pinned(const struct search *s)
 }
 
 /* mincore() answers those who own the file or may write it; others it tells that everything is there. */
-static void look_for_pages(struct search *s)
+static void look_for_pages(struct page_search *s)
 {
 	struct stat st;
 
@@ -187,9 +221,9 @@ static void look_for_pages(struct search *s)
 	(void)setfsuid(geteuid());
 }
 
-static void search_run(struct job *job)
+static void page_search_run(struct job *job)
 {
-	struct search *s = container_of(job, struct search, job);
+	struct page_search *s = container_of(job, struct page_search, job);
 	uint64_t begin = now_usec();
 
 	if (s->allocated == UINT64_MAX)
@@ -201,55 +235,32 @@ static void search_run(struct job *job)
 	s->took_usec = now_usec() - begin;
 }
 
-static void revoke_gone(struct file *file, const struct search *s)
+static void page_search_done(struct job *job)
 {
-	_cleanup_(freep) struct pin **pins = calloc(s->n + 1, sizeof(*pins));
-	struct log_fields fields = { .file = file->id, .path = file->path };
-	struct conflict conflict = conflict_new(CAUSE_SHRINK);
-	uint64_t end = 0;
-	size_t n = 0;
-
-	for (size_t i = 0; i < s->n && pins; i++) {
-		const struct range *range = &s->ranges[i];
-		struct pin *pin = range->gone ? broker_find_pin(file->broker, range->pin) : NULL;
-
-		if (!pin || pin->over || pin->torn || pin->state == PIN_LEAVING)
-			continue;
-		pin->torn = true;
-		if (n == 0 || pin->offset < conflict.offset)
-			conflict.offset = pin->offset;
-		if (pin_end_offset(pin) > end)
-			end = pin_end_offset(pin);
-		pins[n++] = pin;
-	}
-	if (n == 0)
-		return;
-	conflict.length = end - conflict.offset;
-	log_event(LOG_CRIT, MESSAGE_LEASE_LOST, &fields,
-		  "Pages were taken from %s %s, under %zu pins: they are revoked by force.", file->path,
-		  circumstance(file), n);
-	(void)revoke_pins(file, &conflict, pins, n);
-}
-
-static void search_later(struct file *file);
-
-static void search_done(struct job *job)
-{
-	struct search *s = container_of(job, struct search, job);
+	struct page_search *s = container_of(job, struct page_search, job);
 	struct file *file = broker_find_file(s->broker, s->file);
 
-	safe_close(s->fd);
-	if (file) {
-		file->change.searching = false;
-		file->change.search_usec = now_usec() + PAUSE_TIMES * s->took_usec;
-		if (!s->lost_some)
-			file->change.search_usec += PAUSE_USEC;
-		revoke_gone(file, s);
+	if (!file) {
+		page_search_free(s);
+		return;
 	}
-	free(s);
-	/* what has happened meanwhile */
-	if (file && (file->change.lost_some || file->change.written))
-		search_later(file);
+	s->step = STEP_JUDGES;
+	go_on(file);
+}
+
+static void page_search_look(struct page_search *s)
+{
+	uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
+
+	s->job.run = page_search_run;
+	s->job.done = page_search_done;
+	s->step = STEP_LOOKS;
+	if (s->n_bytes / page > AT_ONCE_PAGES || s->n > AT_ONCE_RANGES) {
+		offload_submit_force(s->broker->offload, NULL, &s->job);
+		return;
+	}
+	page_search_run(&s->job);
+	s->step = STEP_JUDGES;
 }
 
 /*
@@ -266,12 +277,92 @@ static bool is_to_be_whole(const struct pin *pin, bool lost_some)
 	       (pin->state == PIN_BOUND && pin->context->ops != &context_opaque);
 }
 
-static struct search *search_new(struct file *file, uint64_t *ret_bytes)
+/* True: there are more. What is pinned meanwhile has its pages. */
+static bool list_some(struct page_search *s, const struct slice *slice)
 {
-	struct search *s = calloc(1, sizeof(*s) + file->n_pins * sizeof(struct range));
-	struct pin *pin = NULL;
+	struct pin *pin;
 
-	*ret_bytes = 0;
+	while (selection_next(&s->left, &pin) > 0 && s->n < s->n_max) {
+		if (pin && is_to_be_whole(pin, s->lost_some)) {
+			s->ranges[s->n++] = (struct range){ pin->id, pin->offset, pin->length, false };
+			s->n_bytes += pin->length;
+		}
+		if (slice_is_over(slice))
+			return true;
+	}
+	return false;
+}
+
+static void judge(struct page_search *s, const struct range *range)
+{
+	struct pin *pin = range->gone ? broker_find_pin(s->broker, range->pin) : NULL;
+
+	if (!pin || pin->over || pin->torn || pin->state == PIN_LEAVING)
+		return;
+	pin->torn = true;
+	if (s->n_torn == 0 || pin->offset < s->start)
+		s->start = pin->offset;
+	if (pin_end_offset(pin) > s->end)
+		s->end = pin_end_offset(pin);
+	s->torn[s->n_torn++] = pin->id;
+}
+
+/* True: there are more. */
+static bool judge_some(struct page_search *s, const struct slice *slice)
+{
+	if (!s->torn && !(s->torn = malloc((s->n + 1) * sizeof(*s->torn))))
+		return false;
+	while (s->i < s->n) {
+		judge(s, &s->ranges[s->i++]);
+		if (slice_is_over(slice))
+			return true;
+	}
+	return false;
+}
+
+static void revoke_torn(struct file *file, const struct page_search *s)
+{
+	struct log_fields fields = { .file = file->id, .path = file->path };
+	struct conflict conflict = conflict_new(CAUSE_SHRINK);
+	struct selection selection;
+	int r;
+
+	if (s->n_torn == 0)
+		return;
+	conflict.offset = s->start;
+	conflict.length = s->end - s->start;
+	log_event(LOG_CRIT, MESSAGE_LEASE_LOST, &fields,
+		  "Pages were taken from %s %s, under %zu pin%s: they are revoked by force.", file->path,
+		  circumstance(file), s->n_torn, PLURAL(s->n_torn));
+	r = selection_of_pins(file->broker, s->torn, s->n_torn, &selection);
+	if (r < 0)
+		log_errno(LOG_ERR, r, "Cannot revoke the pins of %s", file->path);
+	else
+		(void)revoke_pins(file, &conflict, &selection);
+}
+
+static void search_later(struct file *file);
+
+static void page_search_end(struct file *file)
+{
+	struct change *change = &file->change;
+	struct page_search *s = TAKE_PTR(change->search);
+
+	change->search_usec = now_usec() + PAUSE_TIMES * s->took_usec;
+	if (!s->lost_some)
+		change->search_usec += PAUSE_USEC;
+	change->lost_some |= !s->torn; /* there was no memory to judge */
+	/* what has happened meanwhile */
+	if (change->lost_some || change->written)
+		search_later(file);
+	revoke_torn(file, s);
+	page_search_free(s);
+}
+
+static struct page_search *page_search_new(struct file *file)
+{
+	struct page_search *s = calloc(1, sizeof(*s) + file->n_pins * sizeof(struct range));
+
 	if (!s || (s->fd = fcntl(file->lease.fd, F_DUPFD_CLOEXEC, 3)) < 0) {
 		free(s);
 		return NULL;
@@ -280,33 +371,72 @@ static struct search *search_new(struct file *file, uint64_t *ret_bytes)
 	s->file = file->id;
 	s->lost_some = file->change.lost_some;
 	s->allocated = file->backing.kind == BACKING_HUGETLBFS ? file->change.blocks * 512 : UINT64_MAX;
-	while ((pin = pin_ranges_find(&file->pins, 0, UINT64_MAX, pin)))
-		if (is_to_be_whole(pin, s->lost_some)) {
-			s->ranges[s->n++] = (struct range){ pin->id, pin->offset, pin->length, false };
-			*ret_bytes += pin->length;
-		}
+	s->left = selection_of_file(file, 0);
+	s->n_max = file->n_pins;
 	return s;
 }
 
 static void search_pages(struct file *file)
 {
-	uint64_t bytes, page = (uint64_t)sysconf(_SC_PAGESIZE);
-	struct search *s = search_new(file, &bytes);
+	struct change *change = &file->change;
 
-	if (!s) {
+	change->search = page_search_new(file);
+	if (!change->search) {
 		search_later(file);
 		return;
 	}
-	file->change.lost_some = file->change.written = false;
-	file->change.searching = true;
-	s->job.run = search_run;
-	s->job.done = search_done;
-	if (bytes / page <= AT_ONCE_PAGES && s->n <= AT_ONCE_RANGES) {
-		search_run(&s->job);
-		search_done(&s->job);
-	} else {
-		offload_submit_force(file->broker->offload, NULL, &s->job);
+	change->lost_some = change->written = false;
+	go_on(file);
+}
+
+/* ---- In slices ---- */
+
+/* True: there is more to do. */
+static bool do_some(struct file *file, const struct slice *slice)
+{
+	struct change *change = &file->change;
+	struct page_search *s = change->search;
+
+	if (change->cut && mark_some(change, slice))
+		return true;
+	if (s && s->step == STEP_LISTS) {
+		if (list_some(s, slice))
+			return true;
+		page_search_look(s);
 	}
+	return s && s->step == STEP_JUDGES && judge_some(s, slice);
+}
+
+static int on_work(sd_event_source *source, uint64_t usec, void *userdata)
+{
+	go_on(userdata);
+	return 0;
+}
+
+/* False: it cannot, and all has to be done at once. */
+static bool do_later(struct file *file)
+{
+	struct change *change = &file->change;
+
+	return (change->work || turn_add_source(file->broker->event, &change->work, on_work, file) >= 0) &&
+	       sd_event_source_set_enabled(change->work, SD_EVENT_ONESHOT) >= 0;
+}
+
+static void go_on(struct file *file)
+{
+	struct slice slice = slice_begin();
+	uint64_t id = file->id;
+	struct broker *broker = file->broker;
+
+	while (do_some(file, &slice))
+		if (do_later(file))
+			return;
+	/* its last pin may end with what is revoked here, and it with that */
+	if (file->change.cut)
+		revoke_beyond(file);
+	file = broker_find_file(broker, id);
+	if (file && file->change.search && file->change.search->step == STEP_JUDGES)
+		page_search_end(file);
 }
 
 static int on_timer(sd_event_source *source, uint64_t usec, void *userdata)
@@ -349,7 +479,7 @@ void change_check(struct file *file)
 	/* Holders write what is held for writing. Otherwise it was somebody else. */
 	change->written |= (file->lease.access == ACCESS_READ || file->exposed) &&
 			   memcmp(&change->modified, &before.modified, sizeof(change->modified)) != 0;
-	if (change->searching || !(change->lost_some || change->written))
+	if (change->search || !(change->lost_some || change->written))
 		return;
 	if (now_usec() < change->search_usec)
 		search_later(file);
@@ -361,27 +491,19 @@ void change_check(struct file *file)
  * for writing while no lease was in the way. */
 static void revoke_late(struct file *file)
 {
-	_cleanup_(freep) struct pin **pins = calloc(file->n_pins + 1, sizeof(*pins));
 	struct log_fields fields = { .file = file->id, .path = file->path };
 	struct conflict conflict = conflict_new(CAUSE_MODIFY);
-	struct selection selection;
-	struct pin *pin = NULL;
-	size_t n = 0;
-	int r = -ENOMEM;
+	struct selection selection = selection_of_file(file, 0);
+	unsigned n = file->n_pins - file->n_wanted;
+	int r;
 
-	while (pins && (pin = pin_ranges_find(&file->pins, 0, UINT64_MAX, pin)))
-		if (LIST_EMPTY(&pin->targets))
-			pins[n++] = pin;
-	if (pins && n == 0)
+	if (n == 0)
 		return;
+	selection.unwanted = true;
 	log_event(LOG_WARNING, MESSAGE_LEASE_BROKEN, &fields,
-		  "%s was opened for writing and changed while it was exposed, under %zu pins.", file->path,
-		  count_pinning(pins, n));
-	if (pins)
-		r = selection_of_these(file->broker, pins, n, &selection);
-	if (r >= 0)
-		r = revocation_start(file->broker, file, false, &conflict, &selection, UINT64_MAX, false,
-				     NULL);
+		  "%s was opened for writing and changed while it was exposed, under %u pin%s.", file->path, n,
+		  PLURAL(n));
+	r = revocation_start(file->broker, file, false, &conflict, &selection, UINT64_MAX, false, NULL);
 	if (r < 0)
 		log_errno(LOG_ERR, r, "Cannot revoke the pins of %s", file->path);
 }
@@ -398,4 +520,9 @@ void change_event(struct file *file, uint32_t mask)
 void change_clear(struct change *change)
 {
 	change->timer = sd_event_source_disable_unref(change->timer);
+	change->work = sd_event_source_disable_unref(change->work);
+	/* the job finds that the file is no more */
+	if (change->search && change->search->step != STEP_LOOKS)
+		page_search_free(change->search);
+	change->search = NULL;
 }

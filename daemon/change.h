@@ -6,6 +6,8 @@
 #include <systemd/sd-event.h>
 #include <time.h>
 
+#include "selection.h"
+
 /*
  * What is done to a pinned file where no lease holds it up: while it is exposed, past its lease (through an
  * overlay), or through a descriptor that the broker handed out. It is seen afterwards. A file that has become
@@ -15,6 +17,7 @@
  */
 
 struct file;
+struct page_search;
 
 /* A file as it was last looked at. */
 struct change {
@@ -25,9 +28,13 @@ struct change {
 	bool resumed;            /* it has not been looked at since the run before */
 	bool touched;            /* while it is, or was last, exposed */
 	bool lost_some, written; /* so that pages have to be looked for */
-	bool searching;          /* a job does so */
+	struct page_search *search;   /* owned, but for its job; does so; NULL: none does */
 	uint64_t search_usec;    /* not before: it takes a small part of the time only */
 	sd_event_source *timer;  /* NULL: it was always early enough */
+	bool cut;                /* it has become shorter, and its pins beyond the end are being marked: */
+	struct selection beyond;    /* those that are left, … */
+	size_t n_beyond, n_pinning; /* … how many have been, and how many of these hold pages */
+	sd_event_source *work; /* goes on with what takes several turns of the loop; NULL: nothing has yet */
 };
 
 /* Something is pinned up to `end` from now on: the file is as it is now. */

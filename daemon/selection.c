@@ -36,25 +36,6 @@ int selection_of_pins(
 	return 0;
 }
 
-int selection_of_these(struct broker *broker, struct pin **pins, size_t n_pins, struct selection *ret)
-{
-	int r = selection_of_pins(broker, NULL, 0, ret);
-	uint64_t *ids;
-
-	if (r < 0)
-		return r;
-	ids = reallocarray(ret->ids, n_pins + 1, sizeof(*ids));
-	if (!ids) {
-		selection_clear(ret);
-		return -ENOMEM;
-	}
-	for (size_t i = 0; i < n_pins; i++)
-		ids[i] = pins[i]->id;
-	ret->ids = ids;
-	ret->n_ids = n_pins;
-	return 0;
-}
-
 struct selection selection_of(struct broker *broker, const struct selection_filter *filter)
 {
 	struct selection s = begin(broker);
@@ -96,7 +77,7 @@ static bool is_chosen(const struct selection *s, const struct pin *pin)
 	const struct client *client = pin->context->client;
 
 	return (s->client == 0 || client->id == s->client) && !(s->pinning && pin->on_demand) &&
-	       !(s->unwanted && !LIST_EMPTY(&pin->targets)) &&
+	       !(s->unwanted && !LIST_EMPTY(&pin->targets)) && !(s->untold && pin_is_told(pin)) &&
 	       (!s->of_uid || client->process.uid == s->uid);
 }
 

@@ -46,6 +46,7 @@ struct selection {
 
 	/* with a file */
 	bool unwanted; /* only pins that no revocation wants gone already */
+	bool untold;   /* of those on demand, only pins that none has told of */
 	bool of_uid;   /* only those of this uid */
 	uid_t uid;
 
@@ -64,8 +65,6 @@ struct selection selection_of_file(const struct file *file, uint64_t start);
 /* -ENOMEM */
 int selection_of_pins(
 	struct broker *broker, const uint64_t *ids, size_t n_ids, struct selection *ret);
-/* The same, of pins that there are. */
-int selection_of_these(struct broker *broker, struct pin **pins, size_t n_pins, struct selection *ret);
 struct selection selection_of(struct broker *broker, const struct selection_filter *filter);
 /* With copies of what it owns. -ENOMEM */
 int selection_copy(const struct selection *selection, struct selection *ret);

@@ -89,7 +89,7 @@ class Bypass(Case):
         next(steps)
         conflict = self.told(holder)
         self.assertEqual((conflict['cause'], conflict['size']), ('shrink', PAGE))
-        daemon.wait_for_log('truncated to 4096 bytes past its lease, under 1 pins')
+        daemon.wait_for_log('truncated to 4096 bytes past its lease, under 1 pin:')
         holder.release()
 
     def test_truncate_through_overlay(self):
@@ -139,7 +139,7 @@ class Bypass(Case):
         os.ftruncate(fd, SIZE)
         daemon.kill(signal.SIGCONT)
         self.assertEqual(self.told(holder)['cause'], 'shrink')
-        daemon.wait_for_log('Pages were taken from .* while it was exposed, under 1 pins')
+        daemon.wait_for_log('Pages were taken from .* while it was exposed, under 1 pin:')
         holder.release()
 
     def test_rewritten(self):
@@ -172,7 +172,7 @@ class Bypass(Case):
         conflict = self.told(holder)
         self.assertEqual((conflict['cause'], conflict['offset'], conflict['length']),
                          ('shrink', 4 * PAGE, 4 * PAGE))
-        daemon.wait_for_log('Pages were taken from .* past its lease, under 1 pins')
+        daemon.wait_for_log('Pages were taken from .* past its lease, under 1 pin:')
         self.assertEqual([r['pins'] for r in self.revocations()], [1])
         holder.release()
 

@@ -13,6 +13,7 @@ import subprocess
 import time
 import unittest
 
+from bypass import punch
 from client import PAGE, WAIT, Refused
 from world import SIZE, Case, end_child, fork_as, open_file
 
@@ -231,6 +232,55 @@ class Turns(Case):
         with self.assertRaises(Refused):
             holder.connection.reply(PB + 'Unpin')
         self.assertEqual(holder.call('Unpin', {'pins': holder.pins})['ended'], [])
+
+    def shared(self, holder):
+        """The description that the holder shares with the daemon."""
+        before = signal.signal(signal.SIGBUS, signal.SIG_IGN)
+        self.addCleanup(signal.signal, signal.SIGBUS, before)
+        open_file(holder.connection, self.file)
+        fd = holder.connection.fds[0]
+        self.addCleanup(os.close, fd)
+        return fd
+
+    def expect_all_gone(self, holder):
+        self.daemon.wait_for_log(STARTED)
+        holder.call('Unpin', {'pins': holder.pins})
+        self.daemon.wait_for_log(f'released after .*{MANY} of {MANY} pins gone')
+
+    def test_shrunk(self):
+        """Through the shared description, which no lease sees: the pins beyond the end are revoked by force."""
+        holder = self.many()
+        os.ftruncate(self.shared(holder), PAGE)
+        self.daemon.wait_for_log(f'was truncated to {PAGE} bytes past its lease, under {MANY} pins: ')
+        self.expect_all_gone(holder)
+
+    def test_shrunk_again(self):
+        """Before all have been found that were beyond the first end."""
+        holder = self.many()
+        fd = self.shared(holder)
+        os.ftruncate(fd, 2 * PAGE)
+        os.ftruncate(fd, SIZE)
+        os.ftruncate(fd, PAGE)
+        self.daemon.wait_for_log(f'was truncated to {PAGE} bytes past its lease')
+        self.expect_all_gone(holder)
+
+    def test_punched(self):
+        holder = self.many()
+        punch(self.shared(holder), 0, PAGE)
+        self.daemon.wait_for_log(f'Pages were taken from .* past its lease, under {MANY} pins: ')
+        self.expect_all_gone(holder)
+
+    def test_changed_while_exposed(self):
+        self.expect_end(self.daemon)
+        self.write(self.config, f'[Limits]\n{LIMITS}\n[Files]\nReaders=admit\n')
+        self.daemon = self.start()
+        holder = self.many()
+        with open(self.file, 'rb'):
+            self.daemon.wait_for_log('is exposed')
+            with open(self.file, 'r+b') as f:
+                f.write(b'b')
+            self.daemon.wait_for_log(f'changed while it was exposed, under {MANY} pins')
+        self.expect_all_gone(holder)
 
     def test_stop(self):
         """All pins are revoked, and their holder lets go."""
