@@ -90,8 +90,7 @@ bool revocation_is_reaping(struct revocation *rev)
 	return false;
 }
 
-/* Is there anybody left to turn to, by a notice or a signal, as the rung is? */
-static bool has_living(struct revocation *rev)
+bool revocation_has_living(struct revocation *rev)
 {
 	for (struct stake *stake = stake_next(rev, (struct place){}); stake; stake = stake_after(stake))
 		if (stake->n_awaited > 0 &&
@@ -164,7 +163,7 @@ void revocation_check_reachable(struct broker *broker)
 	while ((rev = broker_next_revocation(broker, after))) {
 		after = rev->id;
 		if (!revocation_is_running(rev) || rev->finding || rev->looking || revocation_is_reaping(rev) ||
-		    (has_living(rev) && !rev->searching))
+		    (revocation_has_living(rev) && !rev->searching))
 			continue;
 		if (rev->state == REVOCATION_NOTIFIED)
 			revocation_event(rev, REVOKE_FORCE);

@@ -318,6 +318,13 @@ void revocation_repeat(struct revocation *rev, uint64_t client)
 	revocation_go_on(rev);
 }
 
+/* Whoever is forced from the beginning has until the deadline that it was told of to let go of what cannot be
+ * detached. The timer goes on then. */
+static bool may_let_go(struct revocation *rev)
+{
+	return rev->forced && now_usec() < rev->deadline_usec && revocation_has_living(rev);
+}
+
 void revocation_job_done(struct broker *broker, uint64_t id, enum revocation_state rung,
 			 bool reached)
 {
@@ -329,9 +336,9 @@ void revocation_job_done(struct broker *broker, uint64_t id, enum revocation_sta
 	rev->n_reached += reached;
 	if (--rev->n_jobs > 0)
 		return;
-	if (rev->state == REVOCATION_DETACHING)
+	if (rev->state == REVOCATION_DETACHING && !may_let_go(rev))
 		revocation_event(rev, REVOKE_DETACHED);
-	else if (rev->n_reached == 0 && !revocation_is_reaping(rev))
+	else if (rev->state != REVOCATION_DETACHING && rev->n_reached == 0 && !revocation_is_reaping(rev))
 		revocation_search(rev);
 }
 
@@ -596,6 +603,7 @@ int revocation_start(struct broker *broker, struct file *file, bool by_break,
 	rev->broker = broker;
 	rev->conflict = *conflict;
 	rev->by_break = by_break;
+	rev->forced = forced;
 	rev->start_usec = now_usec();
 	rev->selection = *selection;
 	*selection = (struct selection){};

@@ -76,6 +76,7 @@ struct revocation {
 	uint64_t file;         /* id; 0: several */
 	char *path;            /* owned; NULL: several files */
 	bool by_break;         /* a lease is under break meanwhile */
+	bool forced;           /* from the beginning: its holders are told of the end of the detach */
 	struct conflict conflict;
 	enum revocation_state state; /* assigned by revocation.c's step() only */
 	struct stakes stakes;          /* owned; freed at the end */
@@ -173,7 +174,9 @@ void revocation_search(struct revocation *revocation);
 void revocation_look(struct revocation *revocation, const struct slice *slice);
 /* Another process is the client now: the rung's signal is for it, too. */
 void revocation_inherited(const struct client *client);
-/* It has been looked who has a context: is there anybody left to turn to? */
+/* Is there anybody left to turn to, by a notice or a signal, as the rung is? */
+bool revocation_has_living(struct revocation *revocation);
+/* The same, for all: it has been looked who has a context. */
 void revocation_check_reachable(struct broker *broker);
 
 /* REFUSED if it is not running, or the client has no pin in it. */

@@ -12,7 +12,7 @@ import subprocess
 import time
 import unittest
 
-from client import PAGE, is_readable
+from client import PAGE, WAIT, is_readable
 from holders import Process
 from world import DAEMON, READY, SIZE, Case, DeafManager
 
@@ -157,6 +157,31 @@ class Bypass(Case):
         self.assertEqual(self.told(holder)['cause'], 'modify')
         self.assertEqual(self.revocations()[0]['state'], 'notified')
         daemon.wait_for_log('opened for writing and changed while it was exposed')
+        holder.release()
+
+    def test_time_of_the_forced(self):
+        """A holder that cannot be detached has the time that it is told of, and a signal no sooner."""
+        daemon = self.launch()
+        holder = self.hold()
+        heard, number = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self.addCleanup(os.close, heard)
+        self.addCleanup(os.close, number)
+        self.addCleanup(signal.set_wakeup_fd, signal.set_wakeup_fd(number))
+        signal.signal(signal.SIGBUS, lambda *_: None)
+        os.ftruncate(holder.fd, PAGE)
+        notice = holder.notice()
+        self.assertEqual(notice['conflict']['cause'], 'shrink')
+        self.assertGreater(notice['deadlineUSec'] / 1e6, time.monotonic() + 0.5)
+        self.assertFalse(is_readable(heard, 0.5), 'it was signalled')
+        holder.release()
+        self.assertEqual(self.revocations()[0]['state'], 'released')
+        self.assertNotIn('Sent SIG', daemon.text())
+        # it has no more than that
+        holder = self.hold(file=self.make_file('ignored'))
+        os.ftruncate(holder.fd, PAGE)
+        deadline = holder.notice()['deadlineUSec'] / 1e6
+        self.assertTrue(is_readable(heard, WAIT), 'it was not signalled')
+        self.assertGreaterEqual(time.monotonic(), deadline)
         holder.release()
 
     def test_punched(self):
