@@ -11,6 +11,9 @@
 
 #define RETRY_USEC (10 * USEC_PER_MSEC)
 
+/* A message of which nothing more comes for so long has stopped. */
+#define STOPPED_USEC (1 * USEC_PER_SEC)
+
 /* Of one connection: answers, and descriptors in them, that were not read. */
 #define UNREAD_MAX     (64U * 1024U)
 #define UNREAD_FDS_MAX 16U
@@ -45,7 +48,10 @@ int intake_charge(int64_t bytes, void *userdata)
 		user_discharge(peer->user, LIMIT_QUEUED_BYTES, (uint64_t)-bytes);
 		return 0;
 	}
-	if (user_charge(peer->user, LIMIT_QUEUED_BYTES, (uint64_t)bytes) >= 0)
+	if (user_charge(peer->user, LIMIT_QUEUED_BYTES, (uint64_t)bytes) >= 0 ||
+		(peer->user->parts.over == peer &&
+			user_charge_reserve(peer->user, LIMIT_QUEUED_BYTES, (uint64_t)bytes,
+				CONNECTION_MESSAGE_MAX) >= 0))
 		return 0;
 	return is_urgent(peer) ? user_charge_reserve(peer->user, LIMIT_QUEUED_BYTES,
 					 (uint64_t)bytes, RESERVE_BYTES)
@@ -89,6 +95,62 @@ static bool charge_descriptors(struct peer *peer)
 		       urgent ? RESERVE_DESCRIPTORS : 0) >= 0;
 }
 
+static void leave_parts(struct peer *peer)
+{
+	if (peer->intake.in_part)
+		TAILQ_REMOVE(&peer->user->parts.peers, peer, intake.of_parts);
+	peer->intake.in_part = false;
+}
+
+static void join_parts(struct peer *peer)
+{
+	struct parts *parts = &peer->user->parts;
+
+	leave_parts(peer);
+	if (!parts->peers.tqh_last)
+		TAILQ_INIT(&parts->peers);
+	TAILQ_INSERT_TAIL(&parts->peers, peer, intake.of_parts);
+	peer->intake.in_part = true;
+	peer->intake.part_usec = now_usec();
+}
+
+static void leave(struct peer *peer)
+{
+	leave_parts(peer);
+	if (peer->user->parts.over == peer)
+		peer->user->parts.over = NULL;
+}
+
+/* Something has been read. */
+static void note(struct peer *peer)
+{
+	if (connection_kept_of_part(peer->connection) > 0)
+		join_parts(peer);
+	else
+		leave(peer);
+}
+
+static bool has_stopped(const struct peer *peer)
+{
+	int n;
+
+	return now_usec() - peer->intake.part_usec >= STOPPED_USEC &&
+	       ioctl(peer->fd, SIOCINQ, &n) >= 0 && n == 0;
+}
+
+/* It has more to send, for which there is no room. */
+static void want_room(struct peer *peer)
+{
+	struct peer *first;
+
+	leave_parts(peer);
+	first = TAILQ_FIRST(&peer->user->parts.peers);
+	if (first && has_stopped(first))
+		peer_give_way(first);
+	else if (first && now_usec() - first->intake.part_usec >= STOPPED_USEC)
+		join_parts(first); /* it was not read for a while: the next one may have stopped */
+}
+
 static void read_run(struct job *job)
 {
 	struct intake *intake = container_of(job, struct intake, job);
@@ -105,10 +167,12 @@ static void read_done(struct job *job)
 		CONNECTION_READ_FDS_MAX - connection_received(intake->connection));
 	intake->reading = false;
 	peer->pending = false;
-	if (intake->orphaned)
+	if (intake->orphaned) {
 		connection_free(intake->connection);
-	else
+	} else {
+		note(peer);
 		peer_read(peer, intake->result);
+	}
 	peer_unref(peer);
 }
 
@@ -144,6 +208,14 @@ int intake_read(struct peer *peer)
 	struct intake *intake = &peer->intake;
 	int r = connection_read_bytes(peer->connection);
 
+	if (r == -EDQUOT && !peer->user->parts.over) {
+		peer->user->parts.over = peer;
+		r = connection_read_bytes(peer->connection);
+	}
+	if (r == -EDQUOT)
+		want_room(peer);
+	else if (r == 1)
+		note(peer);
 	if (r == -EDQUOT || (r == CONNECTION_DESCRIPTORS && !charge_descriptors(peer)))
 		return stall(peer);
 	if (r != CONNECTION_DESCRIPTORS)
@@ -165,6 +237,7 @@ bool intake_close(struct peer *peer)
 	struct intake *intake = &peer->intake;
 
 	intake->retry = sd_event_source_disable_unref(intake->retry);
+	leave(peer);
 	if (!intake->reading)
 		return false;
 	intake->orphaned = true;

@@ -3,6 +3,7 @@
 
 #include <stdbool.h>
 #include <stdint.h>
+#include <sys/queue.h>
 #include <systemd/sd-event.h>
 
 #include "offload.h"
@@ -13,11 +14,21 @@
  * a security module's word, is closed by the thread that reads.
  *
  * A connection that would bring its user over a limit is not read for a moment, and then tried
- * again. One whose client has a running revocation has a reserve: Unpin comes through.
+ * again. One whose client has a running revocation has a reserve: Unpin comes through. Of a user's connections
+ * one at a time may have its message past the limit, as none of many that have all a part could be complete
+ * otherwise. And one that has stopped in the middle of a message gives way to those that have more to send.
  */
 
 struct connection;
 struct peer;
+
+TAILQ_HEAD(peer_queue, peer);
+
+/* Embedded in struct user, all zero to begin with. */
+struct parts {
+	struct peer_queue peers; /* that keep a message in part, and do not wait for room; by when the last came */
+	struct peer *over;       /* the one that may go past the limit */
+};
 
 /* Embedded in struct peer, all zero to begin with. */
 struct intake {
@@ -29,6 +40,9 @@ struct intake {
 	sd_event_source *retry;
 	bool stalled;          /* not to be read until then */
 	unsigned n_unread_fds; /* went out with answers that may not have been read */
+	bool in_part;          /* is in parts::peers */
+	uint64_t part_usec;    /* when the last of its message came */
+	TAILQ_ENTRY(peer) of_parts;
 };
 
 /* Returns what connection_read() does: -EAGAIN also if it goes on later, with peer_read(). */

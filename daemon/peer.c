@@ -390,16 +390,17 @@ static int peer_start(struct peer *peer, int fd)
 	return r;
 }
 
-/* Over the limit nothing is kept of it: all it gets is a reason. */
-static void tell_limit(int fd, uint64_t maximum)
+/* Nothing more is kept of it: all it gets is a reason. */
+static void tell_limit(int fd, const struct user *user, enum limit limit)
 {
+	uint64_t maximum = user_maximum(user, limit);
 	char reply[200];
 	int n;
 
 	n = snprintf(reply, sizeof(reply),
 		     "{\"error\":\"" INTERFACE_NAME ".LimitExceeded\",\"parameters\":{\"limit\":"
 		     "\"%s\",\"maximum\":%" PRIu64 ",\"used\":%" PRIu64 "}}",
-		     limit_name(LIMIT_CLIENTS), maximum, maximum);
+		     limit_name(limit), maximum, maximum);
 	(void)send(fd, reply, (size_t)n + 1, MSG_DONTWAIT | MSG_NOSIGNAL);
 }
 
@@ -409,7 +410,7 @@ static int charge_connection(struct user *user, int fd)
 	if (user_charge(user, LIMIT_CLIENTS, 1) >= 0)
 		return 0;
 	user_charge_force(user, LIMIT_CLIENTS, 1);
-	tell_limit(fd, user_maximum(user, LIMIT_CLIENTS));
+	tell_limit(fd, user, LIMIT_CLIENTS);
 	return -EDQUOT;
 }
 
@@ -457,6 +458,25 @@ int peer_new(struct rpc *rpc, struct broker *broker, struct peer_list *peers, in
 	}
 	LIST_INSERT_HEAD(peers, peer, of_rpc);
 	return 0;
+}
+
+void peer_give_way(struct peer *peer)
+{
+	struct log_fields fields = {
+		.client = peer->client ? peer->client->id : 0,
+		.pid = peer->process.pid,
+		.uid = &peer->process.uid,
+	};
+
+	if (peer->failed)
+		return;
+	log_event(LOG_NOTICE, MESSAGE_BAD_INPUT, &fields,
+		  "Process %d of uid %u has stopped in the middle of a message, and other messages of that "
+		  "user wait for the room that it takes (%s=): connection closed.",
+		  peer->process.pid, peer->process.uid, limit_name(LIMIT_QUEUED_BYTES));
+	if (connection_queued(peer->connection) == 0)
+		tell_limit(peer->fd, peer->user, LIMIT_QUEUED_BYTES);
+	fail(peer);
 }
 
 static int add_string(json_object *message, const char *key, const char *value)

@@ -89,9 +89,11 @@ void peer_error(struct peer *peer, const char *interface, const struct schema *s
 		const void *out);
 void peer_refuse(struct peer *peer, int r, const struct refusal *refusal);
 
-/* For intake: connection_read() has returned this; what is to be waited for has changed. */
+/* For intake: connection_read() has returned this; what is to be waited for has changed; it gives way to others of
+ * its user, and ends on its next turn. */
 void peer_read(struct peer *peer, int r);
 void peer_set_events(struct peer *peer);
+void peer_give_way(struct peer *peer);
 
 /* Its turn has come. */
 void peer_take_turn(struct peer *peer);

@@ -6,6 +6,8 @@
 #include <sys/queue.h>
 #include <systemd/sd-event.h>
 
+#include "intake.h"
+
 /*
  * Whose turn it is. A user that has lately taken little of the loop's time (user_is_light()) is served as soon
  * as the loop hears of it. The connections of one that has taken more wait in a line, in which users take
@@ -17,8 +19,6 @@ struct line;
 struct peer;
 struct schedule;
 struct user;
-
-TAILQ_HEAD(peer_queue, peer);
 
 /* Embedded in struct user, all zero to begin with. Owned by schedule. */
 struct waiting {

@@ -7,6 +7,7 @@
 #include <uthash.h>
 
 #include "closer.h"
+#include "intake.h"
 #include "offload.h"
 #include "schedule.h"
 
@@ -37,6 +38,7 @@ struct user {
 	struct offload_queue queues[OFFLOAD_LANES];   /* offload's */
 	struct closer_queue closers[CLOSER_KINDS]; /* closer's */
 	struct waiting waiting;                    /* schedule's */
+	struct parts parts;                        /* intake's */
 	uint64_t spent_usec;   /* of the loop's CPU time; halved every 50 ms, … */
 	uint64_t halved_usec;  /* … the last time then */
 	UT_hash_handle hh;          /* users */

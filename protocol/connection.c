@@ -395,6 +395,13 @@ static void connection_shrink(struct connection *c)
 	(void)connection_charge(c, c->input_size, c->output_size);
 }
 
+size_t connection_kept_of_part(const struct connection *c)
+{
+	return !c->nul && c->end > c->start && c->input_size > CONNECTION_FREE
+		       ? c->input_size - CONNECTION_FREE
+		       : 0;
+}
+
 size_t connection_message_size(const struct connection *c)
 {
 	return c->nul ? (size_t)(c->nul - c->input) - c->start + 1 : 0;

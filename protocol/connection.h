@@ -80,6 +80,9 @@ size_t connection_received(const struct connection *c);
  */
 int connection_receive(struct connection *c, json_object **ret_message, struct fds *ret_fds);
 
+/* Bytes that are kept, beyond CONNECTION_FREE, of a message that has arrived in part. */
+size_t connection_kept_of_part(const struct connection *c);
+
 /* Bytes of the message that connection_receive() would take next, with its NUL; 0: there is none. */
 size_t connection_message_size(const struct connection *c);
 /* Takes it as it is: the text, with its NUL, is the caller's. 0, or -ENOMEM. */

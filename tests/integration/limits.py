@@ -24,6 +24,7 @@ LINGER = 30         # seconds, in the close of what lingers
 ROUND_TRIP = 0.3    # seconds, at most: the machine may be loaded, but nothing may wait for a close
 FIRST_UID = 3000
 INFO = 'org.varlink.service.GetInfo'
+MESSAGE = json.dumps({'method': INFO}).encode() + b'\0'
 
 FUSE_GETATTR, FUSE_OPEN, FUSE_FLUSH, FUSE_INIT = 3, 14, 25, 26
 
@@ -459,6 +460,60 @@ class Kept(LimitsCase):
         _, result = self.truncate(file)
         attack.go_on()
         self.truncated(result)
+        self.expect_end(daemon)
+
+    def test_stopped_messages(self):
+        """A connection that has stopped in the middle of a message gives way to others of its user."""
+        self.write(self.config, '[Limits]\nMaxQueuedBytesPerUser=4M\n')
+        daemon = self.start()
+        before = self.resident(daemon)
+
+        def attack():
+            stopped = [Connection(self.path) for _ in range(8)]
+            for c in stopped:
+                self.send_until_full(c, b'{' + b' ' * 32767, most=30, patience=0.1)
+            for _ in range(8):
+                with contextlib.closing(Connection(self.path)) as other:
+                    other.send_bytes(b' ' * 900000 + MESSAGE)
+                    other.reply(INFO)
+            # the first have made room
+            answer = stopped[0].receive()
+            equal(answer['error'], 'org.pinbroker.LimitExceeded')
+            equal(answer['parameters']['limit'], 'MaxQueuedBytesPerUser')
+            equal(stopped[0].receive(), None)
+            yield
+
+        self.attack(attack)
+        daemon.wait_for_log('of uid 65534 has stopped in the middle of a message')
+        self.assertLess(self.resident(daemon) - before, 24 * 1024)
+        self.expect_served()
+        self.expect_end(daemon)
+
+    def test_messages_of_many(self):
+        """Each has a part of its message there, and no room is left for the rest of any: one after the other."""
+        self.write(self.config, '[Limits]\nMaxQueuedBytesPerUser=4M\n')
+        daemon = self.start()
+
+        def attack():
+            left = {Connection(self.path): b' ' * 900000 + MESSAGE for _ in range(24)}
+            connections = list(left)
+            for c in connections:
+                c.socket.setblocking(False)
+            end = time.monotonic() + WAIT
+            while left and time.monotonic() < end:
+                for c in list(left):
+                    with contextlib.suppress(BlockingIOError):
+                        left[c] = left[c][c.socket.send(left[c][:16384]):]
+                    if not left[c]:
+                        del left[c]
+            equal(len(left), 0)
+            for c in connections:
+                c.socket.settimeout(WAIT)
+                c.reply(INFO)
+            yield
+
+        self.attack(attack)
+        self.assertNotIn('has stopped in the middle', daemon.text())
         self.expect_end(daemon)
 
     def test_unread_answers(self):
