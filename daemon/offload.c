@@ -4,6 +4,7 @@
 #include <assert.h>
 #include <poll.h>
 #include <pthread.h>
+#include <semaphore.h>
 #include <signal.h>
 #include <sys/eventfd.h>
 
@@ -28,17 +29,17 @@ struct thread {
 	bool taken;
 };
 
-/* Threads that serve the same queues. */
+/* Threads that serve the same queues. They wait for a semaphore: to signal a condition variable can wait itself (glibc
+ * before 2.41), for a thread that was woken before and does not get a CPU. */
 struct lane {
-	pthread_cond_t work;
+	sem_t work; /* one for each thread that was promised, and has not noticed */
 	TAILQ_HEAD(, offload_queue) ready; /* queues with a job that may start, in turn */
 	unsigned n_running_max;            /* of a queue */
 	bool closes;                       /* its threads' closes are interrupted */
 	struct thread *threads; /* offload::threads */
 	unsigned n_threads_max;
 	unsigned n_threads;
-	unsigned n_idle;    /* waiting, and not yet promised to a job */
-	unsigned n_wakeups; /* idle threads that were promised and have not noticed */
+	unsigned n_idle; /* waiting, and not yet promised to a job */
 };
 
 /* Lives until the pool is freed and the last thread has come back. */
@@ -74,7 +75,7 @@ static void offload_unlock_and_unref(struct offload *o)
 		return;
 	pthread_attr_destroy(&o->attributes);
 	for (size_t i = 0; i < OFFLOAD_LANES; i++)
-		pthread_cond_destroy(&o->lanes[i].work);
+		sem_destroy(&o->lanes[i].work);
 	pthread_mutex_destroy(&o->lock);
 	closer_free(o->closer);
 	free(o->threads);
@@ -118,20 +119,23 @@ static void job_complete(struct offload *o, struct lane *lane, struct job *job)
 static bool lane_wait(struct offload *o, struct lane *lane)
 {
 	struct timespec until;
-	int r = 0;
+	int r;
 
 	clock_gettime(CLOCK_MONOTONIC, &until);
 	until.tv_sec += IDLE_SEC;
 	lane->n_idle++;
-	while (!o->closed && lane->n_wakeups == 0 && r == 0)
-		r = pthread_cond_clockwait(&lane->work, &o->lock, CLOCK_MONOTONIC, &until);
+	pthread_mutex_unlock(&o->lock);
+	do
+		r = sem_clockwait(&lane->work, CLOCK_MONOTONIC, &until);
+	while (r < 0 && errno == EINTR);
+	pthread_mutex_lock(&o->lock);
 	if (o->closed)
 		return false;
-	if (lane->n_wakeups == 0) {
+	/* who promised has taken this thread off n_idle, or another one that took this one's promise */
+	if (r < 0 && sem_trywait(&lane->work) < 0) {
 		lane->n_idle--;
 		return false;
 	}
-	lane->n_wakeups--; /* who promised has taken this thread off n_idle */
 	return true;
 }
 
@@ -195,8 +199,7 @@ static int lane_wake(struct offload *o, struct lane *lane)
 	if (lane->n_idle > 0) {
 		/* Promised at once: two jobs in a row must not count on the same thread. */
 		lane->n_idle--;
-		lane->n_wakeups++;
-		pthread_cond_signal(&lane->work);
+		(void)sem_post(&lane->work);
 		return 0;
 	}
 	if (lane->n_threads < lane->n_threads_max)
@@ -417,7 +420,7 @@ static int lanes_init(struct offload *o)
 	for (size_t i = 0; i < OFFLOAD_LANES; i++) {
 		struct lane *lane = &o->lanes[i];
 
-		pthread_cond_init(&lane->work, NULL);
+		(void)sem_init(&lane->work, 0, 0);
 		TAILQ_INIT(&lane->ready);
 		lane->n_running_max = lanes[i].n_running;
 		lane->closes = lanes[i].closes;
@@ -548,7 +551,8 @@ unsigned offload_free(struct offload *o)
 	pthread_mutex_lock(&o->lock);
 	o->closed = true;
 	for (size_t i = 0; i < OFFLOAD_LANES; i++)
-		pthread_cond_broadcast(&o->lanes[i].work);
+		for (; o->lanes[i].n_idle > 0; o->lanes[i].n_idle--)
+			(void)sem_post(&o->lanes[i].work);
 	n_left = drop_waiting(o);
 	pthread_mutex_unlock(&o->lock);
 

@@ -6,6 +6,7 @@
 #include <dirent.h>
 #include <fcntl.h>
 #include <pthread.h>
+#include <semaphore.h>
 #include <setjmp.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -27,10 +28,8 @@ int __real_pthread_create(
 	pthread_t *id, const pthread_attr_t *attributes, void *(*main)(void *), void *userdata);
 int __wrap_pthread_create(
 	pthread_t *id, const pthread_attr_t *attributes, void *(*main)(void *), void *userdata);
-int __real_pthread_cond_clockwait(
-	pthread_cond_t *c, pthread_mutex_t *m, clockid_t clock, const struct timespec *until);
-int __wrap_pthread_cond_clockwait(
-	pthread_cond_t *c, pthread_mutex_t *m, clockid_t clock, const struct timespec *until);
+int __real_sem_clockwait(sem_t *sem, clockid_t clock, const struct timespec *until);
+int __wrap_sem_clockwait(sem_t *sem, clockid_t clock, const struct timespec *until);
 
 struct thread {
 	void *(*main)(void *);
@@ -76,10 +75,12 @@ int __wrap_pthread_create(
 	return __real_pthread_create(id, attributes, thread_main, thread);
 }
 
-int __wrap_pthread_cond_clockwait(
-	pthread_cond_t *c, pthread_mutex_t *m, clockid_t clock, const struct timespec *until)
+int __wrap_sem_clockwait(sem_t *sem, clockid_t clock, const struct timespec *until)
 {
-	return waits_expire ? ETIMEDOUT : __real_pthread_cond_clockwait(c, m, clock, until);
+	if (!waits_expire)
+		return __real_sem_clockwait(sem, clock, until);
+	errno = ETIMEDOUT;
+	return -1;
 }
 
 static sd_event *event;
