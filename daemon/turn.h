@@ -8,8 +8,7 @@
 /*
  * One turn of the loop does a bounded amount of work, whatever a client holds: TURN_MAX_USEC of CPU
  * at most. What has more to do does a slice of it, and goes on in its next turn. A build with
- * -Dturns=true measures every turn, tells of one that took longer, and aborts after one that took four
- * times as long, or the second within a while.
+ * -Dturns=true measures every turn, and aborts after one that took longer.
  */
 #define TURN_MAX_USEC 5000
 #define SLICE_USEC    1000
