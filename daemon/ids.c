@@ -61,7 +61,9 @@ static void read_file(struct ids *ids, const char *path)
 
 int ids_open(struct ids *ids, const char *path)
 {
-	*ids = (struct ids){.fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600)};
+	*ids = (struct ids){
+		.fd = open(path, O_RDWR | O_CREAT | O_NONBLOCK | O_CLOEXEC | O_NOFOLLOW, 0600),
+	};
 	if (ids->fd < 0) {
 		log_errno(LOG_WARNING, errno,
 			"Cannot open %s, identifiers go on after those that the state has", path);

@@ -129,7 +129,7 @@ static uint64_t written_usec(const struct stat *st)
 
 static int read_file(struct state_reader *r, const char *path)
 {
-	_cleanup_(close_fdp) int fd = open(path, O_RDONLY | O_CLOEXEC | O_NOFOLLOW);
+	_cleanup_(close_fdp) int fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC | O_NOFOLLOW);
 	struct stat st;
 	size_t n = 0;
 

@@ -245,9 +245,10 @@ static int begin_rewrite(struct state *state)
 	char head[64];
 
 	state->after = state->client = 0;
+	/* what is there may be anything, and opening it could wait */
+	(void)unlink(state->new_path);
 	state->next = (struct log_file){
-		.fd = open(state->new_path, O_WRONLY | O_CREAT | O_TRUNC | O_APPEND | O_CLOEXEC |
-						    O_NOFOLLOW, 0600),
+		.fd = open(state->new_path, O_WRONLY | O_CREAT | O_EXCL | O_APPEND | O_CLOEXEC, 0600),
 	};
 	snprintf(head, sizeof(head), STATE_HEADER "\nids reserved=%" PRIu64 "\n",
 		 state->broker->ids.reserved);

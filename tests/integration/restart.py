@@ -875,6 +875,31 @@ class Restart(Case):
                 data[rng.randrange(len(data))] = rng.randrange(256)
             run(bytes(data), '')
 
+    def test_no_files(self):
+        """What lies there in the place of the state and the identifiers keeps the daemon from nothing."""
+        def leased(path):
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+            self.addCleanup(os.close, fd)
+            fcntl.fcntl(fd, 10, signal.SIGURG)  # F_SETSIG, to what nobody minds
+            fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+
+        for make in (os.mkfifo, os.mkdir, leased, lambda path: os.symlink('/dev/zero', path)):
+            for name in ('.state', '.state.new', '.ids'):
+                with self.subTest(make=make, name=name):
+                    make(self.path + name)
+                    begin = time.monotonic()
+                    self.run_daemon()
+                    self.expect_served()
+                    # not when the kernel takes a lease
+                    self.assertLess(time.monotonic() - begin, 10)
+                    self.end_daemon()
+                    for file in ('.state', '.state.new', '.ids'):
+                        path = self.path + file
+                        if os.path.isdir(path):
+                            os.rmdir(path)
+                        elif os.path.lexists(path):
+                            os.unlink(path)
+
     def test_identifiers(self):
         """Whatever becomes of the file of identifiers, none is given twice: the state says which are in use (I7)."""
         self.run_daemon()
