@@ -404,14 +404,31 @@ static void tell_limit(int fd, const struct user *user, enum limit limit)
 	(void)send(fd, reply, (size_t)n + 1, MSG_DONTWAIT | MSG_NOSIGNAL);
 }
 
-/* Returns 0, or -EDQUOT: it is charged all the same, until it is closed, and nothing is read from it. */
-static int charge_connection(struct user *user, int fd)
+static void tell_groups(int fd)
 {
-	if (user_charge(user, LIMIT_CLIENTS, 1) >= 0)
-		return 0;
-	user_charge_force(user, LIMIT_CLIENTS, 1);
-	tell_limit(fd, user, LIMIT_CLIENTS);
-	return -EDQUOT;
+	char reply[200];
+	int n;
+
+	n = snprintf(reply, sizeof(reply),
+		     "{\"error\":\"" INTERFACE_NAME ".NotAllowed\",\"parameters\":{\"cause\":\"groups\","
+		     "\"message\":\"A process may have %u supplementary groups at most.\"}}",
+		     PROCESS_GROUPS_MAX);
+	(void)send(fd, reply, (size_t)n + 1, MSG_DONTWAIT | MSG_NOSIGNAL);
+}
+
+/* Returns 0, or -EDQUOT: it is charged all the same, until it is closed, and nothing is read from it. */
+static int charge_connection(struct user *user, const struct process *process, int fd)
+{
+	int r = user_charge(user, LIMIT_CLIENTS, 1);
+
+	if (r < 0) {
+		user_charge_force(user, LIMIT_CLIENTS, 1);
+		tell_limit(fd, user, LIMIT_CLIENTS);
+	} else if (process->n_groups > PROCESS_GROUPS_MAX) {
+		r = -EDQUOT;
+		tell_groups(fd);
+	}
+	return r;
 }
 
 int peer_new(struct rpc *rpc, struct broker *broker, struct peer_list *peers, int fd,
@@ -433,7 +450,7 @@ int peer_new(struct rpc *rpc, struct broker *broker, struct peer_list *peers, in
 		offload_close_connection(broker->offload, NULL, fd);
 		return r;
 	}
-	r = charge_connection(user, fd);
+	r = charge_connection(user, &process, fd);
 	p = r >= 0 ? calloc(1, sizeof(*p)) : NULL;
 	if (!p) {
 		offload_close_connection(broker->offload, user, fd);

@@ -22,6 +22,9 @@ struct process {
 	char *unit; /* owned; NULL: in none */
 };
 
+/* Supplementary groups of a client. The kernel allows 65,536, but they are kept and recorded for each. */
+#define PROCESS_GROUPS_MAX 4096U
+
 /* Who connected, from SO_PEERCRED, SO_PEERPIDFD (pidfd_open before Linux 6.5) and SO_PEERGROUPS. */
 int process_from_socket(int fd, struct process *ret);
 int process_copy(const struct process *p, struct process *ret);

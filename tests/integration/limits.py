@@ -18,11 +18,12 @@ import time
 import unittest
 
 from client import PAGE, SLOWNESS, WAIT, Connection, Refused, equal, is_readable
-from world import NOBODY, SIZE, Case, Holder, end_child, fork_as, open_file
+from world import NOBODY, SIZE, Case, Holder, end_child, fork_as, in_child, open_file
 
 LINGER = 30         # seconds, in the close of what lingers
 ROUND_TRIP = 0.3    # seconds, at most: the machine may be loaded, but nothing may wait for a close
 FIRST_UID = 3000
+GROUPS_MAX = 4096
 INFO = 'org.varlink.service.GetInfo'
 MESSAGE = json.dumps({'method': INFO}).encode() + b'\0'
 
@@ -460,6 +461,25 @@ class Kept(LimitsCase):
         _, result = self.truncate(file)
         attack.go_on()
         self.truncated(result)
+        self.expect_end(daemon)
+
+    def test_groups(self):
+        """The kernel lets a process have 65,536, which would be kept for each connection and client."""
+        daemon = self.start()
+
+        def connect(n_groups):
+            os.setgroups(range(FIRST_UID, FIRST_UID + n_groups))
+            os.setresgid(NOBODY, NOBODY, NOBODY)
+            os.setresuid(NOBODY, NOBODY, NOBODY)
+            with contextlib.closing(Connection(self.path)) as connection:
+                if n_groups <= GROUPS_MAX:
+                    return connection.call(INFO)['product']
+                answer = connection.receive()
+                equal(connection.receive(), None)
+                return answer['error'], answer['parameters']['cause']
+
+        self.assertEqual(in_child(lambda: connect(GROUPS_MAX)), 'pinbrokerd')
+        self.assertEqual(in_child(lambda: connect(GROUPS_MAX + 1)), ['org.pinbroker.NotAllowed', 'groups'])
         self.expect_end(daemon)
 
     def test_stopped_messages(self):
