@@ -3,10 +3,13 @@
 
 #include <fcntl.h>
 #include <inttypes.h>
+#include <linux/fiemap.h>
+#include <linux/fs.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/fsuid.h>
 #include <sys/inotify.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 
@@ -20,6 +23,7 @@
 #define AT_ONCE_RANGES 64
 
 #define CHUNK_PAGES 4096
+#define EXTENTS     32 /* at a time */
 
 /* A search is followed by a pause of so many times its length, and of a second if nothing shows that the file has
  * lost any pages. */
@@ -134,7 +138,8 @@ static void revoke_beyond(struct file *file)
 
 struct range {
 	uint64_t pin, offset, length;
-	bool gone; /* out: in part */
+	bool cached; /* its pages may be on the disk alone */
+	bool gone;   /* out: in part */
 };
 
 /* Lists the pins to look for, looks, and goes through the list again. */
@@ -149,6 +154,7 @@ struct page_search {
 		STEP_JUDGES,
 	} step;
 	bool lost_some;
+	bool cached; /* of any range */
 	uint64_t allocated; /* of hugetlbfs, whose pages mincore() knows only where they are mapped: the bytes that
 			     * the file has in all; else UINT64_MAX */
 	uint64_t took_usec; /* out */
@@ -169,13 +175,51 @@ static void page_search_free(struct page_search *s)
 	free(s);
 }
 
-/* A pinned page cannot be swapped out or dropped: where it is not in memory it is not the file's any more. */
-static bool is_whole(int fd, uint64_t offset, uint64_t length)
+/* Is anything of it nowhere on the disk, nor to be written there? Without an answer: no. */
+static bool has_hole(int fd, uint64_t from, uint64_t to)
 {
-	uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE), end = offset + length;
+	struct {
+		struct fiemap map;
+		struct fiemap_extent extents[EXTENTS];
+	} m;
+
+	while (from < to) {
+		m.map = (struct fiemap){
+			.fm_start = from, .fm_length = to - from, .fm_extent_count = EXTENTS};
+		if (ioctl(fd, FS_IOC_FIEMAP, &m) < 0)
+			return false;
+		for (unsigned i = 0; i < m.map.fm_mapped_extents; i++) {
+			if (m.extents[i].fe_logical > from)
+				return true;
+			from = m.extents[i].fe_logical + m.extents[i].fe_length;
+		}
+		if (m.map.fm_mapped_extents < EXTENTS)
+			return from < to;
+	}
+	return false;
+}
+
+/* Of n pages from an offset on. */
+static bool are_there(int fd, const struct range *range, uint64_t from, const unsigned char *here, size_t n)
+{
+	uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
+
+	for (size_t i = 0, k; i < n; i = k + 1) {
+		for (k = i; k < n && !(here[k] & 1); k++)
+			;
+		if (k > i && (!range->cached || has_hole(fd, from + i * page, from + k * page)))
+			return false;
+	}
+	return true;
+}
+
+/* A pinned page cannot be swapped out or dropped: where it is not in memory it is not the file's any more. */
+static bool is_whole(int fd, const struct range *range)
+{
+	uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE), end = range->offset + range->length;
 	unsigned char here[CHUNK_PAGES];
 
-	for (uint64_t from = offset / page * page; from < end; from += CHUNK_PAGES * page) {
+	for (uint64_t from = range->offset / page * page; from < end; from += CHUNK_PAGES * page) {
 		size_t size = end - from < CHUNK_PAGES * page ? end - from : CHUNK_PAGES * page;
 		void *p = mmap(NULL, size, PROT_READ, MAP_SHARED, fd, (off_t)from);
 		int r;
@@ -184,9 +228,8 @@ static bool is_whole(int fd, uint64_t offset, uint64_t length)
 			return true; /* not known */
 		r = mincore(p, size, here);
 		munmap(p, size);
-		for (size_t i = 0; r >= 0 && i < (size + page - 1) / page; i++)
-			if (!(here[i] & 1))
-				return false;
+		if (r >= 0 && !are_there(fd, range, from, here, (size + page - 1) / page))
+			return false;
 	}
 	return true;
 }
@@ -217,7 +260,7 @@ static void look_for_pages(struct page_search *s)
 		return;
 	(void)setfsuid(st.st_uid);
 	for (size_t i = 0; i < s->n; i++)
-		s->ranges[i].gone = !is_whole(s->fd, s->ranges[i].offset, s->ranges[i].length);
+		s->ranges[i].gone = !is_whole(s->fd, &s->ranges[i]);
 	(void)setfsuid(geteuid());
 }
 
@@ -255,7 +298,8 @@ static void page_search_look(struct page_search *s)
 	s->job.run = page_search_run;
 	s->job.done = page_search_done;
 	s->step = STEP_LOOKS;
-	if (s->n_bytes / page > AT_ONCE_PAGES || s->n > AT_ONCE_RANGES) {
+	/* what asks the file system may wait for it */
+	if (s->n_bytes / page > AT_ONCE_PAGES || s->n > AT_ONCE_RANGES || s->cached) {
 		offload_submit_force(s->broker->offload, NULL, &s->job);
 		return;
 	}
@@ -264,28 +308,33 @@ static void page_search_look(struct page_search *s)
 }
 
 /*
- * Pages of a pin that is not bound, or of an unknown kind of context, need not be in memory: that they are missing
- * says something only where the file has lost some, and has none elsewhere.
+ * Pages of a pin that is not bound, or of an unknown kind of context, need not be in memory: that they are nowhere
+ * says something only where the file has lost some.
  */
-static bool is_to_be_whole(const struct pin *pin, bool lost_some)
+static bool is_to_be_whole(const struct pin *pin, bool lost_some, bool *ret_cached)
 {
+	enum backing_kind kind = pin->use->file->backing.kind;
+	bool pinning = pin->state == PIN_BOUND && pin->context->ops != &context_opaque;
+
+	*ret_cached = !pinning && kind == BACKING_PAGE_CACHE;
 	if (pin->on_demand || pin->torn || pin->destroyed || pin->state == PIN_LEAVING)
 		return false;
-	if (pin->use->file->backing.kind == BACKING_HUGETLBFS)
+	if (kind == BACKING_HUGETLBFS)
 		return pin->state == PIN_BOUND;
-	return (lost_some && pin->use->file->backing.kind == BACKING_TMPFS) ||
-	       (pin->state == PIN_BOUND && pin->context->ops != &context_opaque);
+	return pinning || (lost_some && (kind == BACKING_TMPFS || kind == BACKING_PAGE_CACHE));
 }
 
 /* True: there are more. What is pinned meanwhile has its pages. */
 static bool list_some(struct page_search *s, const struct slice *slice)
 {
 	struct pin *pin;
+	bool cached;
 
 	while (selection_next(&s->left, &pin) > 0 && s->n < s->n_max) {
-		if (pin && is_to_be_whole(pin, s->lost_some)) {
-			s->ranges[s->n++] = (struct range){ pin->id, pin->offset, pin->length, false };
+		if (pin && is_to_be_whole(pin, s->lost_some, &cached)) {
+			s->ranges[s->n++] = (struct range){ pin->id, pin->offset, pin->length, cached, false };
 			s->n_bytes += pin->length;
+			s->cached |= cached;
 		}
 		if (slice_is_over(slice))
 			return true;

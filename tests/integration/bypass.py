@@ -7,11 +7,13 @@ descriptor that the broker handed out, or after the kernel's time is over (I1).
 import ctypes
 import mmap
 import os
+import shutil
 import signal
 import subprocess
 import time
 import unittest
 
+import rules
 from client import PAGE, WAIT, is_readable
 from holders import Process
 from world import DAEMON, READY, SIZE, Case, DeafManager
@@ -141,6 +143,31 @@ class Bypass(Case):
         self.assertEqual(self.told(holder)['cause'], 'shrink')
         daemon.wait_for_log('Pages were taken from .* while it was exposed, under 1 pin:')
         holder.release()
+
+    def test_regrown_on_disk(self):
+        """Pages that the kernel may drop, as it is not known that they are pinned, are on the disk at least."""
+        for kind in ('ext4', 'xfs', 'btrfs'):
+            if not shutil.which('mkfs.' + kind):
+                continue
+            with self.subTest(kind=kind), rules.mounted(kind) as mount:
+                self.file = os.path.join(mount, 'data')
+                self.write(self.file, 'a' * 2 * SIZE)
+                daemon = self.launch('[Revocation]\nRevokeGraceSec=20s\n')
+                holder = self.hold()
+                # they are dropped, and it has less behind them
+                os.fsync(holder.fd)
+                os.posix_fadvise(holder.fd, 0, 2 * SIZE, os.POSIX_FADV_DONTNEED)
+                os.ftruncate(holder.fd, SIZE)
+                self.assertFalse(is_readable(holder.watch.socket, 0.3))
+                daemon.kill(signal.SIGSTOP)
+                os.waitid(os.P_PID, daemon.pid, os.WSTOPPED)
+                os.ftruncate(holder.fd, SIZE - 2 * PAGE)
+                os.ftruncate(holder.fd, SIZE)
+                daemon.kill(signal.SIGCONT)
+                self.assertEqual(self.told(holder)['cause'], 'shrink')
+                daemon.wait_for_log('Pages were taken from .* past its lease, under 1 pin')
+                holder.release()
+                self.expect_end(daemon)
 
     def test_rewritten(self):
         """Nothing shows what was done to its pages, but somebody did something: a break that comes late."""
