@@ -206,7 +206,9 @@ static void start(struct closer *c, struct user *user, enum closer_kind kind, in
 			user_discharge(user, LIMIT_CLIENTS, 1);
 		return;
 	}
-	q->closer = c;
+	/* Workers read it, and they may be at work. */
+	if (q->closer != c)
+		q->closer = c;
 	q->kind = kind;
 	if (!q->user && user)
 		q->user = user_ref(user);
