@@ -60,9 +60,10 @@ class Subvolumes(Case):
         pid = os.fork()
         if pid == 0:
             try:
-                # mmap.mmap() keeps a descriptor of its own: it is closed, too
                 fd = os.open(path, os.O_RDWR)
                 memory = mmap.mmap(fd, PAGE)
+                # with the one that mmap.mmap() keeps; they may have any numbers that were free
+                os.closerange(3, end)
                 os.closerange(end + 1, 1024)
                 os.write(end, memory[:1])
                 signal.pause()
