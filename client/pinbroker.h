@@ -47,14 +47,26 @@ extern "C" {
  * Any call can also fail with:
  *
  *     -ENOTCONN     pinbroker_connect() has not succeeded yet
- *     -ENOTRECOVERABLE  the broker has forgotten this client (it was restarted without its state,
- * or all connections broke at a time when it had no pins): nothing protects its pins any more. Let
- * go of all of them, drop the handle and start anew. -ECONNRESET   the connection broke, or memory
- * ran out, after the call had been sent: whether it was done is not known (pinbroker_list_pins()
- * tells). The handle has reconnected, or will. -ETIMEDOUT    the broker does not answer: it is
- * stopped, or hangs; likewise. -ECHILD       the handle was made by another
- * process, see below -EPROTO       the broker's answer makes no sense -ENOMEM       nothing was
- * done or what socket(2) and connect(2) return, while the broker is away
+ *
+ *     -EISCONN      it has already, and this can only be done before
+ *
+ *     -ENOTRECOVERABLE  the broker has forgotten this client (it was restarted without its state, or
+ *                   all connections broke at a time when it had no pins): nothing protects its pins
+ *                   any more. Let go of all of them, drop the handle and start anew
+ *
+ *     -ECONNRESET   the connection broke, or memory ran out, after the call had been sent: whether it
+ *                   was done is not known (pinbroker_list_pins() tells). The handle has reconnected,
+ *                   or will
+ *
+ *     -ETIMEDOUT    the broker does not answer: it is stopped, or hangs; likewise
+ *
+ *     -ECHILD       the handle was made by another process, see below
+ *
+ *     -EPROTO       the broker's answer makes no sense
+ *
+ *     -ENOMEM       nothing was done
+ *
+ * or what socket(2) and connect(2) return, while the broker is away.
  *
  * Where one number stands for several things, pinbroker_last_error() tells them apart: its name is
  * NULL for whatever is not a refusal.
@@ -97,8 +109,8 @@ enum pinbroker_access {
 enum pinbroker_proof {
 	PINBROKER_PROOF_PROVABLE, /* the kernel no longer lists it */
 	PINBROKER_PROOF_CLAIMED,  /* the holder, or the kernel's return value, says so */
-	PINBROKER_PROOF_PRESUMED, /* the holder is dead, and nobody else was found with the context
-				   */
+	PINBROKER_PROOF_PRESUMED, /* the holder is dead or has closed the context, nobody else was found
+				     with it, and the kernel's counters do not contradict */
 };
 
 /* Why pages are wanted. */
@@ -106,7 +118,8 @@ enum pinbroker_cause {
 	PINBROKER_CAUSE_MODIFY,   /* opened for writing or truncated, not known yet which */
 	PINBROKER_CAUSE_TRUNCATE, /* truncated */
 	PINBROKER_CAUSE_OPEN,     /* opened for writing */
-	PINBROKER_CAUSE_SHRINK,   /* was truncated while no lease could be held: let go at once */
+	PINBROKER_CAUSE_SHRINK,   /* was truncated, or lost pages, where no lease held that up: let go at
+				     once */
 	PINBROKER_CAUSE_ADMIN,    /* an administrator's word */
 	PINBROKER_CAUSE_DEVICE,   /* the context's device is going away */
 	PINBROKER_CAUSE_SHUTDOWN, /* the broker is ending */

@@ -30,9 +30,10 @@ struct probe {
 };
 
 /*
- * Finds out what a descriptor is, touching it only in ways that no file system can delay. REFUSED
- * with *ret_refusal if it is neither a regular file on one of `file_systems`, the client's mount table
- * being asked, nor a device-DAX. *ret->file_system is set even then, where it is known.
+ * Finds out what a descriptor is, touching it only in ways that no file system can delay, unless the client's
+ * mount table does not have its mount: then the file is asked. REFUSED with *ret_refusal if it is neither
+ * a regular file on one of `file_systems`, nor a device-DAX; ret_refusal->file_system is set even then, where
+ * it is known.
  */
 int access_probe(int fd, const struct process *client, char *const *file_systems,
 		 struct probe *ret, struct refusal *ret_refusal);

@@ -49,7 +49,7 @@ struct broker {
 	struct schedule *schedule; /* of connections */
 	struct hearing *hearing; /* hears of breaks of leases */
 	struct sharings *sharings; /* files whose description several uids were given */
-	struct watch *watch; /* inotify, for files without a lease */
+	struct watch *watch; /* inotify, for files that are pinned, or have no lease */
 	sd_device_monitor *devices; /* whose removal is heard of; NULL: none */
 	struct blame *blame; /* finds out who broke a lease */
 	struct rpc *rpc;

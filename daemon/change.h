@@ -41,6 +41,7 @@ struct change {
 void change_begin(struct file *file, uint64_t end);
 /* Looks at the file, and does what follows. Cheap. */
 void change_check(struct file *file);
-/* inotify saw something: the same, and what somebody else has written is a conflict, if a late one. */
+/* inotify saw something, and change_check() has looked: what somebody else has written is a conflict, if a late
+ * one. */
 void change_event(struct file *file, uint32_t mask);
 void change_clear(struct change *change);

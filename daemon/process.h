@@ -44,10 +44,10 @@ int process_reopen(struct process *p);
 
 bool process_is_alive(const struct process *p);
 
-/* -ESRCH: it has ended. (scan) */
 struct uids {
 	uid_t real, effective, saved, fs;
 };
+/* -ESRCH: it has ended. (scan) */
 int process_uids(pid_t pid, struct uids *ret);
 
 /* True if the process is alive, has the same start time, and all its uids are still those of the
@@ -76,5 +76,5 @@ int process_is_stopped(pid_t pid);
 /* Waits until it is: 0, -ETIMEDOUT, or -ESRCH if it has ended. (scan) */
 int process_wait_stopped(pid_t pid, uint64_t end_usec);
 
-/* Reads a whole file of /proc (at most 64 KiB) into a NUL-terminated buffer; returns its length. */
+/* Reads a whole file of /proc (at most 4 MiB) into a NUL-terminated buffer; returns its length. -EFBIG */
 int proc_read(char **ret, const char *format, ...) __attribute__((format(printf, 2, 3)));
