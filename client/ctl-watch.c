@@ -45,7 +45,7 @@ static void say_line(const struct event *e, const struct pinbroker_revocation_in
 		printf(": %s", pinbroker_cause_name(info->cause));
 		if (info->size != PINBROKER_UNKNOWN)
 			printf(" to %" PRIu64 " bytes", info->size);
-		printf(", %s, %" PRIu64 " of %" PRIu64 " pin%s", path ?: "several files",
+		printf(", %s, %" PRIu64 " of %" PRIu64 " pin%s left", path ?: "several files",
 			info->n_remaining, info->n_pins, PLURAL(info->n_pins));
 		format_when(info->deadline_usec, when, sizeof(when));
 		printf(", deadline %s", when);

@@ -173,7 +173,7 @@ bool parse_u64(const char *s, uint64_t *ret)
 /* Bytes that are no UTF-8, and the C1 controls, U+0080 to U+009F: a terminal may obey either. */
 static size_t printable_length(const char *s)
 {
-	uint32_t c;
+	uint32_t c = 0; /* if it is none */
 	size_t length = utf8_decode(s, strlen(s), &c);
 
 	return c < ' ' || (c >= 0x7f && c < 0xa0) ? 0 : length;

@@ -343,9 +343,9 @@ static void lease_gone(struct file *file)
 	struct log_fields fields = file_fields(file);
 
 	log_event(file_n_pinning(file) > 0 ? LOG_CRIT : LOG_WARNING, MESSAGE_LEASE_LOST, &fields,
-		  "The lease of %s was lost, with %u pins alive: the kernel took it away after its "
+		  "The lease of %s was lost, with %u pin%s alive: the kernel took it away after its "
 		  "lease-break-time, or a holder gave it up.",
-		  file->path, file_n_pinning(file));
+		  file->path, file_n_pinning(file), PLURAL(file_n_pinning(file)));
 	go_without(file);
 	change_check(file);
 	if (file->revocation)

@@ -334,7 +334,7 @@ class Bypass(Case):
         _, result = self.truncate()
         self.truncated(result)
         daemon.kill(signal.SIGCONT)
-        daemon.wait_for_log('The lease of .* was lost, with 1 pins alive')
+        daemon.wait_for_log('The lease of .* was lost, with 1 pin alive')
         daemon.wait_for_log('truncated to 4096 bytes while it was exposed')
         self.assertEqual(os.waitpid(process.pid, 0)[1], signal.SIGBUS)
         self.assertEqual([r['conflict']['cause'] for r in self.revocations()], ['shrink'], daemon.text())

@@ -290,7 +290,7 @@ def test_revoked(world, tool):
         started, ended = watch.stdout.readline(), None
         # who it is, and what he does, may be known by the time that it asks
         expect(re.search(rf' revocation {revocation} started: (modify|truncate to {PAGE} bytes), '
-                         rf'{world.file}, 1 of 1 pin, deadline in ', started), started)
+                         rf'{world.file}, 1 of 1 pin left, deadline in ', started), started)
         while not ended or f'revocation {revocation} ended' not in ended:
             ended = watch.stdout.readline()
         expect(f': released, wanted by python3 (pid {child})' in ended and 'claimed' in ended, ended)
