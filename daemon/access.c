@@ -88,6 +88,14 @@ static int refuse_file(struct refusal *ret, const char *cause, const struct prob
 	return REFUSED;
 }
 
+/* Its mount is in no table. */
+static bool is_memfd(const struct probe *probe)
+{
+	static const char prefix[] = "/memfd:";
+
+	return strncmp(probe->path, prefix, strlen(prefix)) == 0;
+}
+
 /* Mount ids of other mount namespaces are in no table but the client's own; and even that lists no mount that its
  * root hides, or that a descriptor from elsewhere is on. Then the file is asked, which can wait for whoever
  * serves it, on a thread of the client's user. */
@@ -97,7 +105,7 @@ static int find_file_system(int fd, uint64_t mount_id, const struct process *cli
 	int r = mount_find(client, mount_id, probe->file_system, sizeof(probe->file_system),
 			   &probe->mount_device);
 
-	if (r != -ENOENT || strncmp(probe->path, "/memfd:", 7) == 0)
+	if (r != -ENOENT || is_memfd(probe))
 		return r;
 	return mount_find_of_file(fd, file_systems, probe->file_system, sizeof(probe->file_system));
 }
@@ -159,7 +167,7 @@ static int probe_file(int fd, const struct process *client, char *const *file_sy
 	p->mount = stx.stx_mnt_id;
 	p->mount_device = p->device;
 	r = find_file_system(fd, stx.stx_mnt_id, client, file_systems, p);
-	if (r == -ENOENT && strncmp(p->path, "/memfd:", 7) == 0)
+	if (r == -ENOENT && is_memfd(p))
 		return refuse_file(ret_refusal, "memfd", p,
 				   "Leases do not protect a memfd; seal it with F_SEAL_SHRINK.");
 	if (r == -ENOENT)

@@ -240,10 +240,8 @@ static bool read_calls(pid_t pid, const struct suspect *suspect, struct conflict
 static bool look_at(pid_t pid, const struct suspect *suspect, struct conflict *ret)
 {
 	_cleanup_(freep) char *comm = NULL;
-	_cleanup_(freep) char *status = NULL;
 	struct conflict who = conflict_new(CAUSE_MODIFY);
-	unsigned uid;
-	char *line;
+	struct uids uids;
 
 	if (!read_calls(pid, suspect, &who))
 		return false;
@@ -252,9 +250,8 @@ static bool look_at(pid_t pid, const struct suspect *suspect, struct conflict *r
 		utf8_sanitize(comm);
 		snprintf(who.comm, sizeof(who.comm), "%s", comm);
 	}
-	if (proc_read(&status, "/proc/%d/status", pid) >= 0 && (line = strstr(status, "\nUid:")) &&
-	    sscanf(line, "\nUid: %u", &uid) == 1)
-		who.uid = uid;
+	if (process_uids(pid, &uids) >= 0)
+		who.uid = uids.real;
 	who.pid = pid;
 	*ret = who;
 	return true;

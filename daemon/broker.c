@@ -156,7 +156,7 @@ int broker_new(sd_event *event, struct config *config, struct broker **ret)
 		r = sd_event_add_time(broker->event, &broker->audit, CLOCK_MONOTONIC,
 				      now_usec() + AUDIT_USEC, AUDIT_SLACK_USEC, on_audit, broker);
 	if (r >= 0)
-		r = offload_new(event, NULL, &broker->offload);
+		r = offload_new(event, &broker->offload);
 	if (r >= 0)
 		r = schedule_new(event, &broker->schedule);
 	if (r >= 0)

@@ -36,7 +36,8 @@ static const struct revoke {
 	{"RevokeDevice", "sst", {"device"}},
 };
 
-const char *bus_polkit_action(sd_bus_message *call)
+/* What kind of call it is, as an action of polkit's. */
+static const char *action_of(sd_bus_message *call)
 {
 	const char *member = sd_bus_message_get_member(call);
 
@@ -168,7 +169,7 @@ int bus_polkit_ask(sd_bus_message *call, sd_bus_message_handler_t done, void *us
 					   POLKIT ".Authority", "CheckAuthorization");
 	if (r >= 0)
 		r = sd_bus_message_append(m, "(sa{sv})s", "system-bus-name", 1, "name", "s",
-					  sd_bus_message_get_sender(call), bus_polkit_action(call));
+					  sd_bus_message_get_sender(call), action_of(call));
 	if (r >= 0)
 		r = append_details(m, call);
 	if (r >= 0)

@@ -5,9 +5,6 @@
 
 /* Whether the sender of a call may do it, as polkit decides; asked without waiting. */
 
-/* What kind of call it is, as an action of polkit's. */
-const char *bus_polkit_action(sd_bus_message *call);
-
 /*
  * Asks about a call. done() is called once, with the answer or with an error, unless *ret_slot is
  * unreferenced before. -E2BIG: the call is too long to be kept meanwhile.

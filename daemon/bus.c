@@ -66,10 +66,7 @@ static int bus_connect(struct bus *bus);
 
 static int on_reconnect(sd_event_source *source, uint64_t usec, void *userdata)
 {
-	struct bus *bus = userdata;
-
-	if (bus_connect(bus) < 0)
-		return 0;
+	(void)bus_connect(userdata);
 	return 0;
 }
 

@@ -262,8 +262,6 @@ int call_unpin(struct call *call, const union call_in *in)
 	if (pins->n_items > 0)
 		memcpy(u->pins, pins->items, pins->n_items * sizeof(u->pins[0]));
 	r = turn_add_source(u->broker->event, &u->source, on_unpin, u);
-	if (r >= 0)
-		r = sd_event_source_set_enabled(u->source, SD_EVENT_OFF);
 	if (r < 0) {
 		unpinning_free(u);
 		return r;

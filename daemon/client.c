@@ -38,7 +38,7 @@ bool client_check_token(const struct client *client, const char *token)
 	return difference == 0;
 }
 
-static struct log_fields client_fields(const struct client *client)
+struct log_fields client_fields(const struct client *client)
 {
 	return (struct log_fields){
 		.client = client->id,

@@ -18,6 +18,7 @@ struct context;
 struct file;
 struct peer;
 struct user;
+struct log_fields;
 
 #define CLIENT_TOKEN_SIZE 33 /* 128 random bits in hexadecimal, and a NUL */
 
@@ -93,6 +94,9 @@ bool client_can_answer(const struct client *client);
 void client_disconnected(struct client *client);
 /* Frees it if it is dead, or without a connection, and nothing is left of it. */
 void client_collect(struct client *client);
+
+/* For what the log has about it. */
+struct log_fields client_fields(const struct client *client);
 
 bool client_check_token(const struct client *client, const char *token);
 

@@ -131,7 +131,7 @@ static bool end_some_gone(struct context_job *j, const struct slice *slice)
 	return false;
 }
 
-struct handle context_handle(const struct pin *pin)
+static struct handle handle_of(const struct pin *pin)
 {
 	return (struct handle){
 		.pin = pin->id,
@@ -248,7 +248,7 @@ static void add_awaited(struct context *context, struct context_job *j)
 		TAILQ_INSERT_TAIL(&context->leaving, pin, of_leaving);
 		if (!pin_is_awaited(pin))
 			continue;
-		j->handles[j->n_handles] = context_handle(pin);
+		j->handles[j->n_handles] = handle_of(pin);
 		j->handles[j->n_handles++].ask = context->ask || now - pin->left_msec >= ASK_MSEC;
 	}
 	context->n_unchecked -= n_max;
@@ -421,7 +421,7 @@ static bool add_some_handles(struct context_job *j, const struct slice *slice)
 		if (pin->handle == INT_NULL || pin->over || j->n_handles == j->i)
 			continue;
 		wanted = revocation && is_wanted(pin, revocation);
-		j->handles[j->n_handles] = context_handle(pin);
+		j->handles[j->n_handles] = handle_of(pin);
 		j->handles[j->n_handles++].keep = !wanted;
 		j->n_wanted += wanted;
 	}

@@ -56,7 +56,6 @@ void context_job_free(struct context_job *job);
 void context_job_do(struct context_job *job,
 	bool (*part)(struct context_job *job, const struct slice *slice),
 	void (*rest)(struct context_job *job));
-struct handle context_handle(const struct pin *pin);
 
 /* All that use its descriptor have come back: the reap that waited for that begins. */
 void context_start_reap(struct context *context);

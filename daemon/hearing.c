@@ -11,10 +11,7 @@
 #include "macro.h"
 #include "turn.h"
 
-#define COMPLAIN_USEC  (10 * USEC_PER_SEC)
-
-/* A sweep takes half of the loop's time at most. */
-#define SWEEP_PAUSE_USEC (1 * USEC_PER_MSEC)
+#define COMPLAIN_USEC (10 * USEC_PER_SEC)
 
 struct hearing {
 	struct broker *broker;
@@ -77,7 +74,7 @@ static int on_sweep(sd_event_source *source, uint64_t usec, void *userdata)
 	struct hearing *h = userdata;
 	bool more = sweep_some(h) || begin_round(h);
 
-	h->sweep_usec = now_usec() + SWEEP_PAUSE_USEC;
+	h->sweep_usec = now_usec() + SLICE_PAUSE_USEC;
 	return more ? arm_sweep(h) : 0;
 }
 

@@ -108,8 +108,6 @@ static void text_add_fields(struct text *t, const struct log_fields *f)
 
 	text_add_number(t, "PINBROKER_CLIENT", f->client);
 	text_add_number(t, "PINBROKER_FILE", f->file);
-	text_add_number(t, "PINBROKER_PIN", f->pin);
-	text_add_number(t, "PINBROKER_CONTEXT", f->context);
 	text_add_number(t, "PINBROKER_REVOCATION", f->revocation);
 	text_add_number(t, "PINBROKER_CLIENT_PID", (uint64_t)f->pid);
 	if (f->uid) {

@@ -25,8 +25,6 @@
 struct log_fields {
 	uint64_t client;        /* PINBROKER_CLIENT= */
 	uint64_t file;          /* PINBROKER_FILE= */
-	uint64_t pin;           /* PINBROKER_PIN= */
-	uint64_t context;       /* PINBROKER_CONTEXT= */
 	uint64_t revocation;    /* PINBROKER_REVOCATION= */
 	const char *path;       /* PINBROKER_PATH= */
 	pid_t pid;              /* PINBROKER_CLIENT_PID=: the holder */

@@ -29,10 +29,7 @@
 #define USEC_PER_MSEC 1000ULL
 #define USEC_INFINITY UINT64_MAX
 
-/* "%u pin%s" */
-#define PLURAL(n) ((n) == 1 ? "" : "s")
-
-/* Ends a noun after its number. */
+/* Ends a noun after its number: "%u pin%s". */
 #define PLURAL(n) ((n) == 1 ? "" : "s")
 
 /* CLOCK_MONOTONIC, microseconds */

@@ -18,9 +18,9 @@
 #define IDLE_SEC      10
 #define RETRY_USEC    (100 * USEC_PER_MSEC)
 #define DONE_PER_TURN 64U
-struct lane;
-
 #define END_WAIT_USEC (200 * USEC_PER_MSEC)
+
+struct lane;
 
 struct thread {
 	struct offload *offload; /* a reference, while `taken` */
@@ -56,7 +56,6 @@ struct offload {
 	bool closed; /* written by the loop */
 
 	/* never changes */
-	int (*thread_init)(void);
 	pthread_attr_t attributes;
 
 	/* the loop's */
@@ -146,8 +145,6 @@ static void *thread_main(void *userdata)
 	struct lane *lane = thread->lane;
 	bool closes = lane->closes; /* the lane may have gone at the end */
 
-	if (lane == &o->lanes[OFFLOAD_CLIENTS] && o->thread_init && o->thread_init() < 0)
-		abort();
 	if (closes)
 		interrupter_start();
 
@@ -450,7 +447,7 @@ static void offload_freep(struct offload **o)
 	offload_free(*o);
 }
 
-int offload_new(sd_event *event, int (*thread_init)(void), struct offload **ret)
+int offload_new(sd_event *event, struct offload **ret)
 {
 	_cleanup_(offload_freep) struct offload *o = calloc(1, sizeof(*o));
 	int r;
@@ -458,7 +455,6 @@ int offload_new(sd_event *event, int (*thread_init)(void), struct offload **ret)
 	if (!o)
 		return -ENOMEM;
 	o->n_refs = 1;
-	o->thread_init = thread_init;
 	o->done_fd = -1;
 	pthread_mutex_init(&o->lock, NULL);
 	pthread_attr_init(&o->attributes);

@@ -57,11 +57,7 @@ struct offload_queue {
 	TAILQ_ENTRY(offload_queue) link;
 };
 
-/*
- * thread_init, if not NULL, runs first on every thread that serves clients' jobs (it drops
- * privileges); a negative return aborts the process.
- */
-int offload_new(sd_event *event, int (*thread_init)(void), struct offload **ret);
+int offload_new(sd_event *event, struct offload **ret);
 
 /*
  * Ends the pool: jobs that run are waited for a moment; what is queued and has not begun is dropped with

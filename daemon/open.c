@@ -64,6 +64,21 @@ static void request_free(struct open_request *q)
 	free(q);
 }
 
+static void find_way(struct open_request *q);
+
+/* The file has been opened, or not: those that wait for it go on. */
+static void wake_waiting(struct file *file)
+{
+	STAILQ_HEAD(, open_request) woken = STAILQ_HEAD_INITIALIZER(woken);
+	struct open_request *q;
+
+	STAILQ_CONCAT(&woken, &file->waiting);
+	while ((q = STAILQ_FIRST(&woken))) {
+		STAILQ_REMOVE_HEAD(&woken, waiting);
+		find_way(q);
+	}
+}
+
 static void finish(struct open_request *q, int r)
 {
 	struct file *file = q->owns_file ? broker_find_file(q->broker, q->file) : NULL;
@@ -80,7 +95,7 @@ static void finish(struct open_request *q, int r)
 		file_update(file);
 		if (file->n_uses > 0)
 			file_keep(file);
-		open_wake(file);
+		wake_waiting(file);
 		file_collect(file);
 	}
 	q->done(&q->result, q->userdata);
@@ -145,11 +160,8 @@ static int add_use(struct open_request *q, struct file *file, bool writable, uin
 
 	if (!client || client->dead)
 		return -ECONNRESET;
-	if (file->withdrawn != 0)
-		return refuse(&q->result.refusal, REFUSAL_BUSY, "revoking",
-			      "%s is being withdrawn by an administrator.", file->path);
 	use = client_find_use(client, file);
-	if (use && use->revocation != 0)
+	if (file->withdrawn != 0 || (use && use->revocation != 0))
 		return refuse(&q->result.refusal, REFUSAL_BUSY, "revoking",
 			      "%s is being withdrawn by an administrator.", file->path);
 	if (!use) {
@@ -402,18 +414,6 @@ void open_give_up(struct broker *broker)
 static void on_done(struct job *job)
 {
 	go_on(container_of(job, struct open_request, job));
-}
-
-void open_wake(struct file *file)
-{
-	STAILQ_HEAD(, open_request) woken = STAILQ_HEAD_INITIALIZER(woken);
-	struct open_request *q;
-
-	STAILQ_CONCAT(&woken, &file->waiting);
-	while ((q = STAILQ_FIRST(&woken))) {
-		STAILQ_REMOVE_HEAD(&woken, waiting);
-		find_way(q);
-	}
 }
 
 static int charge_descriptors(struct open_request *q, struct refusal *ret_refusal)

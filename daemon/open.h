@@ -10,7 +10,6 @@
 
 struct broker;
 struct client;
-struct file;
 
 /*
  * OpenFile, from a client's descriptor to a leased file. It goes back and forth between the loop, which
@@ -33,9 +32,6 @@ struct open_request;
 int open_start(struct client *client, int fd, enum access access,
 	       void (*done)(struct open_result *result, void *userdata), void *userdata,
 	       struct refusal *ret_refusal);
-
-/* The file has been opened, or not: those that wait for it go on. */
-void open_wake(struct file *file);
 
 /* The broker ends, and has no clients any more: requests that wait to try a lease again do so no more. */
 void open_give_up(struct broker *broker);

@@ -222,14 +222,9 @@ static int restore_file(struct restorer *r, uint64_t id, const struct record *re
 static void log_lost(struct restorer *r, const struct client *client, const char *what, uint64_t id,
 		     const char *path)
 {
-	struct log_fields fields = {
-		.client = client->id,
-		.pid = client->process.pid,
-		.uid = &client->process.uid,
-		.unit = client->process.unit,
-		.path = path,
-	};
+	struct log_fields fields = client_fields(client);
 
+	fields.path = path;
 	r->n_lost++;
 	log_event(LOG_CRIT, MESSAGE_LEASE_LOST, &fields,
 		  "%s %" PRIu64 " of %s (pid %d) was lost by the restart: nothing protects %s any more.", what,

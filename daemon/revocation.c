@@ -563,9 +563,7 @@ static int make_sources(struct revocation *rev)
 	r = sd_event_add_time(event, &rev->timer, CLOCK_MONOTONIC, 0, 1, on_timer, rev);
 	if (r >= 0)
 		r = sd_event_source_set_enabled(rev->timer, SD_EVENT_OFF);
-	if (r >= 0)
-		r = turn_add_source(event, &rev->work, on_work, rev);
-	return r < 0 ? r : sd_event_source_set_enabled(rev->work, SD_EVENT_OFF);
+	return r < 0 ? r : turn_add_source(event, &rev->work, on_work, rev);
 }
 
 /* The first pins are found before the first step, which depends on them. */

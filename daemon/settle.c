@@ -6,11 +6,11 @@
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
-#include <string.h>
 #include <unistd.h>
 
 #include "broker.h"
 #include "macro.h"
+#include "process.h"
 
 #define LISTENED_USEC (600 * USEC_PER_SEC)
 
@@ -76,23 +76,10 @@ int settle_start(struct file *file)
 bool settle_is_held(const struct settle_job *j)
 {
 	pid_t tid = atomic_load(&j->opening_tid);
-	_cleanup_(close_fdp) int fd = -1;
-	char path[64], text[128];
-	const char *state;
-	ssize_t n;
+	struct process_stat stat;
 
-	if (tid == 0)
-		return false;
-	snprintf(path, sizeof(path), "/proc/self/task/%d/stat", tid);
-	fd = open(path, O_RDONLY | O_CLOEXEC);
-	n = fd >= 0 ? read(fd, text, sizeof(text) - 1) : -1;
-	if (n <= 0)
-		return false;
-	text[n] = 0;
-	/* "17 (pinbrokerd) D 1 …" */
-	state = strrchr(text, ')');
-	return state && (strncmp(state, ") D", 3) == 0 || strncmp(state, ") S", 3) == 0) &&
-	       atomic_load(&j->opening_tid) == tid;
+	return tid != 0 && process_read_stat(getpid(), tid, &stat) >= 0 &&
+	       (stat.state == 'D' || stat.state == 'S') && atomic_load(&j->opening_tid) == tid;
 }
 
 uint64_t listened_until(const struct listened *l, uint64_t device)

@@ -12,12 +12,9 @@
 #include "macro.h"
 #include "peer.h"
 #include "state.h"
+#include "turn.h"
 
 #define LOOK_USEC (100 * USEC_PER_MSEC)
-/* As a sweep does, a round takes half of the loop's time at most. */
-#define TURN_USEC  (1 * USEC_PER_MSEC)
-#define PAUSE_USEC (1 * USEC_PER_MSEC)
-#define TURN_FILES 16 /* the clock is looked at after so many */
 
 TAILQ_HEAD(file_queue, file);
 
@@ -286,14 +283,15 @@ void sharing_look(struct file *file)
 static int on_look(sd_event_source *source, uint64_t usec, void *userdata)
 {
 	struct sharings *s = userdata;
-	uint64_t now = now_usec(), end = now + TURN_USEC;
+	struct slice slice = slice_begin();
 	struct file *file;
+	uint64_t next;
 
 	if (s->n_left == 0) {
 		s->n_left = s->n_files;
-		s->round_usec = now + LOOK_USEC;
+		s->round_usec = now_usec() + LOOK_USEC;
 	}
-	for (unsigned n = 1; s->n_left > 0 && (n % TURN_FILES != 0 || now_usec() < end); n++) {
+	do {
 		file = TAILQ_FIRST(&s->files);
 		if (!file) {
 			s->n_left = 0;
@@ -303,10 +301,10 @@ static int on_look(sd_event_source *source, uint64_t usec, void *userdata)
 		TAILQ_REMOVE(&s->files, file, sharing.of_sharings);
 		TAILQ_INSERT_TAIL(&s->files, file, sharing.of_sharings);
 		sharing_look(file);
-	}
+	} while (s->n_left > 0 && !slice_is_over(&slice));
 	if (s->n_files > 0) {
-		now = now_usec() + PAUSE_USEC;
-		look_at(s, s->n_left > 0 || s->round_usec < now ? now : s->round_usec);
+		next = now_usec() + SLICE_PAUSE_USEC;
+		look_at(s, s->n_left > 0 || s->round_usec < next ? next : s->round_usec);
 	}
 	return 0;
 }

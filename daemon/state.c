@@ -386,8 +386,6 @@ int state_new(struct broker *broker, const char *path, struct state **ret)
 	if (r >= 0)
 		r = turn_add_source(broker->event, &state->rewrite, on_rewrite, state);
 	if (r >= 0)
-		r = sd_event_source_set_enabled(state->rewrite, SD_EVENT_OFF);
-	if (r >= 0)
 		r = sd_event_add_post(broker->event, &state->post, on_post, state);
 	/* before what goes on in slices: one of them is written at a time */
 	if (r >= 0)

@@ -12,6 +12,8 @@
  */
 #define TURN_MAX_USEC 5000
 #define SLICE_USEC    1000
+/* After a slice of what comes before everything else: so it takes half of the loop's time at most. */
+#define SLICE_PAUSE_USEC 1000
 
 /* CPU time of the calling thread. */
 uint64_t turn_cpu_usec(void);

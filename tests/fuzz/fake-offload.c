@@ -12,7 +12,7 @@ struct offload {
 	bool closed;
 };
 
-int offload_new(sd_event *event, int (*thread_init)(void), struct offload **ret)
+int offload_new(sd_event *event, struct offload **ret)
 {
 	struct offload *o = calloc(1, sizeof(*o));
 

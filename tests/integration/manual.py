@@ -167,8 +167,7 @@ class Pages(unittest.TestCase):
                           if name.endswith('.c'))
         fields = {key for key, member in re.findall(r't, "(\w+)", (?:\(uint64_t\))?f->(\w+)\)', sources)
                   if re.search(rf'(?:\.|fields\.){member} = ', sources)} | {'PINBROKER_CLIENT_UID'}
-        self.assertEqual({f for t in described for f in re.findall(r'\b([A-Z_]+)=', t)},
-                         fields - {'PINBROKER_PIN', 'PINBROKER_CONTEXT'})
+        self.assertEqual({f for t in described for f in re.findall(r'\b([A-Z_]+)=', t)}, fields)
 
     def test_options(self):
         for name, program in (('pinbrokerd.8', DAEMON), ('pinbrokerctl.1', CTL)):

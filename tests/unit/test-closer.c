@@ -74,7 +74,7 @@ static int setup(void **state)
 		sd_event_new(&event) < 0 || users_new(maxima, &users) < 0 ||
 		user_get(users, 1, &alice) < 0 || user_get(users, 2, &bob) < 0)
 		return -1;
-	return offload_new(event, NULL, &offload);
+	return offload_new(event, &offload);
 }
 
 static int teardown(void **state)

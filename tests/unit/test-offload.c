@@ -100,7 +100,6 @@ struct test_job {
 
 static atomic_uint n_running, n_running_max;
 static unsigned n_done;
-static atomic_uint n_initialised;
 
 static unsigned count_descriptors(void)
 {
@@ -178,24 +177,18 @@ static void run_until_finished(void)
 		assert_true(sd_event_run(event, UINT64_MAX) >= 0);
 }
 
-static int thread_init(void)
-{
-	n_initialised++;
-	return 0;
-}
-
 static int setup(void **state)
 {
 	n_descriptors = count_descriptors();
 	loop_thread = pthread_self();
-	n_running = n_running_max = n_initialised = 0;
+	n_running = n_running_max = 0;
 	n_threads = n_done = 0;
 	if (pipe2(started, O_CLOEXEC) < 0 || pipe2(ended, O_CLOEXEC) < 0)
 		return -1;
 	if (sd_event_new(&event) < 0 || users_new(maxima, &users) < 0 ||
 		user_get(users, 1, &alice) < 0 || user_get(users, 2, &bob) < 0)
 		return -1;
-	return offload_new(event, thread_init, &offload);
+	return offload_new(event, &offload);
 }
 
 static int teardown(void **state)
@@ -315,7 +308,6 @@ static void test_running_per_user(void **state)
 	assert_int_equal(n_done, ELEMENTS(jobs));
 	assert_int_equal(n_running_max, OFFLOAD_RUNNING_PER_USER);
 	assert_int_equal(n_threads, OFFLOAD_RUNNING_PER_USER);
-	assert_int_equal(n_initialised, OFFLOAD_RUNNING_PER_USER);
 	for (size_t i = 0; i < ELEMENTS(jobs); i++)
 		job_clear(&jobs[i]);
 }
