@@ -22,8 +22,9 @@
 #define AT_ONCE_PAGES  4096
 #define AT_ONCE_RANGES 64
 
-#define CHUNK_PAGES 4096
-#define EXTENTS     32 /* at a time */
+#define CHUNK_PAGES  4096
+#define BLOCK_RANGES 1024
+#define EXTENTS      32 /* at a time */
 
 /* A search is followed by a pause of so many times its length, and of a second if nothing shows that the file has
  * lost any pages. */
@@ -155,6 +156,7 @@ struct page_search {
 	} step;
 	bool lost_some;
 	bool cached; /* of any range */
+	bool no_memory; /* for all */
 	uint64_t allocated; /* of hugetlbfs, whose pages mincore() knows only where they are mapped: the bytes that
 			     * the file has in all; else UINT64_MAX */
 	uint64_t took_usec; /* out */
@@ -165,11 +167,30 @@ struct page_search {
 	uint64_t start, end;
 	size_t i; /* STEP_JUDGES: the next range */
 	size_t n, n_max;
-	struct range ranges[];
+	struct range *blocks[]; /* owned; of BLOCK_RANGES each: to touch the memory for all would be a long turn */
 };
+
+static struct range *range_at(const struct page_search *s, size_t i)
+{
+	return &s->blocks[i / BLOCK_RANGES][i % BLOCK_RANGES];
+}
+
+static bool range_add(struct page_search *s, const struct range *range)
+{
+	struct range **block = &s->blocks[s->n / BLOCK_RANGES];
+
+	if (!*block && !(*block = malloc(BLOCK_RANGES * sizeof(**block))))
+		return false;
+	*range_at(s, s->n++) = *range;
+	s->n_bytes += range->length;
+	s->cached |= range->cached;
+	return true;
+}
 
 static void page_search_free(struct page_search *s)
 {
+	for (size_t i = 0; i < s->n; i += BLOCK_RANGES)
+		free(s->blocks[i / BLOCK_RANGES]);
 	safe_close(s->fd);
 	free(s->torn);
 	free(s);
@@ -240,7 +261,8 @@ static uint64_t count_pinned(const struct page_search *s)
 	uint64_t n = 0, end = 0;
 
 	for (size_t i = 0; i < s->n; i++) {
-		uint64_t from = s->ranges[i].offset, to = from + s->ranges[i].length;
+		const struct range *range = range_at(s, i);
+		uint64_t from = range->offset, to = from + range->length;
 
 		from = from > end ? from : end;
 		if (to <= from)
@@ -260,7 +282,7 @@ static void look_for_pages(struct page_search *s)
 		return;
 	(void)setfsuid(st.st_uid);
 	for (size_t i = 0; i < s->n; i++)
-		s->ranges[i].gone = !is_whole(s->fd, &s->ranges[i]);
+		range_at(s, i)->gone = !is_whole(s->fd, range_at(s, i));
 	(void)setfsuid(geteuid());
 }
 
@@ -273,7 +295,7 @@ static void page_search_run(struct job *job)
 		look_for_pages(s);
 	else if (count_pinned(s) > s->allocated)
 		for (size_t i = 0; i < s->n; i++)
-			s->ranges[i].gone = true;
+			range_at(s, i)->gone = true;
 	s->fd = safe_close(s->fd);
 	s->took_usec = now_usec() - begin;
 }
@@ -330,12 +352,10 @@ static bool list_some(struct page_search *s, const struct slice *slice)
 	struct pin *pin;
 	bool cached;
 
-	while (selection_next(&s->left, &pin) > 0 && s->n < s->n_max) {
-		if (pin && is_to_be_whole(pin, s->lost_some, &cached)) {
-			s->ranges[s->n++] = (struct range){ pin->id, pin->offset, pin->length, cached, false };
-			s->n_bytes += pin->length;
-			s->cached |= cached;
-		}
+	while (!s->no_memory && selection_next(&s->left, &pin) > 0 && s->n < s->n_max) {
+		if (pin && is_to_be_whole(pin, s->lost_some, &cached))
+			s->no_memory = !range_add(
+				s, &(struct range){ pin->id, pin->offset, pin->length, cached, false });
 		if (slice_is_over(slice))
 			return true;
 	}
@@ -359,10 +379,12 @@ static void judge(struct page_search *s, const struct range *range)
 /* True: there are more. */
 static bool judge_some(struct page_search *s, const struct slice *slice)
 {
-	if (!s->torn && !(s->torn = malloc((s->n + 1) * sizeof(*s->torn))))
+	if (!s->torn && !(s->torn = malloc((s->n + 1) * sizeof(*s->torn)))) {
+		s->no_memory = true;
 		return false;
+	}
 	while (s->i < s->n) {
-		judge(s, &s->ranges[s->i++]);
+		judge(s, range_at(s, s->i++));
 		if (slice_is_over(slice))
 			return true;
 	}
@@ -400,7 +422,7 @@ static void page_search_end(struct file *file)
 	change->search_usec = now_usec() + PAUSE_TIMES * s->took_usec;
 	if (!s->lost_some)
 		change->search_usec += PAUSE_USEC;
-	change->lost_some |= !s->torn; /* there was no memory to judge */
+	change->lost_some |= s->no_memory;
 	/* what has happened meanwhile */
 	if (change->lost_some || change->written)
 		search_later(file);
@@ -410,7 +432,8 @@ static void page_search_end(struct file *file)
 
 static struct page_search *page_search_new(struct file *file)
 {
-	struct page_search *s = calloc(1, sizeof(*s) + file->n_pins * sizeof(struct range));
+	size_t n_blocks = (file->n_pins + BLOCK_RANGES - 1) / BLOCK_RANGES;
+	struct page_search *s = calloc(1, sizeof(*s) + n_blocks * sizeof(s->blocks[0]));
 
 	if (!s || (s->fd = fcntl(file->lease.fd, F_DUPFD_CLOEXEC, 3)) < 0) {
 		free(s);
