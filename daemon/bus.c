@@ -19,6 +19,8 @@
 #include "notice.h"
 #include "turn.h"
 
+#define SYSTEM_BUS "unix:path=/run/dbus/system_bus_socket"
+
 #define RECONNECT_FIRST_USEC (100 * USEC_PER_MSEC)
 #define RECONNECT_LAST_USEC  (5 * USEC_PER_SEC)
 
@@ -288,8 +290,7 @@ static int bus_start(struct bus *bus)
 	r = sd_bus_new(&bus->bus);
 	if (r < 0)
 		return r;
-	r = sd_bus_set_address(bus->bus, bus->address ? bus->address
-						      : "unix:path=/run/dbus/system_bus_socket");
+	r = sd_bus_set_address(bus->bus, bus->address ? bus->address : SYSTEM_BUS);
 	if (r >= 0)
 		r = sd_bus_set_bus_client(bus->bus, true);
 	if (r >= 0)
@@ -330,7 +331,8 @@ static int bus_connect(struct bus *bus)
 	r = bus_start(bus);
 	if (r < 0) {
 		if (bus->reconnect_usec == 0)
-			log_errno(LOG_NOTICE, r, "The message bus is not there, going on without");
+			log_errno(LOG_NOTICE, r, "The message bus is not there, going on without (%s)",
+				  bus->address ? bus->address : SYSTEM_BUS);
 		drop(bus);
 		reconnect_later(bus);
 	}

@@ -3,10 +3,12 @@
 
 #include <ctype.h>
 #include <dirent.h>
+#include <fcntl.h>
 #include <ini.h>
 #include <signal.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/stat.h>
 
 #include "log.h"
 #include "macro.h"
@@ -266,6 +268,14 @@ static int read_setting(void *userdata, const char *section, const char *key, co
 	return 1;
 }
 
+/* inih tells of the first such line alone. */
+static bool is_understood(const char *line)
+{
+	if (strchr("#;\r\n", *line))
+		return true;
+	return *line == '[' ? strchr(line, ']') : strpbrk(line, "=:");
+}
+
 static char *read_line(char *line, int size, void *userdata)
 {
 	struct reader *reader = userdata;
@@ -287,25 +297,45 @@ static char *read_line(char *line, int size, void *userdata)
 	/* inih would take an indented line for a continuation */
 	blank = strspn(line, WHITESPACE);
 	memmove(line, line + blank, strlen(line + blank) + 1);
+	if (!is_understood(line)) {
+		log_warning("%s:%u: This is neither a section nor Key=value; the line is ignored.",
+			reader->path, reader->line);
+		*line = '\0';
+	}
 	return line;
+}
+
+/* Devices and pipes may have no end, or be waited for. One that is empty, as /dev/null, is as good as a file. */
+static int open_file(const char *path, FILE **ret)
+{
+	_cleanup_(close_fdp) int fd = open(path, O_RDONLY | O_NONBLOCK | O_NOCTTY | O_CLOEXEC);
+	struct stat st;
+
+	if (fd < 0 || fstat(fd, &st) < 0)
+		return -errno;
+	*ret = fdopen(fd, "re");
+	if (!*ret)
+		return -errno;
+	TAKE_FD(fd);
+	if (S_ISREG(st.st_mode) || fgetc(*ret) == EOF)
+		return 0;
+	fclose(*ret);
+	return -EMEDIUMTYPE;
 }
 
 static int read_file(struct config *config, const char *path)
 {
 	struct reader reader = { .path = path, .config = config };
-	int bad_line;
+	int r;
 
-	reader.file = fopen(path, "re");
-	if (!reader.file)
-		return -errno;
-	bad_line = ini_parse_stream(read_line, &reader, read_setting, &reader);
+	r = open_file(path, &reader.file);
+	if (r < 0)
+		return r;
+	r = ini_parse_stream(read_line, &reader, read_setting, &reader);
 	fclose(reader.file);
 	if (reader.error < 0)
 		return reader.error;
-	if (bad_line > 0)
-		log_warning("%s:%d: This is neither [Section] nor Key=value; the line is ignored.",
-			path, bad_line);
-	return bad_line == -2 ? -ENOMEM : 0;
+	return r == -2 ? -ENOMEM : 0;
 }
 
 static int is_configuration(const struct dirent *d)

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <errno.h>
+#include <fcntl.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <time.h>
@@ -31,6 +32,20 @@
 
 /* Ends a noun after its number: "%u pin%s". */
 #define PLURAL(n) ((n) == 1 ? "" : "s")
+
+/* NULL where it is empty, too. */
+static inline const char *environment(const char *name)
+{
+	const char *value = secure_getenv(name);
+
+	return value && *value ? value : NULL;
+}
+
+/* Behind what strerror() says: what to do where it is a limit of this process. */
+static inline const char *limit_advice(int error)
+{
+	return error == EMFILE ? " Raise the limit of open files (ulimit -n)." : "";
+}
 
 /* CLOCK_MONOTONIC, microseconds */
 static inline uint64_t now_usec(void)
@@ -62,6 +77,18 @@ static inline int safe_close(int fd)
 static inline void close_fdp(int *fd)
 {
 	safe_close(*fd);
+}
+
+/* Before anything else is opened, which would get the number of a standard descriptor that is closed, and with it
+ * what is said to people. Writing fails all the same. */
+static inline void fill_standard_descriptors(void)
+{
+	int fd;
+
+	do
+		fd = open("/dev/null", O_RDONLY | O_CLOEXEC);
+	while (fd >= 0 && fd <= STDERR_FILENO);
+	safe_close(fd);
 }
 
 static inline void freep(void *p)

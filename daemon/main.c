@@ -4,6 +4,7 @@
 #include <limits.h>
 #include <malloc.h>
 #include <signal.h>
+#include <stdarg.h>
 #include <stddef.h>
 #include <stdio.h>
 #include <string.h>
@@ -23,6 +24,7 @@
 #include "log.h"
 #include "macro.h"
 #include "notifier.h"
+#include "protocol/utf8.h"
 #include "restore.h"
 #include "rpc.h"
 #include "search.h"
@@ -35,6 +37,9 @@
 #define RELOAD_SIGNAL SIGHUP
 
 #define SOCKET_PATH "/run/pinbroker/org.pinbroker"
+
+/* Codes from 256 on have no short form. */
+enum { OPTION_BUS = 256, OPTION_SOCKET, OPTION_CONFIG, OPTION_VERSION };
 
 struct options {
 	const char *bus;    /* NULL: the system bus */
@@ -51,58 +56,93 @@ struct service {
 	bool leaving; /* everything is left to the next run */
 };
 
-static void help(FILE *f)
+static void help(void)
 {
 	fputs("pinbrokerd [OPTIONS…]\n\n"
 	      "Broker long-term pins of file pages and their revocation.\n\n"
 	      "     --bus=ADDRESS   D-Bus address, in place of the system bus\n"
-	      "     --socket=PATH   socket to listen on, in place of " SOCKET_PATH "\n"
-	      "     --config=FILE   configuration, in place of " CONFIG_FILE "\n"
+	      "     --socket=PATH   socket to listen on, in place of\n"
+	      "                     " SOCKET_PATH "\n"
+	      "     --config=FILE   configuration, in place of\n"
+	      "                     " CONFIG_FILE "\n"
 	      "  -h --help          show this help\n"
 	      "     --version       show the version\n\n"
 	      "See pinbrokerd(8).\n",
-	      f);
+	      stdout);
+}
+
+/* Arguments may hold anything: nothing of it reaches the terminal as a command. */
+static int __attribute__((format(printf, 1, 2))) fail_usage(const char *format, ...)
+{
+	char raw[1024], text[4096];
+	va_list ap;
+
+	va_start(ap, format);
+	vsnprintf(raw, sizeof(raw), format, ap);
+	va_end(ap);
+	utf8_escape(text, sizeof(text), raw);
+	fprintf(stderr, "pinbrokerd: %s\nTry pinbrokerd --help.\n", text);
+	return EX_USAGE;
+}
+
+/* getopt_long() would print the argument as it is. */
+static int fail_option(const char *argument)
+{
+	if (optopt >= OPTION_BUS || optopt == 'h')
+		return fail_usage("The option %s %s.", argument,
+				  strchr(argument, '=') ? "takes no argument" : "needs an argument");
+	if (optopt != 0)
+		return fail_usage("There is no option -%c.", optopt);
+	return fail_usage("There is no option %s.", argument);
+}
+
+static int wrote_out(void)
+{
+	if (fflush(stdout) == 0)
+		return EX_OK;
+	fprintf(stderr, "pinbrokerd: Cannot write the output: %s.\n", strerror(errno));
+	return EX_IOERR;
 }
 
 /* Returns 0 to go on, or an exit status plus 1. */
 static int parse_options(int argc, char *argv[], struct options *ret)
 {
 	static const struct option options[] = {
-		{ "bus", required_argument, NULL, 'b' },
-		{ "socket", required_argument, NULL, 's' },
-		{ "config", required_argument, NULL, 'c' },
+		{ "bus", required_argument, NULL, OPTION_BUS },
+		{ "socket", required_argument, NULL, OPTION_SOCKET },
+		{ "config", required_argument, NULL, OPTION_CONFIG },
+		{ "version", no_argument, NULL, OPTION_VERSION },
 		{ "help", no_argument, NULL, 'h' },
-		{ "version", no_argument, NULL, 'v' },
 		{},
 	};
-	int c;
+	int c, i;
 
-	while ((c = getopt_long(argc, argv, "h", options, NULL)) >= 0)
+	opterr = 0;
+	while ((c = getopt_long(argc, argv, "h", options, &i)) >= 0) {
+		if (optarg && !*optarg)
+			return fail_usage("The option --%s needs an argument.", options[i].name) + 1;
 		switch (c) {
-		case 'b':
+		case OPTION_BUS:
 			ret->bus = optarg;
 			break;
-		case 's':
+		case OPTION_SOCKET:
 			ret->socket = optarg;
 			break;
-		case 'c':
+		case OPTION_CONFIG:
 			ret->config = optarg;
 			break;
 		case 'h':
-			help(stdout);
-			return EXIT_SUCCESS + 1;
-		case 'v':
+			help();
+			return wrote_out() + 1;
+		case OPTION_VERSION:
 			puts("pinbrokerd " PINBROKER_VERSION);
-			return EXIT_SUCCESS + 1;
+			return wrote_out() + 1;
 		default:
-			help(stderr);
-			return EX_USAGE + 1;
+			return fail_option(argv[optind - 1]) + 1;
 		}
-	if (optind < argc) {
-		fprintf(stderr, "pinbrokerd: unexpected argument: %s\n", argv[optind]);
-		help(stderr);
-		return EX_USAGE + 1;
 	}
+	if (optind < argc)
+		return fail_usage("There is nothing to be done with %s.", *argv[optind] ? argv[optind] : "''") + 1;
 	return 0;
 }
 
@@ -259,6 +299,16 @@ static int listen_passed(struct rpc *rpc, int fd, struct sockaddr_un *ret_addres
 	return rpc_listen(rpc, fd);
 }
 
+static int listen_failed(const char *path, int r)
+{
+	const char *advice = r == -EEXIST ? ": something that is no socket has this name" :
+			     r == -EADDRINUSE ? ": another broker does" :
+			     r == -ENOENT ? ": its directory has to be made first" :
+			     r == -ENAMETOOLONG ? ": the name of a socket has 107 bytes at most" : "";
+
+	return log_errno(LOG_ERR, r, "Cannot listen on %s%s", path, advice);
+}
+
 static int listen_all(struct service *service, const struct options *options)
 {
 	_cleanup_(passed_clear) struct passed passed;
@@ -280,7 +330,7 @@ static int listen_all(struct service *service, const struct options *options)
 	r = open_files(service, path, &passed);
 	if (r >= 0)
 		r = listen_at(service, path);
-	return r < 0 ? log_errno(LOG_ERR, r, "Cannot listen on %s", path) : 0;
+	return r < 0 ? listen_failed(path, r) : 0;
 }
 
 static void on_stopped(void *userdata)
@@ -426,6 +476,7 @@ int main(int argc, char *argv[])
 	sd_event *event = NULL;
 	int r, sentinel_error;
 
+	fill_standard_descriptors();
 	r = parse_options(argc, argv, &options);
 	if (r != 0)
 		return r - 1;

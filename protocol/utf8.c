@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 #include "utf8.h"
 
+#include <stdio.h>
 #include <string.h>
 
 size_t utf8_decode(const char *s, size_t n, uint32_t *ret)
@@ -66,4 +67,32 @@ void utf8_sanitize(char *s)
 
 	for (size_t i = utf8_span(s, n); i < n; i += utf8_span(s + i, n - i))
 		s[i] = '?';
+}
+
+size_t utf8_printable(const char *s)
+{
+	uint32_t c = 0;
+	/* looks no further than to what does not belong to the character, as the end does not */
+	size_t length = utf8_decode(s, 4, &c);
+
+	return c < ' ' || (c >= 0x7f && c < 0xa0) ? 0 : length;
+}
+
+void utf8_escape(char *ret, size_t size, const char *s)
+{
+	char *end = ret + size;
+
+	while (*s) {
+		size_t length = utf8_printable(s), n = length > 0 ? length : strlen("\\xNN");
+
+		if (n >= (size_t)(end - ret))
+			break;
+		if (length > 0)
+			memcpy(ret, s, length);
+		else
+			snprintf(ret, n + 1, "\\x%02x", (unsigned char)*s);
+		ret += n;
+		s += length > 0 ? length : 1;
+	}
+	*ret = 0;
 }

@@ -19,3 +19,10 @@ size_t utf8_span(const char *s, size_t n);
 /* Puts a question mark in place of each byte that is not part of such text: for what comes from the
  * kernel, where a path or a comm may hold any bytes. */
 void utf8_sanitize(char *s);
+
+/* The length of the character that the string starts with; 0 if it is none, or a control (C0, DEL, C1), which a
+ * terminal may obey. */
+size_t utf8_printable(const char *s);
+
+/* The string for people, cut to size: \xNN in place of each byte that is not part of what can be printed. */
+void utf8_escape(char *ret, size_t size, const char *s);

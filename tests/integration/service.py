@@ -22,7 +22,7 @@ import time
 import unittest
 
 from client import PAGE, WAIT, Connection, Refused, is_readable
-from world import (CONFIG, Case, DAEMON, Holder, NOBODY, OSERR, READY, STOPPING, TEMPFAIL, UNAVAILABLE,
+from world import (CONFIG, Case, DAEMON, Holder, IOERR, NOBODY, OSERR, READY, STOPPING, TEMPFAIL, UNAVAILABLE,
                    USAGE, WATCHDOG, as_nobody, end_child, fork_as, open_file)
 
 
@@ -272,28 +272,54 @@ class Options(Configured):
         self.assertRegex(result.stdout, r'^pinbrokerd \d+(\.\d+)+\n$')
 
     def test_wrong_usage(self):
-        for arguments, named in ((['--nonsense'], 'nonsense'), (['-x'], "'x'"),
-                                 (['--socket'], 'socket'), (['--bus'], 'bus'),
-                                 (['--config'], 'config'), (['--help=x'], 'help'),
-                                 (['stray'], 'unexpected argument: stray'),
-                                 (['--version=1'], 'version')):
+        for arguments, said in ((['--nonsense'], 'There is no option --nonsense.'), (['-x'], 'There is no option -x.'),
+                                (['--bus=a', '-xh'], 'There is no option -x.'),
+                                (['--socket'], 'The option --socket needs an argument.'),
+                                (['--socket='], 'The option --socket needs an argument.'),
+                                (['--bus', ''], 'The option --bus needs an argument.'),
+                                (['--config'], 'The option --config needs an argument.'),
+                                (['--help=x'], 'The option --help=x takes no argument.'),
+                                (['--version=1'], 'The option --version=1 takes no argument.'),
+                                (['stray'], 'There is nothing to be done with stray.'),
+                                (['--', ''], "There is nothing to be done with ''."),
+                                ([b'a\x1b[2J\x9b\n'], r'There is nothing to be done with a\x1b[2J\x9b\x0a.'),
+                                ([b'--\x1b[2J\xc2\x9b'], r'There is no option --\x1b[2J\xc2\x9b.')):
             with self.subTest(arguments):
                 result = self.command(*arguments)
                 self.assertEqual((result.returncode, result.stdout), (USAGE, ''))
-                self.assertIn(named, result.stderr.splitlines()[0])
-                self.assertIn('--socket=PATH', result.stderr)
+                self.assertEqual(result.stderr, f'pinbrokerd: {said}\nTry pinbrokerd --help.\n')
+
+    def test_output_that_cannot_be_written(self):
+        for option in ('--help', '--version'):
+            with open('/dev/full', 'wb') as full:
+                result = subprocess.run([DAEMON, option], stdout=full, stderr=subprocess.PIPE, encoding='utf-8',
+                                        timeout=WAIT, check=False)
+            self.assertEqual((result.returncode, result.stderr),
+                             (IOERR, 'pinbrokerd: Cannot write the output: No space left on device.\n'))
+
+    def test_closed_descriptors(self):
+        """Nothing else gets the number of one that people read: its log would go there."""
+        for closed in ('2>&-', '<&- >&- 2>&-'):
+            self.manager = self.make_manager()
+            daemon = self.spawn(['sh', '-c', f'exec "$@" {closed}', 'sh', DAEMON] + self.arguments(self.path),
+                                env={'NOTIFY_SOCKET': self.manager.address})
+            self.manager.wait_for(READY)
+            for fd in (0, 1, 2) if '<' in closed else (2,):
+                self.assertEqual(os.readlink(f'/proc/{daemon.pid}/fd/{fd}'), '/dev/null')
+            self.expect_served()
+            self.expect_end(daemon)
 
     def test_wrong_settings(self):
         """They are named, and the default stands; those beside them count."""
         self.write(self.config, '[Revocation]\nNonsense=1\nRevokeGraceSec=soon\n'
                                 'SignalGraceSec=3\n\n[Nowhere]\nLeases=owner\n[Limits]\n'
-                                'MaxClientsPerUser=3\nMaxPinsPerUser=-1\nnonsense\n')
+                                'MaxClientsPerUser=3\nMaxPinsPerUser=-1\nnonsense\n # =\n[Limits\n')
         daemon = self.start()
         for message in (r':2: .*"Revocation".* no Nonsense=', r':3: "soon" .*RevokeGraceSec=',
                         r':7: .*"Nowhere".* no Leases=', r':10: "-1" .*MaxPinsPerUser=',
-                        r':11: .*neither \\?x?5?b?\[?Section'):
+                        ':11: This is neither a section nor Key=value', ':13: This is neither'):
             daemon.wait_for_log(re.escape(self.config) + message)
-        self.assertEqual(daemon.text().count(self.config), 5)
+        self.assertEqual(daemon.text().count(self.config), 6)
         seconds = self.grace()
         self.assertTrue(9 < seconds < 10.5, seconds)
         # a holder is a client with two connections
@@ -323,19 +349,26 @@ class Options(Configured):
 
     def test_no_configuration(self):
         missing = os.path.join(self.dir, 'missing.conf')
-        for path, reason in ((missing, 'No such file'), (self.dir, 'Is a directory')):
+        os.mkfifo(self.dir + '/pipe')
+        writer = os.open(self.dir + '/pipe', os.O_RDWR)
+        self.addCleanup(os.close, writer)
+        os.write(writer, b'[Files]\n')
+        # what has no end, or has to be waited for, is none either
+        for path, reason in ((missing, 'No such file'), (self.dir, 'Is a directory'), ('/dev/zero', 'Wrong medium'),
+                             (self.dir + '/pipe', 'Wrong medium')):
             daemon = self.spawn([DAEMON] + self.arguments(self.path, path))
             self.expect_refusal(daemon, CONFIG,
                                 f'Cannot read {re.escape(path)}: {reason}')
             self.assertFalse(os.path.exists(self.path))
+        self.expect_end(self.start(self.arguments(self.path, '/dev/null')))
 
     def test_bad_socket_paths(self):
         regular = os.path.join(self.dir, 'regular')
         self.write(regular, 'precious')
         link = os.path.join(self.dir, 'link')
         os.symlink(regular, link)
-        for path, reason in ((os.path.join(self.dir, 'missing', 'socket'), 'No such file'),
-                             (regular, 'File exists'), (link, 'File exists'),
+        for path, reason in ((os.path.join(self.dir, 'missing', 'socket'), 'directory has to be made.*No such file'),
+                             (regular, 'no socket .*File exists'), (link, 'File exists'),
                              (self.dir, 'File exists'), (regular + '/socket', 'Not a directory'),
                              (self.dir + '/' + 'x' * 100, 'too long')):
             with self.subTest(path):
@@ -381,7 +414,7 @@ class Options(Configured):
 
     def test_no_bus(self):
         daemon = self.start()
-        daemon.wait_for_log('bus is not there, going on without')
+        daemon.wait_for_log(rf'bus is not there, going on without \({self.address}\): No such file')
         holder = self.hold()
         _, result = self.truncate()
         holder.notice()

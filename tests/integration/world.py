@@ -28,7 +28,7 @@ DAEMON = os.environ['PINBROKERD']
 LIBC = ctypes.CDLL(None)
 NOBODY = 65534
 SIZE = 16 * PAGE
-USAGE, UNAVAILABLE, OSERR, TEMPFAIL, CONFIG = 64, 69, 71, 75, 78  # sysexits.h
+USAGE, UNAVAILABLE, OSERR, IOERR, TEMPFAIL, CONFIG = 64, 69, 71, 74, 75, 78  # sysexits.h
 READY = re.compile(rb'^READY=1$', re.M)
 WATCHDOG = re.compile(rb'^WATCHDOG=1$', re.M)
 STOPPING = re.compile(rb'^STOPPING=1$', re.M)

@@ -331,6 +331,36 @@ static void utf8_is_strict(void **state)
 		assert_int_equal(utf8_span(cases[i].s, cases[i].n), cases[i].span);
 }
 
+/* What a terminal may obey is shown; what does not fit is left out, never half of a character. */
+static void utf8_is_escaped(void **state)
+{
+	static const struct {
+		const char *s;
+		size_t size;
+		const char *escaped;
+	} cases[] = {
+		{"", 1, ""},
+		{"abc", 4, "abc"},
+		{"abc", 3, "ab"},
+		{"a\\b", 8, "a\\b"},
+		{"\x1b[2J\x7f\n", 32, "\\x1b[2J\\x7f\\x0a"},
+		{"\xc2\x9b\xc2\xa0", 32, "\\xc2\\x9b\xc2\xa0"},
+		{"\x9b\xc3", 32, "\\x9b\\xc3"},
+		{"\xf0\x9f\x93\x8c", 5, "\xf0\x9f\x93\x8c"},
+		{"a\xf0\x9f\x93\x8c", 5, "a"},
+		{"\n", 5, "\\x0a"},
+		{"a\n", 5, "a"},
+	};
+
+	for (size_t i = 0; i < ELEMENTS(cases); i++) {
+		_cleanup_(freep) char *escaped = malloc(cases[i].size);
+
+		assert_non_null(escaped);
+		utf8_escape(escaped, cases[i].size, cases[i].s);
+		assert_string_equal(escaped, cases[i].escaped);
+	}
+}
+
 static uint64_t random_state;
 
 static uint64_t random_number(void)
@@ -514,6 +544,7 @@ int main(void)
 		cmocka_unit_test(text_is_made_fit_to_write),
 		cmocka_unit_test(words_are_found_by_number_and_name),
 		cmocka_unit_test(utf8_is_strict),
+		cmocka_unit_test(utf8_is_escaped),
 		cmocka_unit_test(every_message_makes_the_round_trip),
 	};
 
