@@ -176,8 +176,8 @@ static const char *bus_address(const pinbroker *pb)
 {
 	const char *address = pb->bus_address;
 
-	address = address ?: secure_getenv("PINBROKER_BUS");
-	address = address ?: secure_getenv("DBUS_SYSTEM_BUS_ADDRESS");
+	address = address ?: environment("PINBROKER_BUS");
+	address = address ?: environment("DBUS_SYSTEM_BUS_ADDRESS");
 	return address ?: SYSTEM_BUS_ADDRESS;
 }
 

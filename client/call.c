@@ -208,12 +208,15 @@ int error_transport(const pinbroker *pb, int method, int r)
 	if (is_broken_connection(r))
 		return error_set(pb, -ECONNRESET,
 			"The broker at %s closed the connection during %s.", pb->socket_path, name);
-	return error_set(pb, r, "Talking to the broker at %s failed during %s: %s.",
-		pb->socket_path, name, strerror(-r));
+	return error_set(pb, r, "Talking to the broker at %s failed during %s: %s.%s",
+		pb->socket_path, name, strerror(-r), limit_advice(-r));
 }
 
 int error_dial(const pinbroker *pb, int r)
 {
+	if (r == -EMFILE || r == -ENFILE || r == -ENOMEM)
+		return error_set(pb, r, "Cannot make a connection to the broker: %s.%s",
+			strerror(-r), limit_advice(-r));
 	return error_set(pb, r,
 		"Cannot connect to the broker at %s: %s. See whether it is running (systemctl "
 		"status pinbrokerd.socket), or give another path in $PINBROKER_SOCKET.",

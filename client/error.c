@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 #include "internal.h"
 #include "protocol/service.h"
+#include "protocol/utf8.h"
 
 #include <inttypes.h>
 #include <stdarg.h>
@@ -65,15 +66,18 @@ static void copy(char *to, size_t size, const char *from)
 	snprintf(to, size, "%s", from ?: "");
 }
 
+/* Names of files and what the broker says may hold anything; a message is for a terminal, too. */
 static void say(const char *format, ...) __attribute__((format(printf, 1, 2)));
 static void say(const char *format, ...)
 {
 	size_t n = strlen(last.message);
+	char text[sizeof(last.message)];
 	va_list ap;
 
 	va_start(ap, format);
-	vsnprintf(last.message + n, sizeof(last.message) - n, format, ap);
+	vsnprintf(text, sizeof(text), format, ap);
 	va_end(ap);
+	utf8_escape(last.message + n, sizeof(last.message) - n, text);
 }
 
 int error_set(const pinbroker *pb, int error, const char *format, ...)
@@ -86,8 +90,18 @@ int error_set(const pinbroker *pb, int error, const char *format, ...)
 	vsnprintf(text, sizeof(text), format, ap);
 	va_end(ap);
 	error_start(pb, error);
-	copy(last.message, sizeof(last.message), text);
+	say("%s", text);
 	return error;
+}
+
+int error_about(int r, const char *what, const char *name)
+{
+	char text[sizeof(last.message)];
+
+	copy(text, sizeof(text), last.message);
+	last.message[0] = 0;
+	say("%s %s: %s", what, *name ? name : "''", text);
+	return r;
 }
 
 static void say_time(int64_t usec)
@@ -142,8 +156,8 @@ static void say_limit_exceeded(const void *p)
 {
 	const struct msg_limit_exceeded *e = p;
 
-	say("The limit %s=%" PRId64 " is reached, %" PRId64
-	    " are in use. Let go of something, or have "
+	say("The limit %s=%" PRId64 " is reached: %" PRId64
+	    " in use. Let go of something, or have "
 	    "the limit raised in pinbroker.conf.",
 		e->limit, e->maximum, e->used);
 }
@@ -176,7 +190,7 @@ static void say_range_conflict(const void *p)
 	say("The range overlaps what revocation %" PRId64 " is about (from %" PRId64, e->revocation,
 		e->offset);
 	if (e->length > 0)
-		say(", %" PRId64 " bytes)", e->length);
+		say(", %" PRId64 " byte%s)", e->length, PLURAL(e->length));
 	else
 		say(" to the end of the file)");
 	say(". Try again when that has ended.");
@@ -186,9 +200,9 @@ static void say_beyond_end_of_file(const void *p)
 {
 	const struct msg_beyond_end_of_file *e = p;
 
-	say("The %" PRId64 " bytes from %" PRId64 " do not lie within the file, which has %" PRId64
-	    " bytes.",
-		e->length, e->offset, e->size);
+	say("The range of %" PRId64 " byte%s from %" PRId64
+	    " does not lie within the file, which has %" PRId64 " byte%s.",
+		e->length, PLURAL(e->length), e->offset, e->size, PLURAL(e->size));
 }
 
 static void say_not_supported(const void *p)

@@ -174,6 +174,8 @@ int reply_error(json_object *message, const char **ret_name, json_object **ret_p
 
 /* error.c */
 int error_from_reply(const pinbroker *pb, const char *name, json_object *parameters);
+/* Says before the message of the last error what it is about; r as given. */
+int error_about(int r, const char *what, const char *name);
 int error_set(const pinbroker *pb, int error, const char *format, ...)
 	__attribute__((format(printf, 3, 4)));
 /* The errno for a Varlink error, without setting anything. */

@@ -241,7 +241,7 @@ EXPORT int pinbroker_new(const char *name, const char *socket_path, pinbroker **
 	_cleanup_(pinbroker_unrefp) pinbroker *pb = NULL;
 	int r;
 
-	socket_path = socket_path ?: secure_getenv("PINBROKER_SOCKET") ?: DEFAULT_SOCKET;
+	socket_path = socket_path ?: environment("PINBROKER_SOCKET") ?: DEFAULT_SOCKET;
 	if (strlen(socket_path) >= sizeof(((struct sockaddr_un *)NULL)->sun_path))
 		return -ENAMETOOLONG;
 

@@ -109,9 +109,10 @@ EACH(clients, client, pinbroker_client_info)
 EACH(contexts, context, pinbroker_context_info)
 EACH(revocations, revocation, pinbroker_revocation_info)
 
+/* Nothing has the last number, nor one that is greater. */
 static int64_t any_or(uint64_t id)
 {
-	return id == 0 ? INT_NULL : (int64_t)id;
+	return id == 0 ? INT_NULL : id > INT64_MAX ? INT64_MAX : (int64_t)id;
 }
 
 EXPORT int pinbroker_list_pins(pinbroker *pb, uint64_t file, uint64_t client,

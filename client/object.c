@@ -104,9 +104,11 @@ EXPORT int pinbroker_open_file(
 	fd = open(path, O_PATH | O_CLOEXEC);
 	if (fd < 0) {
 		r = -errno;
-		return error_set(pb, r, "Cannot open %s: %s.", path, strerror(-r));
+		error_set(pb, r, "%s.%s", strerror(-r), limit_advice(-r));
+	} else {
+		r = pinbroker_open_file_fd(pb, fd, access, ret);
 	}
-	return pinbroker_open_file_fd(pb, fd, access, ret);
+	return r < 0 ? error_about(r, "Cannot open", path) : r;
 }
 
 EXPORT uint64_t pinbroker_file_get_id(const pinbroker_file *file)

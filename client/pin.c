@@ -58,7 +58,7 @@ static int reserve(pinbroker *pb, const pinbroker_file *file, const pinbroker_co
 	if (r < 0)
 		return r;
 	if (out.pins.n_items != n_ranges)
-		return error_set(pb, -EPROTO, "The broker made %zu pins of %zu ranges.",
+		return error_set(pb, -EPROTO, "The broker's answer names %zu of %zu.",
 			out.pins.n_items, n_ranges);
 	memcpy(ret_pins, out.pins.items, n_ranges * sizeof(*ret_pins));
 	return 0;

@@ -35,13 +35,17 @@ int main(int argc, char *argv[])
 	struct pollfd pfd = {.events = POLLIN};
 	pinbroker *pb;
 
-	if (argc != 2 || pinbroker_new("example", NULL, &pb) < 0)
+	if (argc != 2) {
+		fprintf(stderr, "usage: %s FILE\n", argv[0]);
+		return EXIT_FAILURE;
+	}
+	if (pinbroker_new("example", NULL, &pb) < 0)
 		return EXIT_FAILURE;
 	pinbroker_set_revoke_callback(pb, on_revoke, NULL);
 	if (pinbroker_connect(pb) < 0)
 		return fail(pb, "Cannot connect");
 	if (pinbroker_open_file(pb, argv[1], PINBROKER_WRITE, &file) < 0)
-		return fail(pb, "Cannot open the file");
+		return fail(pb, "Cannot begin");
 
 	/* An eventfd stands for what holds the pins. */
 	if (pinbroker_add_context(pb, eventfd(0, EFD_CLOEXEC), "example",

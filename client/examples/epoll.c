@@ -71,7 +71,8 @@ static void hold(struct capture *c)
 		err(1, "mmap");
 	iov.iov_base = c->map;
 	iov.iov_len = c->size;
-	check_ring("io_uring_register_buffers", io_uring_register_buffers(&c->ring, &iov, 1));
+	check_ring("io_uring_register_buffers (see pinbrokerctl preflight)",
+		io_uring_register_buffers(&c->ring, &iov, 1));
 	r = pinbroker_bind(c->pb, c->pin, 0);
 	/* Ended by force already, if this took very long: the notice of it is on the way. */
 	if (r != -ESTALE)

@@ -60,7 +60,7 @@ static void hold(struct holder *h)
 	iov.iov_len = h->size;
 	r = io_uring_register_buffers(&h->ring, &iov, 1);
 	if (r < 0)
-		errx(1, "io_uring_register_buffers: %s", strerror(-r));
+		errx(1, "io_uring_register_buffers: %s; see pinbrokerctl preflight", strerror(-r));
 	r = pinbroker_bind(h->pb, h->pin, 0);
 	/* Ended by force already, if this took very long: the notice of it is on the way. */
 	if (r != -ESTALE)

@@ -100,8 +100,8 @@ int main(int argc, char *argv[])
 	int s;
 
 	if (argc != 4 && !(argc == 5 && strcmp(argv[4], "stubborn") == 0)) {
-		fprintf(stderr, "rdma-client DEVICE HOST PORT [stubborn]\n");
-		return EXIT_FAILURE;
+		fprintf(stderr, "usage: %s DEVICE HOST PORT [stubborn]\n", argv[0]);
+		return 64;
 	}
 	setvbuf(stdout, NULL, _IOLBF, 0);
 	device = device_open(argv[1]);

@@ -6,6 +6,7 @@
  * over which they also tell each other what there is to write to.
  */
 
+#include <errno.h>
 #include <infiniband/verbs.h>
 #include <netdb.h>
 #include <netinet/in.h>
@@ -50,11 +51,16 @@ static inline struct ibv_context *device_open(const char *name)
 	struct ibv_device **list = ibv_get_device_list(NULL);
 	struct ibv_context *context = NULL;
 
+	if (list)
+		errno = 0;
 	for (struct ibv_device **d = list; d && *d && !context; d++)
 		if (strcmp(ibv_get_device_name(*d), name) == 0)
 			context = ibv_open_device(*d);
-	if (!context)
-		fail(name);
+	if (!context) {
+		fprintf(stderr, "Cannot open an RDMA device %s: %s. See ibv_devices.\n", name,
+			errno ? strerror(errno) : "there is none");
+		exit(EXIT_FAILURE);
+	}
 	ibv_free_device_list(list);
 	return context;
 }
@@ -91,7 +97,7 @@ static inline int listen_at(const char *port)
 
 	setsockopt(s, SOL_SOCKET, SO_REUSEADDR, &(int){1}, sizeof(int));
 	if (bind(s, (struct sockaddr *)&address, sizeof(address)) < 0 || listen(s, 1) < 0)
-		fail("Cannot listen");
+		fail("Cannot listen at the port");
 	return s;
 }
 

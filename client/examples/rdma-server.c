@@ -191,8 +191,8 @@ int main(int argc, char *argv[])
 	int listener;
 
 	if (argc != 4) {
-		fprintf(stderr, "rdma-server DEVICE PORT FILE\n");
-		return EXIT_FAILURE;
+		fprintf(stderr, "usage: %s DEVICE PORT FILE\n", argv[0]);
+		return 64;
 	}
 	setvbuf(stdout, NULL, _IOLBF, 0);
 	sigaction(SIGINT, &sa, NULL);
@@ -209,7 +209,7 @@ int main(int argc, char *argv[])
 	if (pinbroker_connect(pb) < 0)
 		die("Cannot connect");
 	if (pinbroker_open_file(pb, argv[3], PINBROKER_WRITE, &file) < 0)
-		die("Cannot open the file");
+		die("Cannot serve it");
 
 	run(listener);
 

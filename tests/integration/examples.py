@@ -83,6 +83,15 @@ class Examples(Case):
         self.assertEqual(holder.wait(), 1)
         self.assertRegex(holder.text(), f'Cannot open {self.file}: No such file')
 
+    def test_names(self):
+        """The library's messages name the file, and hold nothing that a terminal obeys."""
+        for path, said in ((self.dir + '/\x1b[2J\udc9b\n', r'Cannot open \S*/\\x1b\[2J\\x9b\\x0a: No such file'),
+                           ('/dev/null', 'Cannot open /dev/null: Only regular files'), ('', "Cannot open '': No such file")):
+            self.file = path
+            holder = Example(self, 'holder')
+            self.assertEqual(holder.wait(), 1)
+            self.assertRegex(holder.text(), f'^example-holder: {said}[^\x00-\x09\x0b-\x1f\x7f-\x9f]*\\.\n$')
+
     def test_repin(self):
         example = Example(self, 'repin')
         example.expect(rf'holding {SIZE} bytes with pin \d+')
