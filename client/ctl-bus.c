@@ -3,22 +3,22 @@
 
 #include <string.h>
 
-static const char *bus_address(const struct ctl *ctl)
+const char *bus_address(const struct ctl *ctl)
 {
-	return ctl->bus_address ?: secure_getenv("PINBROKER_BUS");
+	return ctl->bus_address ?: environment("PINBROKER_BUS");
 }
 
 int fail_bus(const struct ctl *ctl, int r, const char *what)
 {
 	return fail(EX_UNAVAILABLE,
-		"%s over D-Bus (%s): %s. Check that the bus is running, or give its address with "
-		"--bus.",
+		"%s over D-Bus (%s): %s. Check that the bus is running and lets you in, or give its "
+		"address with --bus.",
 		what, bus_address(ctl) ?: "system bus", strerror(-r));
 }
 
 int fail_bus_call(const sd_bus_error *error, int r, const char *what)
 {
-	const char *advice = "";
+	const char *message = error->message ?: strerror(-r), *advice = "";
 	int code = EX_UNAVAILABLE;
 
 	if (sd_bus_error_has_name(error, SD_BUS_ERROR_ACCESS_DENIED)) {
@@ -26,9 +26,11 @@ int fail_bus_call(const sd_bus_error *error, int r, const char *what)
 		code = EX_NOPERM;
 	} else if (sd_bus_error_has_name(error, SD_BUS_ERROR_SERVICE_UNKNOWN) ||
 		   sd_bus_error_has_name(error, SD_BUS_ERROR_NAME_HAS_NO_OWNER)) {
-		advice = " See whether the broker is running (systemctl status pinbrokerd) and on "
+		message = "It is not on the bus";
+		advice = " See whether the broker is running (systemctl status pinbrokerd), and on "
 			 "this bus.";
 	} else if (r == -ETIMEDOUT || sd_bus_error_has_name(error, SD_BUS_ERROR_NO_REPLY)) {
+		message = "It does not answer";
 		advice = " The broker is stopped, or hangs: see systemctl status pinbrokerd.";
 	} else if (error->name && strstr(error->name, ".NoSuchObject")) {
 		advice = " pinbrokerctl list shows what there is.";
@@ -36,7 +38,8 @@ int fail_bus_call(const sd_bus_error *error, int r, const char *what)
 	} else if (error->name && strstr(error->name, ".Invalid")) {
 		code = EX_USAGE;
 	}
-	return fail(code, "%s: %s%s", what, error->message ?: strerror(-r), advice);
+	return fail(code, "%s: %s%s%s", what, message,
+		*message && strchr(".!?", message[strlen(message) - 1]) ? "" : ".", advice);
 }
 
 static int open_bus(const char *address, sd_bus **ret)

@@ -63,8 +63,10 @@ void event_say(json_object *o, const struct ctl *ctl)
 	json_add_string(o, "time", text);
 	if (ctl->json != JSON_OFF) {
 		json_print(o, ctl);
-		return;
+	} else {
+		say_words(o);
+		json_object_put(o);
 	}
-	say_words(o);
-	json_object_put(o);
+	/* What has happened has happened, whether that can be written or not. */
+	(void)write_out();
 }

@@ -49,6 +49,7 @@ struct hold {
 
 	int signal_fd; /* owned */
 	sigset_t old_mask;
+	sighandler_t old_pipe;
 	pid_t child; /* 0: none, or ended */
 };
 
@@ -214,11 +215,10 @@ static int hold_open(struct hold *h)
 	pinbroker_set_revoke_callback(h->pb, on_notice, h);
 	r = pinbroker_connect(h->pb);
 	if (r < 0)
-		return fail_call(h->pb, pinbroker_last_error(h->pb)->name ? r : -ENOTCONN,
-			"Cannot hold %s", h->path);
+		return fail_call(h->pb, reaching(h->pb, r), "Cannot hold %s", visible(h->path));
 	r = pinbroker_open_file(h->pb, h->path, h->access, &h->file);
 	if (r < 0)
-		return fail_call(h->pb, r, "Cannot open %s for %s through the broker", h->path,
+		return fail_call(h->pb, r, "Cannot hold it for %s",
 			h->access == PINBROKER_WRITE ? "writing" : "reading");
 	return 0;
 }
@@ -256,9 +256,23 @@ static int hold_divide(struct hold *h)
 	}
 	free(given);
 	if (h->n_regions > PINBROKER_RANGES_MAX)
-		return fail(EX_DATAERR, "More than %d GiB, or ranges, of %s: give less in --range.",
-			PINBROKER_RANGES_MAX, h->path);
+		return fail(EX_DATAERR,
+			"Cannot hold %s: it takes more than %d ranges of 1 GiB at most. Give less in "
+			"--range.",
+			h->path, PINBROKER_RANGES_MAX);
 	return 0;
+}
+
+static int fail_ring(const struct hold *h, int error)
+{
+	const char *advice = limit_advice(error);
+
+	if (error == ENOMEM)
+		advice = " Raise the limit of memory that may be locked (ulimit -l).";
+	else if (!*advice)
+		advice = " See the sysctl kernel.io_uring_disabled.";
+	return fail(error == ENOMEM || error == EMFILE ? EX_OSERR : EX_UNAVAILABLE,
+		"Cannot make an io_uring to pin %s with: %s.%s", h->path, strerror(error), advice);
 }
 
 static int hold_add_context(struct hold *h)
@@ -267,10 +281,7 @@ static int hold_add_context(struct hold *h)
 
 	h->ring_fd = ring_open();
 	if (h->ring_fd < 0)
-		return fail(EX_UNAVAILABLE,
-			"Cannot make an io_uring to pin %s with: %s. See the sysctl "
-			"kernel.io_uring_disabled.",
-			h->path, strerror(-h->ring_fd));
+		return fail_ring(h, -h->ring_fd);
 	r = pinbroker_add_context_remote(h->pb, h->ring_fd, "pinbrokerctl hold", &h->context);
 	if (r < 0)
 		return fail_call(h->pb, r, "Cannot hand an io_uring to the broker for %s", h->path);
@@ -348,28 +359,45 @@ static int hold_block_signals(struct hold *h)
 	sigaddset(&mask, SIGHUP);
 	sigaddset(&mask, SIGCHLD);
 	sigprocmask(SIG_BLOCK, &mask, &h->old_mask);
+	/* That nobody reads what is said is no reason to let go. */
+	h->old_pipe = signal(SIGPIPE, SIG_IGN);
 	h->signal_fd = signalfd(-1, &mask, SFD_CLOEXEC | SFD_NONBLOCK);
 	if (h->signal_fd < 0)
 		return fail(EX_OSERR, "Cannot wait for signals: %s.", strerror(errno));
 	return 0;
 }
 
+static int fail_command(const struct hold *h, int error)
+{
+	const char *advice = error == EAGAIN ? " Raise the limit of processes (ulimit -u)." : "";
+	int code = error == EACCES                      ? EX_NOPERM
+		   : error == EAGAIN || error == ENOMEM ? EX_OSERR
+							: EX_NOINPUT;
+
+	return fail(code, "Cannot run %s while holding %s: %s.%s", visible(h->command[0]), h->path,
+		strerror(error), advice);
+}
+
 static int hold_spawn(struct hold *h)
 {
 	posix_spawnattr_t attributes;
+	sigset_t defaults;
 	int r;
 
 	if (!h->command)
 		return 0;
 	posix_spawnattr_init(&attributes);
-	posix_spawnattr_setflags(&attributes, POSIX_SPAWN_SETSIGMASK);
+	posix_spawnattr_setflags(&attributes, POSIX_SPAWN_SETSIGMASK | POSIX_SPAWN_SETSIGDEF);
 	posix_spawnattr_setsigmask(&attributes, &h->old_mask);
+	sigemptyset(&defaults);
+	if (h->old_pipe == SIG_DFL)
+		sigaddset(&defaults, SIGPIPE);
+	posix_spawnattr_setsigdefault(&attributes, &defaults);
 	r = posix_spawnp(&h->child, h->command[0], NULL, &attributes, h->command, environ);
 	posix_spawnattr_destroy(&attributes);
 	if (r != 0) {
 		h->child = 0;
-		return fail(EX_NOINPUT, "Cannot run %s while holding %s: %s.", h->command[0],
-			h->path, strerror(r));
+		return fail_command(h, r);
 	}
 	return 0;
 }
@@ -467,8 +495,9 @@ static void hold_close(struct hold *h)
 
 /* ---- What is asked for ---- */
 
-static bool parse_range(char *s, struct pinbroker_range *ret)
+static bool parse_range(const char *text, struct pinbroker_range *ret)
 {
+	_cleanup_(freep) char *s = must(strdup(text));
 	struct pinbroker_range range;
 	char *colon = strchr(s, ':');
 
@@ -491,17 +520,18 @@ static int hold_option(struct hold *h, int c)
 	switch (c) {
 	case OPTION_ACCESS:
 		if (strcmp(optarg, "read") != 0 && strcmp(optarg, "write") != 0)
-			return fail_usage("--access is read or write, not %s.", optarg);
+			return fail_usage("--access is read or write, not %s.", visible(optarg));
 		h->access = *optarg == 'w' ? PINBROKER_WRITE : PINBROKER_READ;
 		return -1;
 	case OPTION_RANGE:
 		if (!parse_range(optarg, &range))
-			return fail_usage("--range is OFFSET:LENGTH, in bytes.");
+			return fail_usage("--range is OFFSET:LENGTH, in bytes, of one at least, not %s.",
+				visible(optarg));
 		add_region(h, range.offset, range.length);
 		return -1;
 	case OPTION_ON_REVOKE:
 		if (strcmp(optarg, "release") != 0 && strcmp(optarg, "ignore") != 0)
-			return fail_usage("--on-revoke is release or ignore, not %s.", optarg);
+			return fail_usage("--on-revoke is release or ignore, not %s.", visible(optarg));
 		h->ignore = *optarg == 'i';
 		return -1;
 	default:
@@ -517,10 +547,10 @@ static int hold_parse(struct hold *h, int argc, char *argv[])
 		{"on-revoke", required_argument, NULL, OPTION_ON_REVOKE},
 		COMMON_OPTIONS,
 	};
-	int c, r;
+	int c, r, at;
 
 	/* "-": in order, so that what follows "--" is known from what comes before it. */
-	while ((c = getopt_long(argc, argv, "-h", options, NULL)) >= 0) {
+	while (at = optind, (c = getopt_long(argc, argv, "-h", options, NULL)) >= 0) {
 		if (c == 1 && h->path)
 			return fail_usage(
 				"One file can be held at a time; a command comes after --.");
@@ -536,6 +566,8 @@ static int hold_parse(struct hold *h, int argc, char *argv[])
 		return fail_usage("There is no file to hold.");
 	if (optind < argc)
 		h->command = argv + optind;
+	else if (optind > at)
+		return fail_usage("There is no command behind --.");
 	return -1;
 }
 
@@ -550,7 +582,6 @@ int ctl_hold(struct ctl *ctl, int argc, char *argv[])
 
 	r = hold_parse(&h, argc, argv);
 	if (r < 0) {
-		setvbuf(stdout, NULL, _IOLBF, 0);
 		r = hold_run(&h);
 		hold_close(&h);
 		return r ?: h.code;

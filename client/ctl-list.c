@@ -272,10 +272,10 @@ static int list_revocations(struct list *list)
 }
 
 const struct list_kind list_kinds[LIST_KINDS] = {
-	{"pin", "pins", list_pins},
+	{"pin", "pins", list_pins, .by_file = true, .by_client = true},
 	{"file", "files", list_files},
 	{"client", "clients", list_clients},
-	{"context", "contexts", list_contexts},
+	{"context", "contexts", list_contexts, .by_client = true},
 	{"revocation", "revocations", list_revocations},
 };
 
@@ -285,24 +285,29 @@ int list_fill(struct list *list, const struct list_kind *kind)
 
 	if (r >= 0)
 		return 0;
-	return fail_call(list->pb, pinbroker_last_error(list->pb)->name ? r : -ENOTCONN,
-		"Cannot list the %s", kind->plural);
+	return fail_call(list->pb, reaching(list->pb, r), "Cannot list the %s", kind->plural);
 }
 
 static int list_run(struct ctl *ctl, struct list *list, const char *what)
 {
+	const struct list_kind *kind = NULL;
 	int r;
 
-	for (size_t i = 0; i < LIST_KINDS; i++) {
-		if (strcmp(what, list_kinds[i].plural) != 0)
-			continue;
-		r = list_fill(list, &list_kinds[i]);
-		if (r == 0)
-			table_print(list->table, ctl, what);
-		return r;
-	}
-	return fail_usage(
-		"pins, files, clients, contexts or revocations can be listed, not %s.", what);
+	for (size_t i = 0; i < LIST_KINDS; i++)
+		if (strcmp(what, list_kinds[i].plural) == 0)
+			kind = &list_kinds[i];
+	if (!kind)
+		return fail_usage("pins, files, clients, contexts or revocations can be listed, not %s.",
+			visible(what));
+	if ((list->file != 0 && !kind->by_file) || (list->client != 0 && !kind->by_client))
+		return fail_usage("%s are not listed by %s.", what,
+			list->file != 0 && !kind->by_file ? "--file" : "--client");
+	r = ctl_client(ctl, &list->pb);
+	if (r == 0)
+		r = list_fill(list, kind);
+	if (r == 0)
+		table_print(list->table, ctl, what);
+	return r;
 }
 
 static int list_parse(struct ctl *ctl, struct list *list, int argc, char *argv[])
@@ -318,12 +323,12 @@ static int list_parse(struct ctl *ctl, struct list *list, int argc, char *argv[]
 		r = -1;
 		switch (c) {
 		case OPTION_FILE:
-			if (!parse_u64(optarg, &list->file) || list->file == 0)
-				r = fail_usage("--file is the id of a file, not %s.", optarg);
+			if (!parse_id(optarg, &list->file))
+				r = fail_usage("--file is the id of a file, not %s.", visible(optarg));
 			break;
 		case OPTION_CLIENT:
-			if (!parse_u64(optarg, &list->client) || list->client == 0)
-				r = fail_usage("--client is the id of a client, not %s.", optarg);
+			if (!parse_id(optarg, &list->client))
+				r = fail_usage("--client is the id of a client, not %s.", visible(optarg));
 			break;
 		default:
 			r = ctl_common_option(ctl, c);
@@ -344,9 +349,6 @@ int ctl_list(struct ctl *ctl, int argc, char *argv[])
 		return r;
 	if (argc - optind > 1)
 		return fail_usage("One kind of object can be listed at a time.");
-	r = ctl_client(ctl, &list.pb);
-	if (r > 0)
-		return r;
 	r = list_run(ctl, &list, optind < argc ? argv[optind] : "pins");
 	table_free(list.table);
 	pinbroker_unref(list.pb);

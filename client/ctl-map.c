@@ -73,8 +73,7 @@ static int find_file(const struct pinbroker_file_info *info, void *userdata)
 		    " client%s",
 		    path, info->file, size, info->file_system,
 		    pinbroker_lease_state_name(info->lease), info->exposed ? ", EXPOSED" : "",
-		    info->n_pins, info->n_pins == 1 ? "" : "s", info->n_clients,
-		    info->n_clients == 1 ? "" : "s") < 0)
+		    info->n_pins, PLURAL(info->n_pins), info->n_clients, PLURAL(info->n_clients)) < 0)
 		must(NULL);
 	return 0;
 }
@@ -220,7 +219,7 @@ static void print_group(const struct map *m, const struct group *g)
 	printf("client %" PRIu64 " (%s): %s of %s%s%s%s, pin%s", g->client,
 		*g->holder ? g->holder : "left", pinbroker_access_name(g->access), size,
 		g->label ? " as " : "", g->label ?: "", g->on_demand ? ", on demand" : "",
-		g->n_pins == 1 ? "" : "s");
+		PLURAL(g->n_pins));
 	for (size_t i = 0; i < g->n_pins && i < IDS_SHOWN; i++)
 		printf(" %" PRIu64, g->ids[i]);
 	if (g->n_pins > IDS_SHOWN)
@@ -300,23 +299,28 @@ static int map_draw_json(struct map *m)
 
 static int map_run(struct map *m)
 {
-	int r;
+	int r, missing = 0;
 
 	r = ctl_client(m->ctl, &m->pb);
 	if (r > 0)
 		return r;
 	/* One that is gone, or cannot be reached, is looked for by its path as listed. */
-	if (stat(m->path, &m->st) < 0)
+	if (stat(m->path, &m->st) < 0) {
+		missing = errno;
 		m->st = (struct stat){};
+	}
 	r = pinbroker_list_files(m->pb, find_file, m);
 	if (r < 0)
-		return fail_call(m->pb, pinbroker_last_error(m->pb)->name ? r : -ENOTCONN,
-			"Cannot look for %s", m->path);
+		return fail_call(m->pb, reaching(m->pb, r), "Cannot look for %s", m->path);
+	if (m->file == 0 && m->st.st_ino == 0)
+		return fail(EX_NOINPUT,
+			"Cannot find %s: %s. Nor is a file listed that had this path: pinbrokerctl list "
+			"files.",
+			visible(m->path), strerror(missing));
 	if (m->file == 0)
 		return fail(EX_NOINPUT,
-			"%s is not open through the broker, or by others only. "
-			"pinbrokerctl list files shows what is.",
-			m->path);
+			"%s is not open through the broker%s. pinbrokerctl list files shows what is.",
+			m->path, geteuid() == 0 ? "" : ", or by others only");
 	if (m->n_found > 1)
 		return fail(EX_DATAERR,
 			"There is no %s now, and several files are listed as that. pinbrokerctl "

@@ -99,7 +99,7 @@ static int preflight_look(struct preflight *p)
 	int r;
 
 	if (fd < 0)
-		return fail(EX_NOINPUT, "Cannot look at %s: %s.", p->path, strerror(errno));
+		return fail(EX_NOINPUT, "Cannot look at %s: %s.", visible(p->path), strerror(errno));
 	if (statx(fd, "", AT_EMPTY_PATH, STATX_BASIC_STATS, &p->stx) < 0)
 		return fail(EX_NOINPUT, "Cannot look at %s: %s.", p->path, strerror(errno));
 	r = mount_of(fd, &p->mount);
@@ -288,7 +288,8 @@ static void print_broker(const struct preflight *p)
 	json_object *file, *lease, *pins;
 
 	if (!p->broker) {
-		puts("   Broker: it is not open through it now");
+		puts(p->leases[PINBROKER_READ] ? "   Broker: it is not open through it now"
+					       : "   Broker: not known: no broker was asked");
 		return;
 	}
 	json_object_object_get_ex(p->broker, "file", &file);
@@ -347,9 +348,9 @@ static void preflight_print(const struct preflight *p)
 	print_lease(p, PINBROKER_WRITE);
 	print_times(p);
 	print_broker(p);
-	puts("    Guard: none besides the lease: what is cut or punched out through a descriptor "
-	     "that the\n           broker handed out, or through an overlay, is seen afterwards; what "
-	     "deduplication\n           replaces (on xfs) is not seen");
+	puts("    Guard: none besides the lease: what is cut or punched out through a\n"
+	     "           descriptor that the broker handed out, or through an overlay, is\n"
+	     "           seen afterwards; what deduplication replaces (on xfs) is not seen");
 	print_pins(p);
 	if (hazard(p))
 		printf("\nHazard: %s\n", hazard(p));

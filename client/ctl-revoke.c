@@ -4,6 +4,7 @@
 #include "ctl-remaining.h"
 #include "ctl.h"
 
+#include <ctype.h>
 #include <fcntl.h>
 #include <getopt.h>
 #include <glob.h>
@@ -13,6 +14,8 @@
 #include <string.h>
 #include <sys/stat.h>
 #include <sys/sysmacros.h>
+
+#include "protocol/utf8.h"
 
 enum {
 	OPTION_FILE = OPTION_VERB,
@@ -29,6 +32,8 @@ enum {
  * a holder that lets go mostly closes its file, or exits, a moment later. */
 #define LEAVE_USEC (2 * USEC_PER_SEC)
 #define LOOK_USEC  (50 * USEC_PER_MSEC)
+
+#define TIMEOUT_MAX 1e9 /* seconds */
 
 struct revoke {
 	struct ctl *ctl;
@@ -249,8 +254,8 @@ static void revoke_say(const struct revoke *rv, const char *what)
 {
 	printf("revocation %" PRIu64 " %s", rv->id, what);
 	if (rv->n_pins != PINBROKER_UNKNOWN)
-		printf(": %" PRIu64 " pin%s of %" PRIu64 " client%s", rv->n_pins,
-			rv->n_pins == 1 ? "" : "s", rv->n_clients, rv->n_clients == 1 ? "" : "s");
+		printf(": %" PRIu64 " pin%s of %" PRIu64 " client%s", rv->n_pins, PLURAL(rv->n_pins),
+			rv->n_clients, PLURAL(rv->n_clients));
 	putchar('\n');
 }
 
@@ -352,8 +357,10 @@ static bool parse_timeout(const char *s, uint64_t *ret)
 	double seconds;
 	char *end;
 
+	if (!isdigit((unsigned char)*s) && *s != '.')
+		return false;
 	seconds = strtod(s, &end);
-	if (end == s || *end || !isfinite(seconds) || seconds < 0 || seconds > 1e9)
+	if (end == s || *end || !isfinite(seconds) || seconds < 0 || seconds > TIMEOUT_MAX)
 		return false;
 	*ret = (uint64_t)(seconds * USEC_PER_SEC);
 	if (*ret == 0)
@@ -370,6 +377,12 @@ static int revoke_set_method(struct revoke *rv, const char *method)
 	return -1;
 }
 
+/* As contexts and the kernel have it. */
+static bool is_device_name(const char *s)
+{
+	return *s && *s != '.' && !strchr(s, '/') && utf8_span(s, strlen(s)) == strlen(s);
+}
+
 static int revoke_option(struct revoke *rv, int c)
 {
 	switch (c) {
@@ -381,18 +394,25 @@ static int revoke_option(struct revoke *rv, int c)
 		rv->target.mount = &rv->mount;
 		return revoke_set_method(rv, "RevokeFileSystem");
 	case OPTION_DEVICE:
+		if (!is_device_name(optarg))
+			return fail_usage("--device is the name of a device, such as pmem0 or mlx5_0, not "
+					  "%s.",
+				visible(optarg));
 		rv->target.device_name = optarg;
 		return revoke_set_method(rv, "RevokeDevice");
 	case OPTION_CLIENT:
-		if (!parse_u64(optarg, &rv->target.client) || rv->target.client == 0)
-			return fail_usage("--client is the id of a client, not %s.", optarg);
+		if (!parse_id(optarg, &rv->target.client))
+			return fail_usage("--client is the id of a client, not %s.", visible(optarg));
 		return revoke_set_method(rv, "RevokeClient");
 	case OPTION_REASON:
+		/* What the bus does not take is no reason not to revoke. */
+		utf8_sanitize(optarg);
 		rv->reason = optarg;
 		return -1;
 	case OPTION_TIMEOUT:
 		if (!parse_timeout(optarg, &rv->timeout_usec))
-			return fail_usage("--timeout is a number of seconds, not %s.", optarg);
+			return fail_usage("--timeout is a number of seconds, %.0f at most, not %s.",
+				TIMEOUT_MAX, visible(optarg));
 		return -1;
 	case OPTION_WAIT:
 	case OPTION_NO_WAIT:
@@ -425,8 +445,9 @@ static int revoke_parse(struct revoke *rv, int argc, char *argv[])
 	}
 	rv->target.pins = must(calloc((size_t)argc, sizeof(*rv->target.pins)));
 	for (; optind < argc; optind++)
-		if (!parse_u64(argv[optind], &rv->target.pins[rv->target.n_pins++]))
-			return fail_usage("A pin is given by its number, not by %s.", argv[optind]);
+		if (!parse_id(argv[optind], &rv->target.pins[rv->target.n_pins++]))
+			return fail_usage("A pin is given by its number, not by %s.",
+				visible(argv[optind]));
 	if (rv->target.n_pins > 0)
 		return revoke_set_method(rv, "RevokePins");
 	if (!rv->method)
@@ -441,7 +462,7 @@ static int revoke_resolve_mount(struct revoke *rv)
 
 	r = mount_of(rv->fd, &rv->mount);
 	if (r >= 0 && !rv->mount.is_root)
-		return fail(EX_USAGE, "%s is no mount point, but on that of %s: give that.",
+		return fail(EX_USAGE, "%s is no mount point. What is mounted at %s has it: give that.",
 			rv->target.path, rv->mount.point);
 	if (r >= 0)
 		r = mount_find_others(&rv->mount, &rv->target.others, &rv->target.n_others);
@@ -460,10 +481,11 @@ static int revoke_resolve(struct revoke *rv)
 		return 0;
 	rv->fd = open(rv->target.path, O_PATH | O_CLOEXEC);
 	if (rv->fd < 0 || statx(rv->fd, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, STATX_INO, &stx) < 0)
-		return fail(EX_NOINPUT,
-			"Cannot find %s: %s. What has no name any more can be revoked by its pins: "
-			"pinbrokerctl list shows them.",
-			rv->target.path, strerror(errno));
+		return fail(EX_NOINPUT, "Cannot find %s: %s.%s", visible(rv->target.path),
+			strerror(errno),
+			rv->target.mount ? ""
+					 : " What has no name any more can be revoked by its pins: "
+					   "pinbrokerctl list shows them.");
 	rv->target.device = makedev(stx.stx_dev_major, stx.stx_dev_minor);
 	rv->target.inode = stx.stx_ino;
 	return rv->target.mount ? revoke_resolve_mount(rv) : 0;

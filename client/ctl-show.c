@@ -47,10 +47,9 @@ static int show_run(struct show *s)
 	for (size_t i = 0; i < s->list.n_ids && (r == 0 || r == EX_NOINPUT); i++)
 		if (!s->list.found[i])
 			r = fail(EX_NOINPUT,
-				"There is no object %" PRIu64
-				", or it is somebody else's. pinbrokerctl list "
-				"shows what there is.",
-				s->list.ids[i]);
+				"There is no object %" PRIu64 "%s. pinbrokerctl list shows what "
+				"there is.",
+				s->list.ids[i], geteuid() == 0 ? "" : ", or it is somebody else's");
 	return r;
 }
 
@@ -70,9 +69,9 @@ int ctl_show(struct ctl *ctl, int argc, char *argv[])
 	for (; optind < argc; optind++) {
 		uint64_t id;
 
-		if (!parse_u64(argv[optind], &id))
-			return fail_usage(
-				"An object is given by its number, not by %s.", argv[optind]);
+		if (!parse_id(argv[optind], &id))
+			return fail_usage("An object is given by its number, not by %s.",
+				visible(argv[optind]));
 		for (size_t i = 0; i < s.list.n_ids; i++)
 			if (ids[i] == id)
 				id = 0;

@@ -43,6 +43,7 @@ struct status {
 	struct table *exposures, *revocations; /* owned */
 	json_object *features;                 /* owned, an array */
 	char *bus_owner;                       /* owned; NULL: not on the bus, or there is none */
+	int bus_error;                         /* for which the bus cannot be asked, or 0 */
 	pid_t pid;                             /* 0: not known */
 	char *unit;                            /* owned, or NULL */
 };
@@ -121,8 +122,8 @@ static int status_ask_broker(struct status *s)
 	if (r >= 0)
 		r = pinbroker_connect(s->pb);
 	if (r < 0)
-		return fail_call(s->pb, pinbroker_last_error(s->pb)->name ? r : -ENOTCONN,
-			"Cannot ask the broker for its status");
+		return fail_call(
+			s->pb, reaching(s->pb, r), "Cannot ask the broker for its status");
 	s->version = pinbroker_get_version(s->pb);
 	pinbroker_list_features(s->pb, add_feature, s->features);
 	s->counts.running = running->n;
@@ -170,12 +171,13 @@ static void status_ask_bus(struct status *s)
 	_cleanup_(sd_bus_message_unrefp) sd_bus_message *m = NULL;
 	const char *text;
 
-	if (ctl_bus_connect(s->ctl, &bus) < 0)
-		return;
-	if (sd_bus_get_name_creds(bus, BROKER_NAME,
-		    SD_BUS_CREDS_UNIQUE_NAME | SD_BUS_CREDS_PID | SD_BUS_CREDS_AUGMENT |
-			    SD_BUS_CREDS_UNIT,
-		    &creds) < 0)
+	s->bus_error = ctl_bus_connect(s->ctl, &bus);
+	if (s->bus_error >= 0)
+		s->bus_error = sd_bus_get_name_creds(bus, BROKER_NAME,
+			SD_BUS_CREDS_UNIQUE_NAME | SD_BUS_CREDS_PID | SD_BUS_CREDS_AUGMENT |
+				SD_BUS_CREDS_UNIT,
+			&creds);
+	if (s->bus_error < 0)
 		return;
 	if (sd_bus_creds_get_unique_name(creds, &text) >= 0)
 		s->bus_owner = must(strdup(text));
@@ -213,7 +215,7 @@ static void status_ask_kernel(struct kernel *k)
 
 static const char *socket_path(const struct status *s)
 {
-	return s->ctl->socket_path ?: secure_getenv("PINBROKER_SOCKET") ?: SOCKET_DEFAULT;
+	return s->ctl->socket_path ?: environment("PINBROKER_SOCKET") ?: SOCKET_DEFAULT;
 }
 
 static json_object *kernel_to_json(const struct kernel *k)
@@ -300,7 +302,7 @@ static void print_powers(const struct powers *p)
 
 static void print_count(uint64_t n, const char *what)
 {
-	printf("%" PRIu64 " %s%s, ", n, what, n == 1 ? "" : "s");
+	printf("%" PRIu64 " %s%s, ", n, what, PLURAL(n));
 }
 
 static void print_counts(const struct counts *c)
@@ -333,8 +335,11 @@ static void status_print(const struct status *s)
 		if (s->unit)
 			printf(", %s", s->unit);
 		putchar('\n');
+	} else if (s->bus_error == -ENXIO) {
+		puts("      Bus: " BROKER_NAME " is not on it");
 	} else {
-		puts("      Bus: not there");
+		printf("      Bus: cannot be asked (%s): %s\n", bus_address(s->ctl) ?: "system bus",
+			strerror(-s->bus_error));
 	}
 	print_kernel(&s->kernel);
 	print_powers(&s->powers);

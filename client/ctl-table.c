@@ -4,6 +4,7 @@
 #include <fcntl.h>
 #include <inttypes.h>
 #include <json-c/json.h>
+#include <limits.h>
 #include <signal.h>
 #include <string.h>
 #include <sys/ioctl.h>
@@ -192,19 +193,19 @@ size_t terminal_width(void)
 	struct winsize ws;
 	uint64_t n;
 
-	if (columns && parse_u64(columns, &n) && n > 0)
+	if (columns && parse_u64(columns, &n) && n > 0 && n <= USHRT_MAX)
 		return n;
 	if (ioctl(STDOUT_FILENO, TIOCGWINSZ, &ws) == 0 && ws.ws_col > 0)
 		return ws.ws_col;
 	return SIZE_MAX;
 }
 
-/* Takes from the widest flexible column, again and again, and then leaves out optional ones, until
- * the table fits. */
+/* Takes from the widest flexible column, again and again, and then leaves out optional ones, and others but for
+ * the first and that of the paths, until the table fits. */
 static void widths_fit(const struct table *t, size_t *widths, size_t available)
 {
 	for (;;) {
-		size_t total = 0, widest = SIZE_MAX, optional = SIZE_MAX;
+		size_t total = 0, widest = SIZE_MAX, optional = SIZE_MAX, other = SIZE_MAX;
 
 		for (size_t i = 0; i < t->n_columns; i++) {
 			if (widths[i] == HIDDEN)
@@ -215,6 +216,8 @@ static void widths_fit(const struct table *t, size_t *widths, size_t available)
 				widest = i;
 			if (t->columns[i].flags & COLUMN_OPTIONAL)
 				optional = i;
+			if (i > 0 && !(t->columns[i].flags & COLUMN_TAIL))
+				other = i;
 		}
 		if (total <= available)
 			return;
@@ -222,6 +225,8 @@ static void widths_fit(const struct table *t, size_t *widths, size_t available)
 			widths[widest]--;
 		else if (optional != SIZE_MAX)
 			widths[optional] = HIDDEN;
+		else if (other != SIZE_MAX)
+			widths[other] = HIDDEN;
 		else
 			return;
 	}

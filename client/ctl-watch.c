@@ -9,6 +9,8 @@ struct watch {
 	struct ctl *ctl;
 	sd_bus *bus;   /* owned */
 	pinbroker *pb; /* owned; for details, which the signals do not carry */
+	bool blind;    /* there are none, which has been said */
+	bool mute;     /* nothing can be written */
 };
 
 struct event {
@@ -44,9 +46,11 @@ static void say_line(const struct event *e, const struct pinbroker_revocation_in
 	if (info && !e->outcome) {
 		printf(": %s", pinbroker_cause_name(info->cause));
 		if (info->size != PINBROKER_UNKNOWN)
-			printf(" to %" PRIu64 " bytes", info->size);
-		printf(", %s, %" PRIu64 " of %" PRIu64 " pin%s left", path ?: "several files",
-			info->n_remaining, info->n_pins, PLURAL(info->n_pins));
+			printf(" to %" PRIu64 " byte%s", info->size, PLURAL(info->size));
+		printf(", %s, ", path ?: "several files");
+		if (info->n_remaining < info->n_pins)
+			printf("%" PRIu64 " of ", info->n_remaining);
+		printf("%" PRIu64 " pin%s left", info->n_pins, PLURAL(info->n_pins));
 		format_when(info->deadline_usec, when, sizeof(when));
 		printf(", deadline %s", when);
 	}
@@ -112,11 +116,17 @@ static int say_found(const struct pinbroker_revocation_info *info, void *userdat
 static void watch_event(struct watch *w, struct event *e)
 {
 	struct search s = {w, e};
+	int r;
 
 	/* What cannot be looked up is told without details. */
-	pinbroker_list_revocations(w->pb, say_found, &s);
+	r = pinbroker_list_revocations(w->pb, say_found, &s);
+	if (r < 0 && !w->blind)
+		fail_call(w->pb, r, "Cannot look up what revocation %" PRIu64 " is about",
+			e->revocation);
+	w->blind = r < 0;
 	if (!e->found)
 		say_event(w, e, NULL);
+	w->mute = write_out() != 0;
 }
 
 static int on_started(sd_bus_message *m, void *userdata, sd_bus_error *error)
@@ -156,6 +166,16 @@ static int on_owner(sd_bus_message *m, void *userdata, sd_bus_error *error)
 	return 0;
 }
 
+static int on_answer(sd_bus_message *m, void *userdata, sd_bus_error *error)
+{
+	if (sd_bus_message_is_method_error(m, SD_BUS_ERROR_NO_REPLY) ||
+		sd_bus_message_is_method_error(m, "org.freedesktop.DBus.Error.Timeout"))
+		fputs("pinbrokerctl: The broker does not answer, and nothing is seen until it does: it is "
+		      "stopped, or hangs. See systemctl status pinbrokerd.\n",
+			stderr);
+	return 0;
+}
+
 static int watch_broker(struct watch *w)
 {
 	sd_bus_message *reply = NULL;
@@ -173,6 +193,9 @@ static int watch_broker(struct watch *w)
 	sd_bus_message_unref(reply);
 	if (r >= 0 && !present)
 		say_broker(false);
+	else if (r >= 0)
+		r = sd_bus_call_method_async(w->bus, NULL, BROKER_NAME, BROKER_PATH,
+			"org.freedesktop.DBus.Peer", "Ping", on_answer, w, NULL);
 	return r;
 }
 
@@ -197,13 +220,14 @@ static int watch_run(struct watch *w)
 		return fail_bus(w->ctl, r, "Cannot listen for revocations");
 	if (w->ctl->legend && w->ctl->json == JSON_OFF)
 		fputs("Watching for revocations, until interrupted.\n", stderr);
-	for (;;) {
+	while (!w->mute) {
 		r = sd_bus_process(w->bus, NULL);
 		if (r == 0)
 			r = sd_bus_wait(w->bus, UINT64_MAX);
 		if (r < 0 && r != -EINTR)
 			return fail_bus(w->ctl, r, "Lost the connection while watching");
 	}
+	return EX_IOERR;
 }
 
 int ctl_watch(struct ctl *ctl, int argc, char *argv[])
@@ -216,7 +240,6 @@ int ctl_watch(struct ctl *ctl, int argc, char *argv[])
 		return r;
 	if (optind < argc)
 		return fail_usage("watch takes no arguments.");
-	setvbuf(stdout, NULL, _IOLBF, 0);
 	r = watch_run(&w);
 	sd_bus_flush_close_unref(w.bus);
 	pinbroker_unref(w.pb);

@@ -67,11 +67,22 @@ int ctl_map(struct ctl *ctl, int argc, char *argv[]);
 int ctl_preflight(struct ctl *ctl, int argc, char *argv[]);
 int ctl_hold(struct ctl *ctl, int argc, char *argv[]);
 
+/* For messages: what is empty can be seen. */
+static inline const char *visible(const char *argument)
+{
+	return *argument ? argument : "''";
+}
+
+/* Has what was printed written. 0, or EX_IOERR, which is said the first time. */
+int write_out(void);
+
 /* Says what is wrong on stderr, and returns the exit code. */
 int fail(int code, const char *format, ...) __attribute__((format(printf, 2, 3)));
 /* The same for a failed call of the library: what failed, then its sentence. */
 int fail_call(pinbroker *pb, int r, const char *format, ...) __attribute__((format(printf, 3, 4)));
 int fail_usage(const char *format, ...) __attribute__((format(printf, 1, 2)));
+/* Of a call that nothing was named in: what says of a file that it is not there says it of the broker's socket. */
+int reaching(pinbroker *pb, int r);
 /* Ends the process if p is NULL. */
 void *must(void *p);
 
@@ -82,6 +93,8 @@ static inline void close_filep(FILE **f)
 }
 
 bool parse_u64(const char *s, uint64_t *ret);
+/* Of an object: decimal. */
+bool parse_id(const char *s, uint64_t *ret);
 /* "/srv/a b\n" as "/srv/a\040b\012": one word on one line, as in /proc/self/mountinfo. */
 char *escape_word(const char *s);
 /* Replaces what a terminal could take for a command. */
@@ -165,6 +178,7 @@ struct list_kind {
 	const char *singular, *plural;
 	/* Makes and fills the table. 0 or negative errno, of the library. */
 	int (*fill)(struct list *list);
+	bool by_file, by_client; /* those of one can be asked for */
 };
 
 #define LIST_KINDS 5
@@ -173,6 +187,7 @@ extern const struct list_kind list_kinds[LIST_KINDS];
 int list_fill(struct list *list, const struct list_kind *kind);
 
 /* ctl-bus.c */
+const char *bus_address(const struct ctl *ctl);            /* NULL: the system bus */
 int ctl_bus_connect(const struct ctl *ctl, sd_bus **ret); /* 0 or negative errno */
 /* 0, or an exit code with the message said. */
 int ctl_bus_open(const struct ctl *ctl, sd_bus **ret);

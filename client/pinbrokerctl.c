@@ -41,11 +41,13 @@ static const char help_text[] =
 	"  revoke --device NAME    … all those through a device\n"
 	"  watch                   Show revocations as they start and end\n"
 	"  map FILE                Draw the pins over a file\n"
-	"  preflight FILE          Tell what can be promised for a file, and who has it open\n"
+	"  preflight FILE          Tell what can be promised for a file, and who has it\n"
+	"                          open\n"
 	"  hold FILE [-- COMMAND…] Pin a file (while a command runs)\n"
 	"\n"
 	"Options:\n"
-	"     --bus ADDRESS        D-Bus address (default: $PINBROKER_BUS, the system bus)\n"
+	"     --bus ADDRESS        D-Bus address (default: $PINBROKER_BUS, the system\n"
+	"                          bus)\n"
 	"     --socket PATH        The broker's socket (default: $PINBROKER_SOCKET,\n"
 	"                          /run/pinbroker/org.pinbroker)\n"
 	"     --json=short|pretty  Print JSON\n"
@@ -63,8 +65,10 @@ static const char help_text[] =
 	"     --no-wait            Do not wait for the end\n"
 	"hold:\n"
 	"     --access read|write  What to open the file for (default: read)\n"
-	"     --range OFFSET:LENGTH  What to pin, may be repeated (default: all)\n"
-	"     --on-revoke release|ignore  What to do when asked to let go (default: release)\n";
+	"     --range OFFSET:LENGTH\n"
+	"                          What to pin, may be repeated (default: all)\n"
+	"     --on-revoke release|ignore\n"
+	"                          What to do when asked to let go (default: release)\n";
 
 /* Names of files, arguments and answers may hold anything: nothing of it reaches the terminal as a
  * command. */
@@ -101,6 +105,33 @@ int fail_usage(const char *format, ...)
 	return EX_USAGE;
 }
 
+int write_out(void)
+{
+	static bool failed;
+
+	if (fflush(stdout) == 0 && !ferror(stdout))
+		return failed ? EX_IOERR : EX_OK;
+	if (!failed)
+		fprintf(stderr, "pinbrokerctl: Cannot write the output: %s.\n", strerror(errno));
+	failed = true;
+	return EX_IOERR;
+}
+
+int reaching(pinbroker *pb, int r)
+{
+	switch (-r) {
+	case ENOENT:
+	case ENOTDIR:
+	case ELOOP:
+	case EACCES:
+	case EPERM:
+	case EAGAIN:
+		return pinbroker_last_error(pb)->name ? r : -ENOTCONN;
+	default:
+		return r;
+	}
+}
+
 static int exit_code(int error)
 {
 	switch (-error) {
@@ -112,6 +143,7 @@ static int exit_code(int error)
 	case ENOENT:
 	case ENOTDIR:
 	case ELOOP:
+	case ENAMETOOLONG:
 		return EX_NOINPUT;
 	case EACCES:
 	case EPERM:
@@ -170,13 +202,9 @@ bool parse_u64(const char *s, uint64_t *ret)
 	return true;
 }
 
-/* Bytes that are no UTF-8, and the C1 controls, U+0080 to U+009F: a terminal may obey either. */
-static size_t printable_length(const char *s)
+bool parse_id(const char *s, uint64_t *ret)
 {
-	uint32_t c = 0; /* if it is none */
-	size_t length = utf8_decode(s, strlen(s), &c);
-
-	return c < ' ' || (c >= 0x7f && c < 0xa0) ? 0 : length;
+	return *s != '0' && parse_u64(s, ret) && *ret <= INT64_MAX;
 }
 
 static char *escape(const char *s, bool word)
@@ -185,7 +213,7 @@ static char *escape(const char *s, bool word)
 
 	while (*s) {
 		bool separates = word && (*s == ' ' || *s == '\\');
-		size_t length = separates ? 0 : printable_length(s);
+		size_t length = separates ? 0 : utf8_printable(s);
 
 		if (length == 0)
 			p += sprintf(p, word ? "\\%03o" : "\\x%02x", (unsigned char)*s++);
@@ -258,8 +286,8 @@ int ctl_client(const struct ctl *ctl, pinbroker **ret)
 		return fail(EX_USAGE, "The socket path is too long for a socket: %s.",
 			ctl->socket_path ?: "$PINBROKER_SOCKET");
 	if (r < 0)
-		return fail(
-			EX_OSERR, "Cannot prepare a connection to the broker: %s.", strerror(-r));
+		return fail(EX_OSERR, "Cannot prepare a connection to the broker: %s.%s",
+			strerror(-r), limit_advice(-r));
 	return 0;
 }
 
@@ -270,7 +298,7 @@ static int json_option(struct ctl *ctl, const char *value)
 	else if (strcmp(value, "pretty") == 0)
 		ctl->json = JSON_PRETTY;
 	else
-		return fail_usage("--json is short or pretty, not %s.", value);
+		return fail_usage("--json is short or pretty, not %s.", visible(value));
 	return -1;
 }
 
@@ -285,15 +313,21 @@ static int fail_option(const char *argument)
 	return fail_usage("There is no option %s.", argument);
 }
 
+static int string_option(const char **ret, const char *name)
+{
+	if (!*optarg)
+		return fail_usage("The option %s needs an argument.", name);
+	*ret = optarg;
+	return -1;
+}
+
 int ctl_common_option(struct ctl *ctl, int c)
 {
 	switch (c) {
 	case OPTION_BUS:
-		ctl->bus_address = optarg;
-		return -1;
+		return string_option(&ctl->bus_address, "--bus");
 	case OPTION_SOCKET:
-		ctl->socket_path = optarg;
-		return -1;
+		return string_option(&ctl->socket_path, "--socket");
 	case OPTION_JSON:
 		return json_option(ctl, optarg);
 	case OPTION_NO_LEGEND:
@@ -331,14 +365,12 @@ int ctl_common_options(struct ctl *ctl, int argc, char *argv[])
 	return parse_options(ctl, argc, argv, "h");
 }
 
-int main(int argc, char *argv[])
+static int run(int argc, char *argv[])
 {
 	struct ctl ctl = {.argv = argv, .legend = true, .pager = true};
 	const char *verb;
 	int r;
 
-	setlocale(LC_CTYPE, "");
-	opterr = 0;
 	/* "+": what comes after the verb is the verb's. */
 	r = parse_options(&ctl, argc, argv, "+h");
 	if (r >= 0)
@@ -352,12 +384,19 @@ int main(int argc, char *argv[])
 	/* Makes getopt_long() begin anew. */
 	optind = 0;
 	for (size_t i = 0; i < ELEMENTS(verbs); i++)
-		if (strcmp(verb, verbs[i].name) == 0) {
-			r = verbs[i].run(&ctl, argc, argv);
-			if (fflush(stdout) != 0 && r == EX_OK)
-				return fail(
-					EX_IOERR, "Cannot write the output: %s.", strerror(errno));
-			return r;
-		}
-	return fail_usage("There is no command %s.", verb);
+		if (strcmp(verb, verbs[i].name) == 0)
+			return verbs[i].run(&ctl, argc, argv);
+	return fail_usage("There is no command %s.", visible(verb));
+}
+
+int main(int argc, char *argv[])
+{
+	int r, written;
+
+	fill_standard_descriptors();
+	setlocale(LC_CTYPE, "");
+	opterr = 0;
+	r = run(argc, argv);
+	written = write_out();
+	return r != EX_OK ? r : written;
 }

@@ -139,7 +139,7 @@ static int ask_polkit(struct call *call, uid_t uid, sd_bus_error *error)
 	if (user_charge(user, LIMIT_UNFINISHED, 1) < 0) {
 		r = sd_bus_error_setf(
 			error, SD_BUS_ERROR_LIMITS_EXCEEDED,
-			"%s= allows %" PRIu64 " calls at a time that polkit is asked about.",
+			"%s=%" PRIu64 " is reached by calls that polkit is asked about: wait for one.",
 			limit_name(LIMIT_UNFINISHED), user_maximum(user, LIMIT_UNFINISHED));
 		user_unref(user);
 		return r;

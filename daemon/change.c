@@ -127,10 +127,10 @@ static void revoke_beyond(struct file *file)
 	conflict.size = (int64_t)selection.start;
 	if (change->n_pinning > 0)
 		log_event(LOG_CRIT, MESSAGE_LEASE_LOST, &fields,
-			  "%s was truncated to %" PRIu64 " bytes %s, under %zu pin%s: they are revoked by "
+			  "%s was truncated to %" PRIu64 " byte%s %s, under %zu pin%s: they are revoked by "
 			  "force.",
-			  file->path, selection.start, circumstance(file), change->n_pinning,
-			  PLURAL(change->n_pinning));
+			  file->path, selection.start, PLURAL(selection.start), circumstance(file),
+			  change->n_pinning, PLURAL(change->n_pinning));
 	if (revoke_pins(file, &conflict, &selection) < 0)
 		change->emergency_size = UINT64_MAX; /* the next look comes by here again */
 }

@@ -206,8 +206,8 @@ int pin_bind(struct pin *pin, int64_t handle, const struct handle_identity *iden
 		return refuse_no_such(ret_refusal, "pin", pin->id);
 	if (identity->length > pin->length)
 		return refuse(ret_refusal, REFUSAL_NOT_ALLOWED, "tooLong",
-			      "%" PRIu64 " bytes are registered, of %" PRIu64 " that are pinned.",
-			      identity->length, pin->length);
+			      "More is registered than pinned: %" PRIu64 " of %" PRIu64 " byte%s.",
+			      identity->length, pin->length, PLURAL(pin->length));
 	pin->handle = handle;
 	pin->identity = *identity;
 	pin->state = PIN_BOUND;

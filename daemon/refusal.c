@@ -5,6 +5,7 @@
 #include <stdarg.h>
 #include <stdio.h>
 
+#include "macro.h"
 #include "protocol/interface.h"
 #include "user.h"
 
@@ -74,7 +75,7 @@ const char *refusal_message(const struct refusal *f, char buffer[static 300])
 {
 	switch (f->kind) {
 	case REFUSAL_NO_SUCH_OBJECT:
-		snprintf(buffer, 300, "There is no %s %" PRIi64 " of yours.", f->cause, f->id);
+		snprintf(buffer, 300, "There is no %s %" PRIu64 ".", f->cause, (uint64_t)f->id);
 		break;
 	case REFUSAL_LIMIT_EXCEEDED:
 		snprintf(buffer, 300, "%s=%" PRIi64 " reached (%" PRIi64 " in use).", f->cause,
@@ -91,14 +92,14 @@ const char *refusal_message(const struct refusal *f, char buffer[static 300])
 	case REFUSAL_RANGE_CONFLICT:
 		snprintf(buffer, 300,
 			 "The range at %" PRIi64 " of %" PRIi64
-			 " bytes overlaps revocation %" PRIi64 ", which is running.",
-			 f->offset, f->length, f->id);
+			 " byte%s overlaps revocation %" PRIi64 ", which is running.",
+			 f->offset, f->length, PLURAL(f->length), f->id);
 		break;
 	case REFUSAL_BEYOND_END_OF_FILE:
 		snprintf(buffer, 300,
 			 "The range at %" PRIi64 " of %" PRIi64
-			 " bytes does not lie within the file's %" PRIi64 " bytes.",
-			 f->offset, f->length, f->size);
+			 " byte%s does not lie within the file's %" PRIi64 " byte%s.",
+			 f->offset, f->length, PLURAL(f->length), f->size, PLURAL(f->size));
 		break;
 	case REFUSAL_INVALID_PARAMETER:
 		snprintf(buffer, 300, "Parameter %s is not valid.", f->cause);

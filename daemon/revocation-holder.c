@@ -71,7 +71,7 @@ void revocation_blame(struct revocation *rev, const struct conflict *who, const 
 	bus_changed(rev->broker->bus, &rev->view);
 	fields = revocation_fields(rev);
 	if (who->size != INT_NULL)
-		snprintf(size, sizeof(size), " to %" PRIi64 " bytes", who->size);
+		snprintf(size, sizeof(size), " to %" PRIi64 " byte%s", who->size, PLURAL(who->size));
 	log_event(LOG_NOTICE, MESSAGE_REVOKE_BLAMED, &fields,
 		  "Revocation %" PRIu64 " of %s is on behalf of %s (pid %d) (%s%s).", rev->id,
 		  revocation_path(rev), who->comm, who->pid, fields.cause, size);

@@ -205,15 +205,18 @@ static void report_end(struct revocation *rev)
 {
 	struct log_fields fields = revocation_fields(rev);
 	const char *outcome = enumeration_name(&enumeration_revocation_state, rev->state);
+	char gone[32] = "";
 
 	fields.outcome = outcome;
 	if (rev->has_proof)
 		fields.proof = enumeration_name(&enumeration_proof, rev->weakest);
+	if (rev->n_remaining > 0)
+		snprintf(gone, sizeof(gone), "%zu of ", rev->n_pinning - rev->n_remaining);
 	log_event(rev->state == REVOCATION_LOST ? LOG_CRIT : LOG_NOTICE, MESSAGE_REVOKE_ENDED,
-		  &fields, "Revocation %" PRIu64 " of %s %s after %.3f s, %zu of %zu pin%s gone%s%s.",
+		  &fields, "Revocation %" PRIu64 " of %s %s after %.3f s, %s%zu pin%s gone%s%s.",
 		  rev->id, revocation_path(rev), outcome,
-		  (double)(rev->end_usec - rev->start_usec) / 1e6, rev->n_pinning - rev->n_remaining,
-		  rev->n_pinning, PLURAL(rev->n_pinning), fields.proof ? ", " : "", fields.proof ? fields.proof : "");
+		  (double)(rev->end_usec - rev->start_usec) / 1e6, gone, rev->n_pinning,
+		  PLURAL(rev->n_pinning), fields.proof ? ", " : "", fields.proof ? fields.proof : "");
 }
 
 static void end(struct revocation *rev)

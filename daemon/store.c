@@ -140,9 +140,9 @@ static bool has_room(struct store *store)
 	if (store->n_descriptors < maximum() && store->n_bytes + NAME_SIZE <= NAMES_MAX)
 		return true;
 	if (!store->full)
-		log_warning("The service manager's store is full with %zu descriptors: what else is "
+		log_warning("The service manager's store is full with %zu descriptor%s: what else is "
 			    "pinned will not outlive a crash of this process.",
-			    store->n_descriptors);
+			    store->n_descriptors, PLURAL(store->n_descriptors));
 	store->full = store->refused = true;
 	return false;
 }
