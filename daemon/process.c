@@ -123,10 +123,9 @@ int process_from_socket(int fd, struct process *ret)
 	if (getsockopt(fd, SOL_SOCKET, SO_PEERPIDFD, &p.pidfd, &size) < 0) {
 		if (errno != ENOPROTOOPT)
 			return -errno;
-		if (p.pid == 0) /* of another pid namespace, which call_hello() says where it can */
-			return -EREMOTE;
-		p.pidfd = pidfd_open(p.pid, 0);
-		if (p.pidfd < 0)
+		/* 0: of another pid namespace, which call_hello() says */
+		p.pidfd = p.pid > 0 ? pidfd_open(p.pid, 0) : -1;
+		if (p.pid > 0 && p.pidfd < 0)
 			return -errno;
 	}
 	r = peer_groups(fd, &p.groups, &p.n_groups);
