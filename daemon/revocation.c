@@ -387,6 +387,9 @@ static void add_uid(struct revocation *rev, uid_t uid)
 
 /* So many are found before their holders are told. */
 #define FIND_MAX NOTICE_PINS_MAX
+/* So many are looked at before the time is: a few are found together, and their holders told the right deadline,
+ * also where the daemon has to wait for a CPU meanwhile. */
+#define FIND_MIN 32
 
 static struct untold untold_of(const struct pin *pin)
 {
@@ -417,6 +420,7 @@ static void add_pin(struct revocation *rev, struct pin *pin)
 static void find_pins(struct revocation *rev, const struct slice *slice)
 {
 	struct pin *pin = NULL;
+	unsigned n_looks = 0;
 	int r = 1;
 
 	rev->n_untold = rev->i_untold = 0;
@@ -433,7 +437,7 @@ static void find_pins(struct revocation *rev, const struct slice *slice)
 		r = pin ? target_new(rev, pin) : 0;
 		if (r > 0)
 			add_pin(rev, pin);
-	} while (r >= 0 && rev->n_untold < FIND_MAX && !slice_is_over(slice));
+	} while (r >= 0 && rev->n_untold < FIND_MAX && (++n_looks < FIND_MIN || !slice_is_over(slice)));
 	if (r < 0) {
 		selection_retry(&rev->selection, pin);
 		try_again(rev);
