@@ -14,7 +14,7 @@ import time
 import unittest
 
 import rules
-from client import PAGE, WAIT, is_readable
+from client import PAGE, SLOWNESS, WAIT, is_readable
 from holders import Process
 from world import DAEMON, READY, SIZE, Case, DeafManager
 
@@ -285,8 +285,8 @@ class Bypass(Case):
         self.expose()
         self.write_honestly(holder)
         took, used = time.monotonic() - begin, self.used(daemon) - before
-        # once each 2 ms, at most, with what a burst may take
-        self.assertLess(used, took / 4 + 0.1)
+        # once each 2 ms, at most, which is much for an emulated machine, with what a burst may take
+        self.assertLess(used, took / (4 if SLOWNESS < 10 else 1.5) + 0.1)
         self.assertFalse(is_readable(holder.watch.socket, 1))
         self.assertEqual(self.revocations(), [])
         holder.release()
