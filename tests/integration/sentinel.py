@@ -242,6 +242,7 @@ class Sentinel(Shared):
 
     def test_overflow(self):
         """More breaks than there is room for: in the socket to the daemon, and in the queue of signals."""
+        self.write(self.config, '[Revocation]\nRevokeGraceSec=30s\n')  # they are many
         daemon = self.start()
         keeper, sentinel, _ = self.helpers(daemon)
         for stopped, n, limit in (([daemon.pid], 500, None), ([keeper, sentinel], 20, 8)):
