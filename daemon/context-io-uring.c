@@ -340,8 +340,11 @@ static int ring_check(int fd, const struct process *holder, struct handle *handl
 		return 0;
 	for (size_t i = 0; i < n_handles; i++)
 		handles[i].keep = !handles[i].gone;
-	r = search_links(holder->pid, RING_LINK, has_clone, &search);
-	return r > 0 ? -EBUSY : 0;
+	if (search_links(holder->pid, RING_LINK, has_clone, &search) <= 0)
+		return 0;
+	for (size_t i = 0; i < n_handles; i++)
+		handles[i].gone = false;
+	return -EBUSY;
 }
 
 static void ring_count(int fd, uint64_t n_bound, struct page_count *ret)

@@ -123,7 +123,8 @@ static void end_if_gone(struct context_job *j, const struct handle *h)
 /* Ends the pins whose handles were seen to be gone. */
 static bool end_some_gone(struct context_job *j, const struct slice *slice)
 {
-	for (; j->i < j->n_handles && j->result >= 0; j->i++) {
+	/* also where another could not be detached: what was destroyed is destroyed */
+	for (; j->i < j->n_handles; j->i++) {
 		if (slice_is_over(slice))
 			return true;
 		end_if_gone(j, &j->handles[j->i]);

@@ -65,12 +65,13 @@ struct context_ops {
 
 	/* Detaches what the handles name by force, where they are still what they were, and sets `gone`
 	 * on those that are seen to be gone with the proof of the kind; all that are bound are given,
-	 * those of other pins to keep. Default: -EOPNOTSUPP. */
+	 * those of other pins to keep. An error says that not all are gone: `gone` and `destroyed` of the
+	 * others count all the same. Default: -EOPNOTSUPP. */
 	int (*detach)(int fd, const struct process *holder, struct handle *handles,
 		      size_t n_handles);
 
-	/* Sets `gone` on the handles that are no longer there, after their holder said so. Default:
-	 * the holder is believed. */
+	/* Sets `gone` on the handles that are no longer there, after their holder said so. -EBUSY: what was let go
+	 * of lives on in a copy. Default: the holder is believed. */
 	int (*check)(int fd, const struct process *holder, struct handle *handles, size_t n_handles);
 
 	/* How many pages are pinned through it: those that the kernel's counter has to show at least when they

@@ -208,11 +208,13 @@ int pin_bind(struct pin *pin, int64_t handle, const struct handle_identity *iden
 		return refuse(ret_refusal, REFUSAL_NOT_ALLOWED, "tooLong",
 			      "More is registered than pinned: %" PRIu64 " of %" PRIu64 " byte%s.",
 			      identity->length, pin->length, PLURAL(pin->length));
+	/* It was looked at while it was being destroyed. */
+	pin->destroyed &= pin->handle == handle && handle_identity_equal(&pin->identity, identity);
+	pin->torn = false;
 	pin->handle = handle;
 	pin->identity = *identity;
 	pin->state = PIN_BOUND;
 	pin_set_told(pin, 0);
-	pin->destroyed = pin->torn = false;
 	state_pin(pin);
 	return 0;
 }

@@ -27,6 +27,9 @@ static int read_handle(int fd, int64_t handle, struct handle_identity *ret)
 {
 	if (handle > 1000)
 		return -ENOENT;
+	for (size_t i = 0; i < kernel.n_destroyed; i++)
+		if (kernel.destroyed[i].handle == handle)
+			return -ENOENT;
 	*ret = (struct handle_identity){(uint64_t)handle << 12, (uint64_t)(handle % 3) << 12, 0};
 	return 0;
 }
@@ -40,13 +43,21 @@ static int check(int fd, const struct process *holder, struct handle *handles, s
 
 static int detach(int fd, const struct process *holder, struct handle *handles, size_t n)
 {
+	int r = 0;
+
 	if (kernel.detach_fails)
 		return -EBUSY;
 	for (size_t i = 0; i < n; i++) {
-		handles[i].destroyed = !handles[i].keep;
-		handles[i].gone = !handles[i].keep && !kernel.detach_unproved;
+		if (handles[i].keep)
+			continue;
+		/* the first one's memory is registered by another name */
+		handles[i].gone = !kernel.detach_unproved || r < 0;
+		r = kernel.detach_unproved ? -EBUSY : 0;
+		handles[i].destroyed = true;
+		if (kernel.n_destroyed < ELEMENTS(kernel.destroyed))
+			kernel.destroyed[kernel.n_destroyed++] = handles[i];
 	}
-	return 0;
+	return r;
 }
 
 static bool is_empty(int fd)

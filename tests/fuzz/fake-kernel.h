@@ -5,6 +5,7 @@
 #include <stdint.h>
 #include <sys/types.h>
 
+#include "daemon/context.h"
 #include "daemon/lease.h"
 
 /*
@@ -50,6 +51,8 @@ struct fake_kernel {
 	bool cannot_search; /* /proc, for holders */
 	bool cannot_stop;   /* somebody who has a context */
 	bool detach_fails, detach_unproved, handles_stay;
+	struct handle destroyed[64]; /* by force: the first so many */
+	size_t n_destroyed;
 	bool manager_hangs; /* what waits for it waits */
 	bool bus_hangs;
 	int bus_answer; /* to who has a name: 0, REFUSED, -errno */
@@ -80,6 +83,8 @@ int kernel_descriptor(char kind);
  * is none. */
 bool offload_run_next(struct offload *offload);
 bool offload_finish_next(struct offload *offload);
+/* … the one that was run last. */
+bool offload_finish_last(struct offload *offload);
 
 /* fake-daemon.c: the service manager, and the bus, have done what they were asked. */
 void manager_answer(struct broker *broker);

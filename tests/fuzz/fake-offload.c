@@ -114,6 +114,20 @@ bool offload_finish_next(struct offload *o)
 	return true;
 }
 
+/* Threads overtake each other. */
+bool offload_finish_last(struct offload *o)
+{
+	struct job *job, *last = NULL;
+
+	STAILQ_FOREACH(job, &o->completed, link)
+		last = job;
+	if (!last)
+		return false;
+	STAILQ_REMOVE(&o->completed, last, job, link);
+	STAILQ_INSERT_HEAD(&o->completed, last, link);
+	return offload_finish_next(o);
+}
+
 unsigned offload_free(struct offload *o)
 {
 	if (!o)

@@ -17,25 +17,34 @@
 #include "fuzz.h"
 #include "protocol/connection.h"
 
+/* clang-format off */
 /*
- * The daemon from its sockets down to where the kernel begins (fake-kernel.h). The input is a row
- * of lines. What a client sends:
+ * The daemon from its sockets down to where the kernel begins (fake-kernel.h). The input is a row of lines.
+ * What a client sends:
  *
- *     a…c[DESCRIPTORS] TEXT   on this connection, with a NUL behind it; descriptors are a letter
- * each, of kernel_descriptor() A…C[DESCRIPTORS] TEXT   the same without the NUL -a +a1 disconnects;
- * connects, as this process /a                      reads nothing on it any more, or again
+ *     a…c[DESCRIPTORS] TEXT   on this connection, with a NUL behind it; descriptors are a letter each, of
+ *                             kernel_descriptor()
+ *     A…C[DESCRIPTORS] TEXT   the same without the NUL
+ *     -a +a1                  disconnects; connects, as this process
+ *     /a                      reads nothing on it any more, or again
  *
  * And what happens, to a process, file or object by its number:
  *
- *     k0 l0 L0 s0   a process is killed, closes its contexts, has them, becomes another user
- *     <0 >0 =0 ~0 e0   a file is opened for writing, for reading; its lease is gone, was given up;
- * it is closed !01           somebody (1) has done something to the shared lease #0 %0         it
- * is truncated, written to t500          so many milliseconds pass j j0 j1 j2    jobs are run at
- * once; are left waiting; one is run; one comes back h0…h9         the answer to one question
- * changes r?5           an administrator's word, see order() y1            it is found out that
- * this process breaks the leases z500          a look at the clock takes so many microseconds g0…g3
- * another configuration q x           the end, with everything let go, or at once
+ *     k0 l0 L0 s0      a process is killed, closes its contexts, has them, becomes another user
+ *     <0 >0 =0 ~0 e0   a file is opened for writing, for reading; its lease is gone, was given up; it is closed
+ *     !01              somebody (1) has done something to the shared lease
+ *     #0 %0 _0         it is truncated, written to, has a hole
+ *     t500             so many milliseconds pass
+ *     j j0 j1 j2 j3    jobs are run at once; are left waiting; one is run; one comes back, the first or the last
+ *                      that was run
+ *     h0…h9            the answer to one question changes
+ *     r?5              an administrator's word, see order()
+ *     y1               it is found out that this process breaks the leases
+ *     z500             a look at the clock takes so many microseconds
+ *     g0…g3            another configuration
+ *     q x              the end, with everything let go, or at once
  */
+/* clang-format on */
 
 #define LINES_MAX       1000
 #define TURNS_MAX       20000
@@ -141,6 +150,18 @@ static bool run_job(void)
 	return offload_finish_next(o) || offload_run_next(o);
 }
 
+/* A holder that is not told what was destroyed under a pin deregisters what is another's by then. */
+static void check_destroyed(void)
+{
+	for (size_t i = 0; i < kernel.n_destroyed; i++) {
+		const struct handle *h = &kernel.destroyed[i];
+		const struct pin *pin = broker_find_pin(f.broker, h->pin);
+
+		if (pin && !pin->over && pin->handle == h->handle && (h->gone || !pin->destroyed))
+			abort();
+	}
+}
+
 /* Until nobody has anything to do any more, which is to be soon. */
 static void run(void)
 {
@@ -162,6 +183,8 @@ static void run(void)
 		if (!kernel.bus_hangs)
 			bus_answer(f.broker);
 	} while (more);
+	if (offload_unfinished(f.broker->offload) == 0)
+		check_destroyed();
 }
 
 /* ---- Events ---- */
@@ -325,11 +348,13 @@ static struct config *make_config(uint64_t n)
 
 static void run_some_jobs(char what)
 {
-	f.jobs_wait = what >= '0' && what <= '2';
+	f.jobs_wait = what >= '0' && what <= '3';
 	if (what == '1')
 		(void)offload_run_next(f.broker->offload);
 	else if (what == '2')
 		(void)offload_finish_next(f.broker->offload);
+	else if (what == '3')
+		(void)offload_finish_last(f.broker->offload);
 }
 
 static void do_to_process(char what, struct fake_process *p)

@@ -185,6 +185,21 @@ static void test_clone(void **state)
 	world_stop();
 }
 
+/* … also where the holder has let go of the original, and says that it was all. */
+static void test_clone_left(void **state)
+{
+	const struct holder_options options = { .clone = true };
+	struct holder holder;
+	long base;
+
+	if (!can_clone_buffers())
+		skip();
+	base = begin(&options, &holder);
+	truncate_and_wait(base, GRACE_MSEC, PINBROKER_PROOF_CLAIMED);
+	assert_true(WIFEXITED(holder_stop(&holder, 0)));
+	world_stop();
+}
+
 static void test_opaque(void **state)
 {
 	signalled(&(struct holder_options){ .ignore = true, .opaque = true });
@@ -351,6 +366,7 @@ int main(void)
 		cmocka_unit_test(test_single_issuer),
 		cmocka_unit_test(test_in_flight),
 		cmocka_unit_test(test_clone),
+		cmocka_unit_test(test_clone_left),
 		cmocka_unit_test(test_opaque),
 		cmocka_unit_test(test_kill),
 		cmocka_unit_test(test_unmapped),
