@@ -27,7 +27,8 @@ struct context_job {
 	uint64_t n_bound; /* those of them of which it is known where they are */
 	bool let_go;      /* a living holder has let go of all of them */
 	pid_t manager;    /* the service manager's, if it has a copy; else 0 */
-	pid_t found;      /* somebody else who holds it; or negative errno */
+	pid_t found;      /* somebody else who holds it, before and now; or negative errno */
+	bool all;         /* it is not enough that he does; out: all were looked through */
 	struct process heir; /* who has it of the same user, if the holder is dead; pidfd -1: nobody */
 	int barrier;      /* owned; hangs up when the manager's copy has gone; -1: it has none */
 	bool closed;      /* ours is closed, too */

@@ -20,10 +20,27 @@
 /* How long the service manager may take to close its copy. */
 #define BARRIER_MSEC 5000
 
+/* How often all are looked through for who may go on in a dead holder's place, while somebody is known to have
+ * what it had. */
+#define HEIR_USEC (1 * USEC_PER_SEC)
+
 struct other {
+	struct context_job *job;
 	pid_t keeper; /* one descriptor of this process does not count */
 	pid_t pid;
 };
+
+static bool try_heir(struct context_job *j, pid_t pid)
+{
+	/* our own parent stores it for us */
+	if (pid == getppid() || process_succeed(&j->holder, pid, &j->heir) < 0)
+		return false;
+	/* The number may have been another's before. */
+	if (process_holds(pid, j->fd))
+		return true;
+	process_clear(&j->heir);
+	return false;
+}
 
 static int on_other(pid_t pid, void *userdata)
 {
@@ -33,27 +50,43 @@ static int on_other(pid_t pid, void *userdata)
 		other->keeper = 0; /* any other it has is its own */
 		return 0;
 	}
-	other->pid = pid;
-	return 1;
+	if (other->pid == 0)
+		other->pid = pid;
+	return !other->job->holder_dead || try_heir(other->job, pid);
+}
+
+/* Most often it is who it should be, or who it was the last time. 0: all have to be looked through. */
+static pid_t find_known_keeper(const struct context_job *j)
+{
+	if (!j->holder_dead && search_process(j->holder.pid, j->fd) > 0)
+		return j->holder.pid;
+	if (j->found > 0 && j->found != j->manager && !j->all && search_process(j->found, j->fd) > 0)
+		return j->found;
+	return 0;
 }
 
 /* Returns who keeps pins through it, 0 for nobody that can be seen, or negative errno. */
 static pid_t find_keeper(struct context_job *j)
 {
-	struct other other = {.keeper = j->manager};
+	struct other other = {.job = j, .keeper = j->manager};
 	struct search search = {
 		.fd = j->fd, .holder = &j->holder, .found = on_other, .userdata = &other};
 	pid_t found;
 	int r;
 
-	/* Most often it is who it should be. */
-	if (!j->holder_dead && search_process(j->holder.pid, j->fd) > 0)
-		return j->holder.pid;
+	/* A living holder may just be about to register. */
+	if (j->holder_dead && j->ops->is_empty && j->ops->is_empty(j->fd)) {
+		j->doubt.unseen = 0;
+		return 0;
+	}
+	found = find_known_keeper(j);
+	if (found > 0)
+		return found;
+	j->all = true;
 	r = search_run(&search);
 	j->doubt.unseen = search.unseen;
-	found = r < 0 ? r : other.pid;
-	/* A living holder may just be about to register. */
-	if (j->ops->is_empty && (found <= 0 || j->holder_dead)) {
+	found = other.pid > 0 ? other.pid : r;
+	if (j->ops->is_empty && found <= 0) {
 		if (!j->ops->is_empty(j->fd))
 			return found != 0 ? found : -EBUSY;
 		j->doubt.unseen = 0;
@@ -79,37 +112,15 @@ static void look_again(struct context_job *j)
 		j->doubt.unseen = search.unseen;
 }
 
-static int try_heir(pid_t pid, void *userdata)
-{
-	struct context_job *j = userdata;
-
-	/* our own parent stores it for us */
-	if (pid == getppid() || process_succeed(&j->holder, pid, &j->heir) < 0)
-		return 0;
-	/* The number may have been another's before. */
-	if (process_holds(pid, j->fd))
-		return 1;
-	process_clear(&j->heir);
-	return 0;
-}
-
-static void find_heir(struct context_job *j)
-{
-	struct search search = {.fd = j->fd, .found = try_heir, .userdata = j};
-
-	(void)search_run(&search);
-}
-
 static void find_run(struct job *job)
 {
 	struct context_job *j = container_of(job, struct context_job, job);
 
 	if (j->fd >= 0) {
 		j->found = find_keeper(j);
-		if (j->found > 0 && j->holder_dead)
-			find_heir(j);
 	} else {
 		look_again(j);
+		j->found = 0;
 		j->closed = true;
 	}
 }
@@ -319,6 +330,8 @@ static void reap_done(struct job *job)
 
 	log_keeper(j);
 	context->other_holder = j->found;
+	if (j->all)
+		context->searched_usec = now_usec();
 	if (j->closed && j->fd >= 0) {
 		context->fd = -1;
 		user_discharge(context->user, LIMIT_DESCRIPTORS, 1);
@@ -413,6 +426,8 @@ static void pins_counted(struct context_job *j)
 
 	j->n_pages = context->n_pages;
 	j->manager = store_has(&context->copy) ? getppid() : 0;
+	j->found = context->other_holder;
+	j->all = j->holder_dead && now_usec() - context->searched_usec >= HEIR_USEC;
 	j->job.run = find_run;
 	j->job.done = find_done;
 	offload_submit_step(j->broker->offload, context->user, &j->job);

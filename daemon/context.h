@@ -146,6 +146,7 @@ struct context {
 	bool copied;  /* what was let go of is seen to live on in a copy */
 	struct context_doubt doubt;
 	pid_t other_holder; /* who was last found with it, beside us; or negative errno */
+	uint64_t searched_usec; /* when all were last looked through for that */
 	uint64_t withdrawn;       /* the revocation with which its device goes, or 0 */
 	uint64_t detached_by;     /* the revocation that last had its pins detached */
 	uint64_t reap_revocation; /* the one that waits for it, or 0 */

@@ -107,7 +107,8 @@ static int is_same(const struct description *d, pid_t tid, int fd)
 
 typedef int (*link_function)(pid_t tid, int fd, void *userdata);
 
-/* Calls f for each descriptor of the thread whose link reads `link`. */
+/* Calls f for each descriptor of the thread whose link reads `link`. Who may list descriptors need not be one who
+ * may see what they are: what is refused for one is for all. */
 static int for_each_link(pid_t pid, pid_t tid, const char *link, link_function f, void *userdata)
 {
 	_cleanup_(closedirp) DIR *dir = NULL;
@@ -120,10 +121,14 @@ static int for_each_link(pid_t pid, pid_t tid, const char *link, link_function f
 	if (!dir)
 		return -errno;
 	while ((de = readdir(dir))) {
-		if (de->d_name[0] == '.' || read_link(dirfd(dir), de->d_name, target) < 0 ||
-			strcmp(target, link) != 0)
+		if (de->d_name[0] == '.')
 			continue;
-		r = f(tid, atoi(de->d_name), userdata);
+		r = read_link(dirfd(dir), de->d_name, target);
+		/* it was closed meanwhile, or is longer than ours can be */
+		if (r == -ENOENT || r == -ENAMETOOLONG || (r >= 0 && strcmp(target, link) != 0))
+			continue;
+		if (r >= 0)
+			r = f(tid, atoi(de->d_name), userdata);
 		if (r != 0)
 			return r;
 	}
@@ -155,15 +160,20 @@ static bool has_nothing(pid_t pid, pid_t tid)
 	return r < 0 || strchr("ZXx", stat.state) || stat.kernel_thread;
 }
 
-/* Most of what /proc lists on a small machine are kernel threads, which have no program. */
-static bool is_kernel_thread(pid_t pid)
+/* Most of what /proc lists on a small machine are kernel threads, which have no program, as what has ended. But
+ * the first thread can end before the others: there are two links to the directory of threads, and one from
+ * each. */
+static bool has_no_program(pid_t pid)
 {
-	struct process_stat stat;
 	char path[64], program;
+	struct statx stx;
 
 	snprintf(path, sizeof(path), "/proc/%d/exe", pid);
-	return readlink(path, &program, 1) < 0 && errno == ENOENT &&
-	       process_read_stat(pid, 0, &stat) >= 0 && stat.kernel_thread;
+	if (readlink(path, &program, 1) >= 0 || errno != ENOENT)
+		return false;
+	snprintf(path, sizeof(path), "/proc/%d/task", pid);
+	return syscall(SYS_statx, AT_FDCWD, path, AT_STATX_DONT_SYNC, STATX_NLINK, &stx) >= 0 &&
+	       stx.stx_nlink <= 3;
 }
 
 /* As for_each_link(), in the tables of all its threads. */
@@ -323,6 +333,7 @@ static bool is_related(pid_t pid, const struct process *holder)
 static int for_each_process(int (*f)(pid_t pid, void *userdata), void *userdata)
 {
 	_cleanup_(closedirp) DIR *dir = opendir("/proc");
+	pid_t self = getpid();
 	struct dirent *de;
 	int r;
 
@@ -331,7 +342,7 @@ static int for_each_process(int (*f)(pid_t pid, void *userdata), void *userdata)
 	while ((de = readdir(dir))) {
 		pid_t pid = atoi(de->d_name);
 
-		if (pid <= 0 || pid == getpid())
+		if (pid <= 0 || pid == self)
 			continue;
 		r = f(pid, userdata);
 		if (r != 0)
@@ -346,7 +357,7 @@ static int look_at_process(pid_t pid, void *userdata)
 	const struct process *holder = look->search->holder;
 	int r;
 
-	if (is_kernel_thread(pid))
+	if (has_no_program(pid))
 		return 0;
 	look->pid = pid;
 	look->unsure = false;
@@ -385,7 +396,7 @@ struct link_search {
 static int look_for_links(pid_t pid, void *userdata)
 {
 	struct link_search *s = userdata;
-	int r = is_kernel_thread(pid) ? 0 : for_each_link_of(pid, s->link, s->f, s->userdata);
+	int r = has_no_program(pid) ? 0 : for_each_link_of(pid, s->link, s->f, s->userdata);
 
 	return r > 0 ? r : 0;
 }

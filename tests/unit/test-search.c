@@ -4,6 +4,7 @@
 #include "daemon/search.h"
 
 #include <fcntl.h>
+#include <linux/capability.h>
 #include <linux/io_uring.h>
 #include <pthread.h>
 #include <sched.h>
@@ -13,6 +14,7 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
+#include <string.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
@@ -224,6 +226,77 @@ static void test_unseen(void **state)
 	close(fd);
 }
 
+/* The first thread has ended, and with it the program that /proc shows; the others go on. */
+static void *say_when_alone(void *userdata)
+{
+	struct process_stat stat;
+
+	do
+		sched_yield();
+	while (process_read_stat(getpid(), getpid(), &stat) < 0 || stat.state != 'Z');
+	(void)!write(*(int *)userdata, "", 1);
+	for (;;)
+		pause();
+	return NULL;
+}
+
+static void test_first_thread_ended(void **state)
+{
+	int fd = eventfd(0, EFD_CLOEXEC), fds[2];
+	pid_t pid, found = 0;
+	struct search search = { .fd = fd, .found = remember, .userdata = &found };
+	char c;
+
+	assert_int_equal(pipe2(fds, O_CLOEXEC), 0);
+	pid = fork();
+	if (pid == 0) {
+		pthread_t thread;
+
+		prctl(PR_SET_PDEATHSIG, SIGKILL);
+		pthread_create(&thread, NULL, say_when_alone, &fds[1]);
+		pthread_exit(NULL);
+	}
+	assert_int_equal(read(fds[0], &c, 1), 1);
+	assert_int_equal(search_run(&search), 1);
+	assert_int_equal(found, pid);
+	end(pid);
+	close(fds[0]);
+	close(fds[1]);
+	close(fd);
+}
+
+static void do_become_user(int fd)
+{
+	if (setresuid(USER, USER, USER) < 0 || prctl(PR_SET_PDEATHSIG, SIGKILL) < 0)
+		_exit(1);
+}
+
+/* Whose descriptors may be listed need not be one of whom may be seen what they are: root in a container. */
+static void test_listed_only(void **state)
+{
+	struct __user_cap_header_struct header = { .version = _LINUX_CAPABILITY_VERSION_3 };
+	struct process holder = { .pid = INT32_MAX, .uid = USER };
+	int fd = eventfd(0, EFD_CLOEXEC);
+	struct __user_cap_data_struct all[2], some[2];
+	struct search search = { .fd = fd, .holder = &holder, .found = remember };
+	pid_t pid;
+
+	if (getuid() != 0)
+		skip();
+	pid = spawn(do_become_user, fd);
+	search.userdata = &pid;
+	assert_int_equal(syscall(SYS_capget, &header, all), 0);
+	memcpy(some, all, sizeof(all));
+	some[0].effective &= ~(1U << CAP_SYS_PTRACE);
+	assert_int_equal(syscall(SYS_capset, &header, some), 0);
+	assert_int_equal(search_process(pid, fd), -EACCES);
+	assert_int_equal(search_run(&search), 0);
+	assert_int_equal(syscall(SYS_capset, &header, all), 0);
+	assert_int_equal(search.unseen, pid);
+	end(pid);
+	close(fd);
+}
+
 int main(void)
 {
 	static const struct CMUnitTest tests[] = {
@@ -234,6 +307,8 @@ int main(void)
 		cmocka_unit_test(test_other),
 		cmocka_unit_test(test_nothing_to_see),
 		cmocka_unit_test(test_unseen),
+		cmocka_unit_test(test_first_thread_ended),
+		cmocka_unit_test(test_listed_only),
 	};
 
 	return cmocka_run_group_tests(tests, NULL, NULL);
