@@ -391,6 +391,8 @@ static void add_uid(struct revocation *rev, uid_t uid)
  * also where the daemon has to wait for a CPU meanwhile. */
 #define FIND_MIN 32
 
+#define SEVERAL_FILES UINT64_MAX
+
 static struct untold untold_of(const struct pin *pin)
 {
 	return (struct untold){
@@ -408,6 +410,10 @@ static void add_pin(struct revocation *rev, struct pin *pin)
 	/* a dead one may have left its context to a process that lives */
 	rev->alive |= !pin->on_demand && (client_can_answer(pin->context->client) ||
 					  (pin->context->client->dead && pin->context->reaping));
+	if (rev->found_file == 0)
+		rev->found_file = pin->use->file->id;
+	else if (rev->found_file != pin->use->file->id)
+		rev->found_file = SEVERAL_FILES;
 	rev->untold[rev->n_untold++] = untold_of(pin);
 	add_uid(rev, pin->context->client->process.uid);
 	/* Let go of before, and not yet seen to be gone: now somebody waits for it. */
@@ -415,6 +421,22 @@ static void add_pin(struct revocation *rev, struct pin *pin)
 		context_check_soon(pin->context);
 	else
 		context_look_for_holder(pin->context);
+}
+
+static int set_path(struct revocation *rev, const struct file *file)
+{
+	if (!file)
+		return 0;
+	rev->file = file->id;
+	rev->path = strdup(file->path);
+	return rev->path ? 0 : -ENOMEM;
+}
+
+/* Names the file if it is only one. */
+static void set_found_path(struct revocation *rev)
+{
+	if (!rev->path && !rev->finding && rev->found_file != SEVERAL_FILES)
+		(void)set_path(rev, broker_find_file(rev->broker, rev->found_file));
 }
 
 static void find_pins(struct revocation *rev, const struct slice *slice)
@@ -448,9 +470,11 @@ static void find_pins(struct revocation *rev, const struct slice *slice)
 /* All have been found, and all their holders told. */
 static void announce(struct revocation *rev)
 {
-	struct log_fields fields = revocation_fields(rev);
+	struct log_fields fields;
 
 	rev->announcing = false;
+	set_found_path(rev);
+	fields = revocation_fields(rev);
 	log_event(LOG_NOTICE, MESSAGE_REVOKE_STARTED, &fields,
 		  "Revocation %" PRIu64 " of %zu pin%s of %s started (%s%s%s), %.3f s to let go.",
 		  rev->id, rev->n_pinning, PLURAL(rev->n_pinning), revocation_path(rev), fields.cause,
@@ -542,26 +566,6 @@ static int on_work(sd_event_source *source, uint64_t usec, void *userdata)
 	return 0;
 }
 
-/* Names the file if it is only one. */
-static int set_path(struct revocation *rev, const struct file *file)
-{
-	if (!file)
-		return 0;
-	rev->file = file->id;
-	rev->path = strdup(file->path);
-	return rev->path ? 0 : -ENOMEM;
-}
-
-static const struct file *only_file(const struct revocation *rev)
-{
-	/* they are in order of clients first */
-	for (size_t i = 1; i < rev->n_untold; i++)
-		if (rev->untold[i].file != rev->untold[0].file)
-			return NULL;
-	return rev->n_untold > 0 && !rev->finding ? broker_find_file(rev->broker, rev->untold[0].file)
-						  : NULL;
-}
-
 static int make_sources(struct revocation *rev)
 {
 	sd_event *event = rev->broker->event;
@@ -581,8 +585,7 @@ static void begin(struct revocation *rev, uint64_t grace_usec, uint64_t broken_u
 
 	rev->working = rev->finding = true;
 	find_pins(rev, &slice);
-	if (!rev->path)
-		(void)set_path(rev, only_file(rev));
+	set_found_path(rev);
 	some = rev->finding || rev->n_pinning > 0;
 	plan(rev, some ? grace_usec : 0, broken_usec);
 	step(rev, revocation_begin(some && (forced || (!rev->finding && !rev->alive))));

@@ -100,6 +100,7 @@ struct revocation {
 	bool working;
 	struct selection selection; /* owned; the pins that are yet to be found */
 	bool finding, announcing;
+	uint64_t found_file; /* id of the one whose pins have been found; 0: none yet; UINT64_MAX: several */
 	bool alive; /* a living holder was among those found */
 	struct untold *untold; /* owned; … whose holders are yet to be told, from untold[i_untold] on */
 	size_t n_untold, i_untold;

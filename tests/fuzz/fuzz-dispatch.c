@@ -61,7 +61,7 @@ static struct {
 	struct broker *broker;
 	struct notifier notifier;
 	struct link links[3];
-	bool jobs_wait, abrupt;
+	bool jobs_wait, abrupt, on_demand;
 } f;
 
 /* ---- Connections ---- */
@@ -162,6 +162,23 @@ static void check_destroyed(void)
 	}
 }
 
+/* One whose pins are of one file names it, however long they took to be found. Of those on demand it does not count
+ * how many it has found. */
+static void check_named(void)
+{
+	struct revocation *rev;
+
+	for (uint64_t after = 0; (rev = broker_next_revocation(f.broker, after)); after = rev->id) {
+		const struct target *target = target_next(rev, (struct place){});
+
+		if (!revocation_is_running(rev) || rev->finding || rev->announcing || f.on_demand ||
+			rev->n_pinning != 1 || rev->n_remaining != 1)
+			continue;
+		if (!rev->path || rev->file != target->pin->use->file->id)
+			abort();
+	}
+}
+
 /* Until nobody has anything to do any more, which is to be soon. */
 static void run(void)
 {
@@ -185,6 +202,7 @@ static void run(void)
 	} while (more);
 	if (offload_unfinished(f.broker->offload) == 0)
 		check_destroyed();
+	check_named();
 }
 
 /* ---- Events ---- */
@@ -556,6 +574,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 		return 0;
 	memcpy(text, data, size);
 	text[size] = 0;
+	f.on_demand = memmem(data, size, "onDemand", strlen("onDemand"));
 	start();
 	for (unsigned n = 0; n < LINES_MAX && line <= text + size; n++) {
 		end = memchr(line, '\n', (size_t)(text + size - line));

@@ -410,7 +410,7 @@ class Case(unittest.TestCase):
         """Of this test's file."""
         connection = Connection(ADDRESS)
         try:
-            return [r for r in connection.list(PB + 'ListRevocations') if r['path'] == self.path]
+            return [r for r in connection.list(PB + 'ListRevocations') if r.get('path') == self.path]
         finally:
             connection.close()
 
