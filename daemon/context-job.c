@@ -156,10 +156,13 @@ static int on_recheck(sd_event_source *source, uint64_t usec, void *userdata)
 {
 	struct context *context = userdata;
 
-	if (context->client->dead || context_is_doubtful(context))
+	if (context->client->dead || context_is_doubtful(context)) {
 		context_reap(context);
-	else
-		check_now(context);
+		return 0;
+	}
+	check_now(context);
+	if (context->n_wanted > 0)
+		context_look_for_holder(context);
 	return 0;
 }
 
@@ -204,6 +207,13 @@ void context_check_soon(struct context *context)
 {
 	context->check_usec = 0;
 	set_recheck(context, 0);
+}
+
+void context_look_later(struct context *context, uint64_t usec)
+{
+	/* What is planned comes by there, too. */
+	if (!context->recheck || sd_event_source_get_enabled(context->recheck, NULL) <= 0)
+		set_recheck(context, now_usec() + usec);
 }
 
 static void check_end(struct context_job *j)

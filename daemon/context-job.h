@@ -26,6 +26,7 @@ struct context_job {
 	uint64_t n_pages; /* that the pins have, and that should be freed */
 	uint64_t n_bound; /* those of them of which it is known where they are */
 	bool let_go;      /* a living holder has let go of all of them */
+	bool connected;   /* look: the holder is */
 	pid_t manager;    /* the service manager's, if it has a copy; else 0 */
 	pid_t found;      /* somebody else who holds it, before and now; or negative errno */
 	bool all;         /* it is not enough that he does; out: all were looked through */

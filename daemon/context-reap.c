@@ -23,6 +23,8 @@
 /* How often all are looked through for who may go on in a dead holder's place, while somebody is known to have
  * what it had. */
 #define HEIR_USEC (1 * USEC_PER_SEC)
+/* A holder that is told to let go is looked at so often. */
+#define LOOK_AGAIN_USEC (1 * USEC_PER_SEC)
 
 struct other {
 	struct context_job *job;
@@ -369,6 +371,9 @@ static void look_run(struct job *job)
 	struct context_job *j = container_of(job, struct context_job, job);
 
 	j->result = search_process(j->holder.pid, j->fd);
+	/* One that is connected is only taken not to have it if that can be seen for sure. */
+	if (j->result == 0 && j->connected && !search_is_sure(j->fd))
+		j->result = -EACCES;
 	if (j->result == 0 && j->found > 0)
 		j->result = search_process(j->found, j->fd);
 }
@@ -379,17 +384,22 @@ static void look_done(struct job *job)
 	struct context *context = j->context;
 
 	context->looking = false;
-	if (context_release(context, j->broker) && j->result == 0 && context->n_pins > 0)
-		context_reap(context);
+	if (context_release(context, j->broker) && context->n_pins > 0) {
+		if (j->result == 0)
+			context_reap(context);
+		else if (context->n_wanted > 0)
+			context_look_later(context, LOOK_AGAIN_USEC);
+	}
 	context_job_free(j);
 }
 
 void context_look_for_holder(struct context *context)
 {
+	bool connected = !LIST_EMPTY(&context->client->peers);
 	struct context_job *j;
 
-	/* One that is connected can say so itself. */
-	if (!LIST_EMPTY(&context->client->peers) || context->client->dead || context->n_pins == 0 ||
+	/* One that is connected can say so itself; but somebody may be waiting in vain. */
+	if ((connected && context->n_wanted == 0) || context->client->dead || context->n_pins == 0 ||
 		context->looking || context->reaping || context->fd < 0)
 		return;
 	/* Without memory the next audit does it. */
@@ -397,6 +407,7 @@ void context_look_for_holder(struct context *context)
 	if (!j)
 		return;
 	j->found = context->other_holder;
+	j->connected = connected;
 	j->job.run = look_run;
 	j->job.done = look_done;
 	context->looking = true;

@@ -223,8 +223,11 @@ bool context_wait_detached(struct context *context, struct context_waiter *waite
  * something contradicts: see struct context_doubt.
  */
 void context_reap(struct context *context);
-/* Reaps it if its living client, who is not connected and has pins on it, is seen not to have it any more. */
+/* Reaps it if its living client, who has pins on it and is not connected, or is to let go, is seen not to have it
+ * any more. */
 void context_look_for_holder(struct context *context);
+/* The same in a while, if its client is to let go then. */
+void context_look_later(struct context *context, uint64_t usec);
 static inline bool context_is_doubtful(const struct context *context)
 {
 	return context->doubt.n_pages > 0 || context->doubt.unseen > 0;

@@ -22,6 +22,9 @@
 #define KILL_USEC   (2 * USEC_PER_SEC)
 #define RETRY_USEC  (10 * USEC_PER_MSEC)
 
+/* A holder that lets go at once is not kept from it by a look whether it has anything. */
+#define LOOK_USEC (100 * USEC_PER_MSEC)
+
 /* What is left unused of the kernel's lease-break-time, as a fraction, and at most. */
 #define MARGIN_PART 10
 #define MARGIN_USEC (1 * USEC_PER_SEC)
@@ -419,8 +422,10 @@ static void add_pin(struct revocation *rev, struct pin *pin)
 	/* Let go of before, and not yet seen to be gone: now somebody waits for it. */
 	if (pin->state == PIN_LEAVING)
 		context_check_soon(pin->context);
-	else
+	else if (LIST_EMPTY(&pin->context->client->peers))
 		context_look_for_holder(pin->context);
+	else
+		context_look_later(pin->context, LOOK_USEC);
 }
 
 static int set_path(struct revocation *rev, const struct file *file)

@@ -310,6 +310,13 @@ int search_process(pid_t pid, int fd)
 	return r < 0 ? r : look_into(&(struct look){.description = &description, .pid = pid});
 }
 
+bool search_is_sure(int fd)
+{
+	struct description description;
+
+	return describe(fd, &description) >= 0 && description.inode != 0;
+}
+
 bool process_holds(pid_t pid, int fd)
 {
 	return search_process(pid, fd) > 0;

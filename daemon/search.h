@@ -36,6 +36,9 @@ int search_run(struct search *search);
 /* Has the process fd's description? 1, 0, or a negative errno where that cannot be seen. */
 int search_process(pid_t pid, int fd);
 
+/* Does that tell of mappings, too? Only of descriptions with an inode of their own: sockets, io_urings. */
+bool search_is_sure(int fd);
+
 /* Calls f for each descriptor of the process, 0: of any, whose link in /proc reads `link`, until it
  * returns non-zero, which is then returned. tid: the thread in whose table it is. */
 int search_links(

@@ -4,6 +4,7 @@
 
 import ctypes
 import json
+import mmap
 import os
 import signal
 import struct
@@ -12,9 +13,9 @@ import traceback
 import unittest
 import warnings
 
-from client import PAGE, WAIT, Connection, is_readable, truncate_in_child
+from client import PAGE, WAIT, Connection, Ring, is_readable, truncate_in_child
 from limits import HangingFiles
-from world import DAEMON, NOBODY, READY, Case, DeafManager, Holder, end_child
+from world import DAEMON, NOBODY, READY, SIZE, Case, DeafManager, Holder, end_child, open_file
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 PR_SET_DUMPABLE, PR_SET_KEEPCAPS = 4, 8
@@ -357,6 +358,48 @@ class Holders(Case):
         _, result = self.truncate()
         self.truncated(result)
         self.assertEqual(self.revocations()[0]['state'], 'released')
+
+    def hold_ring(self, say, hear):
+        """With an io_uring, which is closed on a word."""
+        ring = Ring()
+        connection = Connection(self.path)
+        connection.call('org.pinbroker.Hello', {'name': 'holder'})
+        file = open_file(connection, self.file)['file']
+        memory = mmap.mmap(connection.fds[0], SIZE)
+        context = connection.call('org.pinbroker.AddContext', {'remoteDescriptor': ring.fd})['context']
+        pins = connection.call('org.pinbroker.Pin', {
+            'file': file, 'context': context, 'access': 'write',
+            'ranges': [{'offset': 0, 'length': SIZE}]})['pins']
+        ring.register(ctypes.addressof(ctypes.c_char.from_buffer(memory)), SIZE)
+        connection.call('org.pinbroker.Bind', {'pin': pins[0], 'handle': 0})
+        say('holds')
+        hear()
+        os.close(ring.fd)
+        say('closed')
+        hear()
+        say(json.dumps(connection.call('org.pinbroker.Unpin', {'pins': pins})['ended'] == pins))
+
+    def test_closed_context(self):
+        """A holder that is connected, but has closed its context, is not waited for, whenever it did that."""
+        daemon = self.launch('[Revocation]\nRevokeGraceSec=60s\n')
+        for early in (True, False):
+            self.write(self.file, 'a' * SIZE)
+            process = Process(self, self.hold_ring)
+            self.assertEqual(process.hear(), 'holds')
+            if early:
+                process.tell()
+                self.assertEqual(process.hear(), 'closed')
+            _, result = self.truncate()
+            if not early:
+                self.assertFalse(is_readable(result, 0.5))
+                process.tell()
+                self.assertEqual(process.hear(), 'closed')
+            self.truncated(result)
+            revocation = self.revocations()[-1]
+            self.assertEqual((revocation['state'], revocation['proof']), ('released', 'presumed'))
+            process.tell()
+            self.assertEqual(process.hear(), 'true')
+        self.assertNotIn('Sent SIG', daemon.text())
 
     def test_background_ignores(self):
         """Whoever has the context is signalled, one after the other."""
