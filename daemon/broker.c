@@ -11,7 +11,6 @@
 #include "log.h"
 #include "macro.h"
 #include "open.h"
-#include "state.h"
 #include "watch.h"
 
 /* What the signals should have told is looked up now and then all the same: a client that shares the
@@ -68,7 +67,7 @@ static void forget_absent(struct broker *broker)
 	broker->resume_usec = 0;
 	while ((client = broker_next_client(broker, after))) {
 		after = client->id;
-		if (LIST_EMPTY(&client->peers))
+		if (!client_is_connected(client))
 			client_collect(client);
 	}
 }
@@ -103,7 +102,6 @@ static int on_audit(sd_event_source *source, uint64_t usec, void *userdata)
 	keep_contexts(broker);
 	look_for_holders(broker);
 	forget_absent(broker);
-	state_touch(broker);
 	return r;
 }
 
@@ -144,6 +142,7 @@ int broker_new(sd_event *event, struct config *config, struct broker **ret)
 		return -ENOMEM;
 	broker->event = sd_event_ref(event);
 	TAILQ_INIT(&broker->ended);
+	STAILQ_INIT(&broker->observers);
 	broker->ids.fd = -1;
 	r = users_new(config->limits, &broker->users);
 	if (r >= 0)
@@ -157,8 +156,6 @@ int broker_new(sd_event *event, struct config *config, struct broker **ret)
 				      now_usec() + AUDIT_USEC, AUDIT_SLACK_USEC, on_audit, broker);
 	if (r >= 0)
 		r = offload_new(event, &broker->offload);
-	if (r >= 0)
-		r = schedule_new(event, &broker->schedule);
 	if (r >= 0)
 		r = watch_new(broker, &broker->watch);
 	if (r >= 0)
@@ -198,13 +195,18 @@ struct broker *broker_free(struct broker *broker)
 	hearing_free(broker->hearing);
 	sharings_free(broker->sharings);
 	sd_event_source_disable_unref(broker->audit);
-	schedule_free(broker->schedule);
 	users_free(broker->users);
 	ids_close(&broker->ids);
 	config_unref(broker->config);
 	sd_event_unref(broker->event);
 	free(broker);
 	return NULL;
+}
+
+void broker_flush(struct broker *broker)
+{
+	if (broker->journal)
+		broker->journal->flush(broker->journal);
 }
 
 void broker_set_config(struct broker *broker, struct config *config)

@@ -12,6 +12,7 @@
 #include "context.h"
 #include "file.h"
 #include "ids.h"
+#include "observer.h"
 #include "offload.h"
 #include "pin.h"
 #include "revocation.h"
@@ -29,8 +30,6 @@
 struct blame;
 struct bus;
 struct hearing;
-struct rpc;
-struct state;
 struct watch;
 
 RB_HEAD(client_ids, client);
@@ -41,19 +40,32 @@ RB_HEAD(file_fds, file);
 RB_HEAD(pin_ids, pin);
 RB_HEAD(revocation_ids, revocation);
 
+/* Knows whose process a name on the bus is: see client_verify_bus_name(). */
+struct name_authority {
+	int (*verify)(struct name_authority *names, struct client *client,
+		      void (*done)(int r, struct refusal *refusal, void *userdata), void *userdata);
+};
+
+/* Writes down what OBSERVED_RECORDED has told. */
+struct journal {
+	void (*flush)(struct journal *journal);
+};
+
 struct broker {
 	sd_event *event;
 	struct config *config; /* reference; the one that was read last */
 	struct users *users;
 	struct offload *offload;
-	struct schedule *schedule; /* of connections */
 	struct hearing *hearing; /* hears of breaks of leases */
 	struct sharings *sharings; /* files whose description several uids were given */
 	struct watch *watch; /* inotify, for files that are pinned, or have no lease */
 	sd_device_monitor *devices; /* whose removal is heard of; NULL: none */
 	struct blame *blame; /* finds out who broke a lease */
-	struct rpc *rpc;
 	struct bus *bus; /* NULL: none wanted */
+
+	struct observers observers;
+	struct name_authority *names; /* NULL: there is no bus */
+	struct journal *journal;      /* NULL: nothing outlives this process */
 
 	struct client_ids clients;
 	struct context_ids contexts;
@@ -70,7 +82,6 @@ struct broker {
 	struct listened listened;
 	struct ids ids;
 	struct store store;
-	struct state *state;  /* NULL: nothing outlives this process */
 	uint64_t resume_usec; /* holders of the run before are waited for until then; 0: no more */
 	uint64_t n_overflows; /* of the signal queue */
 	uint64_t looked_for;  /* contexts have been looked for with their clients, up to this one */
@@ -88,6 +99,9 @@ struct broker *broker_free(struct broker *broker);
 /* Goes by another configuration from now on; takes the reference over. What has begun goes on as it
  * was planned. */
 void broker_set_config(struct broker *broker, struct config *config);
+
+/* Before anybody is told of a change, it has to be written down. */
+void broker_flush(struct broker *broker);
 
 /* Ids are of one series for all kinds. */
 uint64_t broker_next_id(struct broker *broker);

@@ -40,21 +40,10 @@ union info {
 		type##_info(p, &ret->type);                                                        \
 	}
 
-#define VIEW(type)                                                                                 \
-	static struct bus_view *view_##type(void *p)                                               \
-	{                                                                                          \
-		return &((struct type *)p)->view;                                                  \
-	}
-
 KIND(client)
 KIND(file)
 KIND(revocation)
 KIND(pin)
-VIEW(client)
-VIEW(file)
-VIEW(revocation)
-
-#define view_pin NULL
 
 static const struct kind {
 	const char *prefix, *interface;
@@ -62,13 +51,12 @@ static const struct kind {
 	void *(*find)(struct broker *broker, uint64_t id);
 	uint64_t (*next)(struct broker *broker, uint64_t after); /* 0: none */
 	void (*info)(const void *object, union info *ret);
-	struct bus_view *(*view)(void *object);
 	const char *told[BUS_TOLD_MAX]; /* fields whose changes are told */
 	const char *untold[3];          /* others that change; all else does not */
 } kinds[BUS_OBJECT_COUNT] = {
 #define ROW(type, path, name)                                                                      \
 	path, "org.pinbroker1." name, &schema_msg_##type##_info, find_##type, next_##type,         \
-		info_##type, view_##type
+		info_##type
 	[BUS_CLIENT] = { ROW(client, BUS_PATH "/client", "Client"),
 			 { "name", "busName", "alive", "connected", "files", "contexts",
 			   "pins", "pinnedBytes" } },
@@ -534,18 +522,18 @@ static void compare(struct bus_view *view, const void *object, unsigned connecti
 	(void)for_each_field(ret->kind->schema, 0, compare_told, ret);
 }
 
-int bus_object_added(sd_bus *bus, struct broker *broker, enum bus_object kind, uint64_t id,
-		     unsigned connection)
+int bus_object_added(sd_bus *bus, struct broker *broker, struct bus_view *view, unsigned connection)
 {
-	void *object = kinds[kind].find(broker, id);
+	const struct kind *kind = &kinds[view->kind];
+	void *object = kind->find(broker, view->id);
 	struct comparison c;
 	char path[128];
 
 	if (!object)
 		return 0;
-	compare(kinds[kind].view(object), object, connection, &c);
-	snprintf(path, sizeof(path), "%s/%" PRIu64, kinds[kind].prefix, id);
-	return sd_bus_emit_interfaces_added(bus, path, kinds[kind].interface, NULL);
+	compare(view, object, connection, &c);
+	snprintf(path, sizeof(path), "%s/%" PRIu64, kind->prefix, view->id);
+	return sd_bus_emit_interfaces_added(bus, path, kind->interface, NULL);
 }
 
 int bus_object_changed(sd_bus *bus, struct broker *broker, struct bus_view *view,

@@ -19,8 +19,7 @@ int bus_objects_add(sd_bus *bus, struct broker *broker);
 
 /* InterfacesAdded and InterfacesRemoved, and PropertiesChanged with what is no longer as it was told on this
  * connection, if anything. */
-int bus_object_added(sd_bus *bus, struct broker *broker, enum bus_object kind, uint64_t id,
-		     unsigned connection);
+int bus_object_added(sd_bus *bus, struct broker *broker, struct bus_view *view, unsigned connection);
 int bus_object_changed(sd_bus *bus, struct broker *broker, struct bus_view *view,
 		       unsigned connection);
 int bus_object_removed(sd_bus *bus, enum bus_object kind, uint64_t id);

@@ -5,6 +5,8 @@
 #include <stdint.h>
 #include <sys/queue.h>
 
+#include "tree.h"
+
 #define BUS_TOLD_MAX 12 /* properties that change, of a kind of object */
 
 /* The objects that ObjectManager shows; pins are found below their files, or by ListPins. */
@@ -16,12 +18,13 @@ enum bus_object {
 	BUS_OBJECT_COUNT,
 };
 
-/* What the bus has been told of an object, which has this in it. */
+/* What the bus has been told of an object. */
 struct bus_view {
 	enum bus_object kind;
 	uint64_t id;
 	unsigned connection;         /* that it was told on; 0: none */
 	uint64_t told[BUS_TOLD_MAX]; /* numbers, and hashes of texts */
-	bool changed;                /* in bus::changed */
-	TAILQ_ENTRY(bus_view) of_bus;
+	bool changed;                /* in bus_news::changed */
+	TAILQ_ENTRY(bus_view) of_news;
+	RB_ENTRY(bus_view) by_id;    /* bus_news::views */
 };

@@ -2,14 +2,23 @@
 #include "call.h"
 
 #include "broker.h"
-#include "bus.h"
 #include "macro.h"
 #include "notice.h"
+#include "observer.h"
 #include "peer.h"
-#include "state.h"
 #include "turn.h"
 
 /* Hello, Resume and Watch: who a connection speaks for. */
+
+static bool is_unique_name(const char *name)
+{
+	if (name[0] != ':' || strlen(name) > 255)
+		return false;
+	for (const char *p = name + 1; *p; p++)
+		if (!strchr("0123456789.", *p))
+			return false;
+	return name[1] != 0;
+}
 
 struct hello_job {
 	struct job job;
@@ -53,11 +62,11 @@ static void hello_verified(int r, struct refusal *refusal, void *userdata)
 	struct hello_job *j = userdata;
 	struct peer *peer = j->peer;
 
-	if (peer->connection && peer->client) {
+	if (peer->connection && peer->session.client) {
 		if (r == REFUSED)
 			peer_refuse(peer, r, refusal);
 		else
-			hello_reply(peer, peer->client);
+			hello_reply(peer, peer->session.client);
 		peer_done(peer);
 	}
 	hello_free(j);
@@ -68,7 +77,7 @@ static void hello_done(struct job *job)
 	struct hello_job *j = container_of(job, struct hello_job, job);
 	struct peer *peer = j->peer;
 	struct refusal refusal;
-	struct client *client = peer->client;
+	struct client *client = peer->session.client;
 	int r = j->result;
 
 	if (!peer->connection) {
@@ -78,7 +87,7 @@ static void hello_done(struct job *job)
 	if (r >= 0 && !client) {
 		r = client_new(peer->broker, peer->user, &j->process, &client, &refusal);
 		if (r == 0)
-			peer_set_client(peer, client);
+			session_begin(&peer->session, client);
 	}
 	if (r != 0) {
 		peer_refuse(peer, r, &refusal);
@@ -86,15 +95,8 @@ static void hello_done(struct job *job)
 		hello_free(j);
 		return;
 	}
-	free(client->name);
-	client->name = TAKE_PTR(j->name);
-	free(client->bus_name);
-	client->bus_name = TAKE_PTR(j->bus_name);
-	client->bus_name_verified = false;
-	bus_changed(client->broker->bus, &client->view);
-	state_client(client);
-	if (client->bus_name && peer->broker->bus &&
-	    bus_verify_client(peer->broker->bus, client, hello_verified, j) >= 0)
+	client_set_names(client, TAKE_PTR(j->name), TAKE_PTR(j->bus_name));
+	if (client->bus_name && client_verify_bus_name(client, hello_verified, j) >= 0)
 		return;
 	hello_verified(0, NULL, j);
 }
@@ -121,7 +123,7 @@ int call_hello(struct call *call, const union call_in *in)
 			      "know it: run the broker in that of the whole machine.");
 	if (!call_is_name(hello->name))
 		return refuse_parameter(&call->refusal, "name");
-	if (hello->busName && !bus_name_is_unique(hello->busName))
+	if (hello->busName && !is_unique_name(hello->busName))
 		return refuse_parameter(&call->refusal, "busName");
 	j = calloc(1, sizeof(*j));
 	if (!j)
@@ -154,10 +156,10 @@ static struct client *prove_client(struct call *call, int64_t id, const char *to
 		refuse_no_such(&call->refusal, "client", (uint64_t)id);
 		return NULL;
 	}
-	if (peer->client) {
+	if (peer->session.client) {
 		refuse(&call->refusal, REFUSAL_NOT_ALLOWED, "hello",
 		       "This connection speaks for client %llu already.",
-		       (unsigned long long)peer->client->id);
+		       (unsigned long long)peer->session.client->id);
 		return NULL;
 	}
 	return client;
@@ -218,7 +220,7 @@ int call_resume(struct call *call, const union call_in *in)
 	if (r >= 0) {
 		struct msg_resume_out out = { .notices = { notices.items, notices.n } };
 
-		peer_set_client(call->peer, client);
+		session_begin(&call->peer->session, client);
 		peer_reply(call->peer, &schema_msg_resume_out, &out, NULL, 0);
 	}
 	for (size_t i = 0; i < notices.n; i++)
@@ -235,7 +237,7 @@ static int watch_notice(const struct msg_notice *notice, void *userdata)
 
 static int watch_missed(struct peer *peer)
 {
-	return notice_catch_up(peer->client, &peer->missed, watch_notice, peer);
+	return notice_catch_up(peer->session.client, &peer->missed, watch_notice, peer);
 }
 
 int call_watch(struct call *call, const union call_in *in)
@@ -244,7 +246,7 @@ int call_watch(struct call *call, const union call_in *in)
 
 	if (!client)
 		return REFUSED;
-	peer_set_client(call->peer, client);
+	session_begin(&call->peer->session, client);
 	call->peer->watching = true;
 	/* What began before somebody watched is told first. */
 	call->peer->list = watch_missed;

@@ -36,7 +36,7 @@ static void closing_looked(struct context_waiter *waiter)
 	struct refusal refusal;
 	int r;
 
-	if (!c->peer->connection || !c->peer->client) {
+	if (!c->peer->connection || !c->peer->session.client) {
 		closing_free(c);
 		return;
 	}
@@ -94,7 +94,7 @@ static struct context *find_leaving(struct client *client, uint64_t *looked_at)
 static int close_file(struct peer *peer, int64_t id, uint64_t *looked_at, struct context **ret_look,
 		      struct refusal *ret_refusal)
 {
-	struct client *client = peer->client;
+	struct client *client = peer->session.client;
 	struct use *use = client_find_use_of(client, id, ret_refusal);
 
 	if (!use)
@@ -118,7 +118,7 @@ int call_close_file(struct call *call, const union call_in *in)
 static int remove_context(struct peer *peer, int64_t id, uint64_t *looked_at, struct context **ret_look,
 			  struct refusal *ret_refusal)
 {
-	struct context *context = client_find_context(peer->client, id, ret_refusal);
+	struct context *context = client_find_context(peer->session.client, id, ret_refusal);
 
 	if (!context)
 		return REFUSED;

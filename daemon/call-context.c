@@ -88,12 +88,12 @@ static void context_new_done(struct job *job)
 	struct context *context;
 	int r = j->result;
 
-	if (!peer->connection || !peer->client) {
+	if (!peer->connection || !peer->session.client) {
 		context_new_free(j);
 		return;
 	}
 	if (r == 0)
-		r = context_new(peer->client, j->ops, &j->description, j->fd, j->label, &context,
+		r = context_new(peer->session.client, j->ops, &j->description, j->fd, j->label, &context,
 				&j->refusal);
 	if (r == 0) {
 		if (j->remote >= 0)

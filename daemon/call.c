@@ -14,8 +14,8 @@ struct client *call_client(struct call *call)
 {
 	struct peer *peer = call->peer;
 
-	if (peer->client && !peer->watching)
-		return peer->client;
+	if (peer->session.client && !peer->watching)
+		return peer->session.client;
 	refuse(&call->refusal, REFUSAL_NOT_ALLOWED, "hello", "Call Hello or Resume first.");
 	return NULL;
 }

@@ -7,12 +7,10 @@
 #include <sys/random.h>
 
 #include "broker.h"
-#include "bus.h"
 #include "label.h"
 #include "log.h"
 #include "macro.h"
-#include "peer.h"
-#include "state.h"
+#include "observer.h"
 #include "turn.h"
 
 static int make_token(char token[static CLIENT_TOKEN_SIZE])
@@ -110,7 +108,7 @@ static int on_death(sd_event_source *source, int fd, uint32_t revents, void *use
 
 	sd_event_source_set_enabled(source, SD_EVENT_OFF);
 	client->dead = true;
-	bus_changed(client->broker->bus, &client->view);
+	observe_client(client, OBSERVED_CHANGED);
 	if (client->n_pins > 0)
 		log_event(LOG_NOTICE, NULL, &fields,
 			  "Holder %s (pid %d) died with %u pin%s; looking what died with it.",
@@ -139,7 +137,7 @@ int client_new(struct broker *broker, struct user *user, struct process *process
 	RB_INIT(&client->uses);
 	RB_INIT(&client->lost);
 	LIST_INIT(&client->contexts);
-	LIST_INIT(&client->peers);
+	LIST_INIT(&client->sessions);
 	r = make_token(client->token);
 	if (r >= 0)
 		r = sd_event_add_io(broker->event, &client->death, process->pidfd, EPOLLIN,
@@ -184,16 +182,13 @@ struct client *client_free(struct client *client)
 {
 	if (!client)
 		return NULL;
-	assert(LIST_EMPTY(&client->peers));
+	assert(!client_is_connected(client));
 	(void)clear_some(client, NULL);
 	assert(client->n_pins == 0);
-	if (client->id != 0) {
-		state_gone(client->broker, client->id);
+	if (client->id != 0)
 		broker_remove_client(client->broker, client);
-	}
 	sd_event_source_disable_unref(client->death);
 	sd_event_source_disable_unref(client->work);
-	sd_event_source_disable_unref(client->bus_catch_up);
 	user_discharge(client->user, LIMIT_CLIENTS, 1);
 	user_unref(client->user);
 	process_clear(&client->process);
@@ -201,6 +196,25 @@ struct client *client_free(struct client *client)
 	free(client->bus_name);
 	free(client);
 	return NULL;
+}
+
+void client_set_names(struct client *client, char *name, char *bus_name)
+{
+	free(client->name);
+	client->name = name;
+	free(client->bus_name);
+	client->bus_name = bus_name;
+	client->bus_name_verified = false;
+	observe_client(client, OBSERVED_CHANGED);
+	observe_client(client, OBSERVED_RECORDED);
+}
+
+int client_verify_bus_name(struct client *client,
+			   void (*done)(int r, struct refusal *refusal, void *userdata), void *userdata)
+{
+	struct name_authority *names = client->broker->names;
+
+	return names ? names->verify(names, client, done, userdata) : -ENOTCONN;
 }
 
 void client_inherit(struct client *client, struct process *heir)
@@ -218,8 +232,8 @@ void client_inherit(struct client *client, struct process *heir)
 	*heir = (struct process){ .pidfd = -1 };
 	client->dead = false;
 	client->inherited = true;
-	bus_changed(client->broker->bus, &client->view);
-	state_client(client);
+	observe_client(client, OBSERVED_CHANGED);
+	observe_client(client, OBSERVED_RECORDED);
 	revocation_inherited(client);
 }
 
@@ -233,7 +247,7 @@ bool client_can_answer(const struct client *client)
 	/* one that has become another user meanwhile is no heir, but has the context and the connection */
 	LIST_FOREACH(context, &client->contexts, of_client)
 		lives |= context->n_pins > 0 && context->other_holder > 0;
-	return lives && !LIST_EMPTY(&client->peers);
+	return lives && client_is_connected(client);
 }
 
 static void client_end(struct client *client)
@@ -262,11 +276,38 @@ void client_collect(struct client *client)
 
 	/* A job that is under way comes back to its context. */
 	if (client->n_pins > 0 || client->n_reaping > 0 || client->working || client->ended ||
-	    (!client->dead && (awaited || !LIST_EMPTY(&client->peers))))
+	    (!client->dead && (awaited || client_is_connected(client))))
 		return;
-	while (!LIST_EMPTY(&client->peers))
-		peer_forget_client(LIST_FIRST(&client->peers));
+	while (client_is_connected(client))
+		LIST_FIRST(&client->sessions)->forget(LIST_FIRST(&client->sessions));
 	client_end(client);
+}
+
+void session_begin(struct session *session, struct client *client)
+{
+	session->client = client;
+	LIST_INSERT_HEAD(&client->sessions, session, of_client);
+	observe_client(client, OBSERVED_CHANGED);
+}
+
+void session_end(struct session *session)
+{
+	LIST_REMOVE(session, of_client);
+	observe_client(session->client, OBSERVED_CHANGED);
+	session->client = NULL;
+}
+
+void client_disconnect(struct client *client)
+{
+	struct session *session;
+	unsigned n = 0;
+
+	LIST_FOREACH(session, &client->sessions, of_client)
+		n++;
+	while (n-- > 0) {
+		session = LIST_FIRST(&client->sessions);
+		session->close(session);
+	}
 }
 
 void client_disconnected(struct client *client)
@@ -358,9 +399,9 @@ int client_add_use(struct client *client, struct file *file, enum access access,
 	client->n_files++;
 	LIST_INSERT_HEAD(&file->uses, use, of_file);
 	file->n_uses++;
-	bus_changed(client->broker->bus, &client->view);
-	bus_changed(file->broker->bus, &file->view);
-	state_use(use);
+	observe_client(client, OBSERVED_CHANGED);
+	observe_file(file, OBSERVED_CHANGED);
+	observe_use(use, OBSERVED_RECORDED);
 	*ret = use;
 	return 0;
 }
@@ -390,12 +431,12 @@ static void leave_file(struct use *use)
 	struct file *file = use->file;
 
 	assert(use->n_pins == 0);
-	state_unuse(use);
+	observe_use(use, OBSERVED_REMOVED);
 	use->client->n_files--;
 	LIST_REMOVE(use, of_file);
 	file->n_uses--;
-	bus_changed(file->broker->bus, &use->client->view);
-	bus_changed(file->broker->bus, &file->view);
+	observe_client(use->client, OBSERVED_CHANGED);
+	observe_file(file, OBSERVED_CHANGED);
 	use->file = NULL;
 }
 
@@ -409,7 +450,7 @@ struct use *use_free(struct use *use)
 	if (file)
 		leave_file(use);
 	else if (use->lost != 0)
-		state_unuse(use);
+		observe_use(use, OBSERVED_REMOVED);
 	uses_RB_REMOVE(&use->client->uses, use);
 	if (use->lost != 0)
 		lost_uses_RB_REMOVE(&use->client->lost, use);
@@ -620,7 +661,7 @@ void client_info(const struct client *client, struct msg_client_info *ret)
 		.name = client->name,
 		.busName = client->bus_name,
 		.alive = !client->dead,
-		.connected = !LIST_EMPTY(&client->peers),
+		.connected = client_is_connected(client),
 		.files = client->n_files,
 		.contexts = client->n_contexts,
 		.pins = client->n_pins,

@@ -7,7 +7,6 @@
 #include <sys/queue.h>
 #include <systemd/sd-event.h>
 
-#include "bus-view.h"
 #include "notice.h"
 #include "process.h"
 #include "protocol/interface.h"
@@ -16,7 +15,6 @@
 struct broker;
 struct context;
 struct file;
-struct peer;
 struct user;
 struct log_fields;
 
@@ -43,6 +41,14 @@ struct use {
 RB_HEAD(uses, use);
 RB_HEAD(lost_uses, use);
 
+/* Somebody who speaks for a client, or is told of what concerns it: has this in it. */
+struct session {
+	struct client *client;                   /* client::sessions; NULL: none yet */
+	void (*forget)(struct session *session); /* the client is being freed: session_end() */
+	void (*close)(struct session *session);  /* ends the connection, and with it the session, at once */
+	LIST_ENTRY(session) of_client;
+};
+
 /*
  * One holder. It lives as long as its process, whatever becomes of its connections, or, when that
  * has died, as long as its pins; without pins it ends with its last connection, after a restart not
@@ -64,18 +70,15 @@ struct client {
 	struct uses uses;              /* owned */
 	struct lost_uses lost;         /* of them */
 	LIST_HEAD(, context) contexts; /* owned */
-	LIST_HEAD(, peer) peers;       /* rpc's; connections that speak for it or watch for it */
+	LIST_HEAD(, session) sessions; /* owned by those who have them */
 	unsigned n_files, n_contexts, n_pins;
 	unsigned n_reaping; /* contexts of which it is being looked who has them */
 	uint64_t pinned_bytes;
 	unsigned n_told; /* of its pins: pin_is_told() */
-	sd_event_source *bus_catch_up; /* sends its name on the bus what it missed; NULL: not yet */
-	struct notice_place bus_place; /* and has come to this */
 	sd_event_source *death;
 	sd_event_source *work; /* goes on with what its death or end makes to do; NULL: not yet needed */
 	bool working;
 	bool ended; /* it is being freed, some of it each turn of the loop, and cannot be taken up again */
-	struct bus_view view; /* bus's */
 	RB_ENTRY(client) by_id; /* broker::clients */
 };
 
@@ -84,13 +87,31 @@ int client_new(struct broker *broker, struct user *user, struct process *process
 	       struct client **ret, struct refusal *ret_refusal);
 struct client *client_free(struct client *client);
 
+/* Takes them over; NULL: none. The one on the bus counts once it was verified. */
+void client_set_names(struct client *client, char *name, char *bus_name);
+/*
+ * Asks the bus whether the client's bus_name is its process's, and calls done() then: with 0, with
+ * REFUSED if it is another's, or with a negative errno if it could not be asked. Returns negative errno
+ * if it cannot be asked at present; the name is then asked for when the bus is there.
+ */
+int client_verify_bus_name(struct client *client,
+			   void (*done)(int r, struct refusal *refusal, void *userdata), void *userdata);
+
 /* Its process is dead, and this one has a context of its, and perhaps its connections: it is the holder from now
  * on. Takes the process over. */
 void client_inherit(struct client *client, struct process *heir);
 /* Is there a process that can be told, and let go? */
 bool client_can_answer(const struct client *client);
 
-/* The last connection has gone: frees it, unless it has pins. */
+void session_begin(struct session *session, struct client *client);
+void session_end(struct session *session);
+static inline bool client_is_connected(const struct client *client)
+{
+	return !LIST_EMPTY(&client->sessions);
+}
+/* Ends all of its sessions. It goes with the last of them, unless it has pins. */
+void client_disconnect(struct client *client);
+/* The last session has ended: frees it, unless it has pins. */
 void client_disconnected(struct client *client);
 /* Frees it if it is dead, or without a connection, and nothing is left of it. */
 void client_collect(struct client *client);

@@ -8,8 +8,8 @@
 #include "holders.h"
 #include "log.h"
 #include "macro.h"
+#include "observer.h"
 #include "pin-counter.h"
-#include "state.h"
 #include "turn.h"
 
 /* Looking whether pins are gone, and detaching them by force: what is done on the pool. */
@@ -114,7 +114,7 @@ static void end_if_gone(struct context_job *j, const struct handle *h)
 		return;
 	if (h->destroyed && !pin->destroyed) {
 		pin->destroyed = true;
-		state_pin(pin);
+		observe_pin(pin, OBSERVED_RECORDED);
 	}
 	if (h->gone)
 		pin_end(pin, j->context->description.proof);
@@ -362,7 +362,7 @@ static void detach_free(struct context_job *j)
 
 	context->n_detaching--;
 	if (context->client)
-		state_context(context);
+		observe_context(context, OBSERVED_RECORDED);
 	if (context->n_detaching == 0)
 		context_wake(&context->unpins);
 	context_release(context, j->broker);
@@ -444,8 +444,8 @@ static void submit_detach(struct context_job *j)
 	j->job.run = detach_run;
 	j->job.done = detach_done;
 	/* whoever finds it so has to let them go on */
-	state_context(j->context);
-	state_flush(j->broker);
+	observe_context(j->context, OBSERVED_RECORDED);
+	broker_flush(j->broker);
 	offload_submit_step(j->broker->offload, j->context->user, &j->job);
 }
 

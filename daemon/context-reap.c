@@ -9,8 +9,8 @@
 #include "broker.h"
 #include "log.h"
 #include "macro.h"
+#include "observer.h"
 #include "search.h"
-#include "state.h"
 
 /*
  * Looking whether anybody but the broker has a context, and closing it for good where nobody does:
@@ -317,7 +317,7 @@ static void judge_pins(struct context_job *j)
 	}
 	j->doubt.told = context->doubt.told;
 	context->doubt = j->doubt;
-	state_context(context);
+	observe_context(context, OBSERVED_RECORDED);
 	j->ended = !context_is_doubtful(context);
 	if (!j->ended && j->fd < 0)
 		tell_doubt(context);
@@ -395,7 +395,7 @@ static void look_done(struct job *job)
 
 void context_look_for_holder(struct context *context)
 {
-	bool connected = !LIST_EMPTY(&context->client->peers);
+	bool connected = client_is_connected(context->client);
 	struct context_job *j;
 
 	/* One that is connected can say so itself; but somebody may be waiting in vain. */

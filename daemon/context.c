@@ -6,10 +6,9 @@
 #include <string.h>
 
 #include "broker.h"
-#include "bus.h"
 #include "context-job.h"
 #include "macro.h"
-#include "state.h"
+#include "observer.h"
 
 static int compare_pin(const struct pin *a, const struct pin *b)
 {
@@ -67,10 +66,10 @@ int context_new(struct client *client, const struct context_ops *ops,
 	LIST_INIT(&context->unpins);
 	LIST_INSERT_HEAD(&client->contexts, context, of_client);
 	client->n_contexts++;
-	bus_changed(client->broker->bus, &client->view);
+	observe_client(client, OBSERVED_CHANGED);
 	context->id = broker_next_id(client->broker);
 	broker_add_context(client->broker, context);
-	state_context(context);
+	observe_context(context, OBSERVED_RECORDED);
 	*ret = context;
 	return 0;
 
@@ -89,7 +88,7 @@ void context_keep(struct context *context)
 		return;
 	store_keep(store, &context->copy, STORE_CONTEXT, context->id, context->fd);
 	if (store_has(&context->copy) && store_name(&context->copy) != context->id)
-		state_context(context); /* it is to be found by another's name */
+		observe_context(context, OBSERVED_RECORDED); /* it is to be found by another's name */
 }
 
 void context_drop_copy(struct context *context)
@@ -130,12 +129,11 @@ struct context *context_free(struct context *context)
 	sd_event_source_disable_unref(context->recheck);
 	context->recheck = NULL;
 	context_drop_copy(context);
-	state_gone(broker, context->id);
 	broker_remove_context(broker, context);
 	LIST_REMOVE(context, of_client);
 	context->client->n_contexts--;
 	context->client->n_reaping -= context->reaping;
-	bus_changed(broker->bus, &context->client->view);
+	observe_client(context->client, OBSERVED_CHANGED);
 	context->client = NULL;
 	context_wake(&context->waiters);
 	context_wake(&context->unpins);
@@ -157,7 +155,7 @@ void context_close_withdrawn(struct context *context)
 		return;
 	context_drop_copy(context);
 	context->fd = offload_close(context->client->broker->offload, context->user, context->fd);
-	state_context(context);
+	observe_context(context, OBSERVED_RECORDED);
 }
 
 struct context *context_hold(struct context *context)
@@ -183,7 +181,7 @@ bool context_release(struct context *context, struct broker *broker)
 void context_set_remote(struct context *context, int number)
 {
 	context->remote = number;
-	state_context(context);
+	observe_context(context, OBSERVED_RECORDED);
 }
 
 void context_info(const struct context *context, struct msg_context_info *ret)

@@ -12,13 +12,12 @@
 #include "access.h"
 #include "blame.h"
 #include "broker.h"
-#include "bus.h"
 #include "client.h"
 #include "log.h"
 #include "macro.h"
+#include "observer.h"
 #include "open.h"
 #include "settle.h"
-#include "state.h"
 #include "watch.h"
 
 /* The back-off of taking the lease again, the event that should bring it on coming too early. */
@@ -48,7 +47,7 @@ static void set_fd(struct file *file, int fd)
 		broker_remove_lease_fd(file->broker, file);
 	store_drop(&file->broker->store, &file->copy);
 	file->lease.fd = fd;
-	bus_changed(file->broker->bus, &file->view);
+	observe_file(file, OBSERVED_CHANGED);
 	if (fd >= 0)
 		broker_add_lease_fd(file->broker, file);
 }
@@ -67,7 +66,7 @@ static void record(struct file *file)
 	if (now->state == then->state && now->access == then->access)
 		return;
 	file->recorded = *now;
-	state_file(file);
+	observe_file(file, OBSERVED_RECORDED);
 }
 
 static int on_timer(sd_event_source *source, uint64_t usec, void *userdata);
@@ -106,7 +105,7 @@ int file_new(struct broker *broker, const struct probe *probe, struct file **ret
 	(void)sd_event_source_set_enabled(file->timer, SD_EVENT_OFF);
 	file->id = broker_next_id(broker);
 	broker_add_file(broker, file);
-	state_file(file);
+	observe_file(file, OBSERVED_RECORDED);
 	*ret = file;
 	return 0;
 }
@@ -118,7 +117,6 @@ struct file *file_free(struct file *file)
 	change_clear(&file->change);
 	assert(file->n_uses == 0 && file->n_pins == 0 && STAILQ_EMPTY(&file->waiting));
 	offload_close(file->broker->offload, NULL, file_take_description(file));
-	state_gone(file->broker, file->id);
 	broker_remove_file(file->broker, file);
 	sd_event_source_disable_unref(file->timer);
 	free(file->path);
@@ -171,7 +169,7 @@ static void set_exposed(struct file *file)
 	bool exposed = unguarded && file_n_pinning(file) > 0;
 	struct log_fields fields = file_fields(file);
 
-	bus_changed(file->broker->bus, &file->view);
+	observe_file(file, OBSERVED_CHANGED);
 	record(file);
 	file->unguarded = unguarded;
 	if (exposed == file->exposed)
@@ -525,7 +523,7 @@ void file_go_on(struct file *file)
 void file_give_lease(struct file *file)
 {
 	(void)lease_give(&file->lease);
-	bus_changed(file->broker->bus, &file->view);
+	observe_file(file, OBSERVED_CHANGED);
 	disarm(file);
 }
 

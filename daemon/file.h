@@ -9,7 +9,6 @@
 #include <systemd/sd-event.h>
 
 #include "backing.h"
-#include "bus-view.h"
 #include "change.h"
 #include "lease.h"
 #include "pin.h"
@@ -73,7 +72,6 @@ struct file {
 	uint64_t retry_usec;           /* the present back-off */
 	sd_event_source *timer;        /* settling, or taking the lease again */
 
-	struct bus_view view;          /* bus's */
 	RB_ENTRY(file) by_id, by_inode, by_fd;
 	RB_ENTRY(file) by_watch; /* watch.c's, while watch >= 0 */
 };

@@ -29,7 +29,7 @@
 /* Is its client to let go of something? */
 static bool is_urgent(const struct peer *peer)
 {
-	const struct client *client = peer->client;
+	const struct client *client = peer->session.client;
 	const struct context *context;
 
 	if (!client || client->n_pins == 0 || peer->broker->n_running == 0)

@@ -49,6 +49,8 @@ struct options {
 
 struct service {
 	struct broker *broker;
+	struct rpc *rpc;
+	struct state *state;
 	struct notifier notifier;
 	const char *config; /* NULL: CONFIG_FILE */
 	const char *socket; /* made here, and to be removed; NULL: not ours */
@@ -173,7 +175,7 @@ static int listen_bound(struct service *service, int fd, const char *path)
 	if (chmod(path, 0666) < 0 || lstat(path, &service->socket_stat) < 0 ||
 	    listen(fd, SOMAXCONN) < 0)
 		return -errno;
-	r = rpc_listen(service->broker->rpc, fd);
+	r = rpc_listen(service->rpc, fd);
 	if (r >= 0)
 		service->socket = path;
 	return r;
@@ -274,7 +276,7 @@ static int open_files(struct service *service, const char *socket, struct passed
 	broker->store.notifier = &service->notifier;
 	snprintf(path, sizeof(path), "%s.state", socket);
 	restore(broker, path, passed->kept, passed->n_kept);
-	r = state_new(broker, path, &broker->state);
+	r = state_new(broker, path, &service->state);
 	if (r < 0)
 		log_errno(LOG_ERR, r, "Cannot write %s: what is pinned would not outlive a crash",
 			  path);
@@ -320,7 +322,7 @@ static int listen_all(struct service *service, const struct options *options)
 	if (r < 0)
 		return log_errno(LOG_ERR, r, "Cannot take the descriptors that were passed");
 	if (passed.socket >= 0) {
-		r = listen_passed(service->broker->rpc, passed.socket, &address);
+		r = listen_passed(service->rpc, passed.socket, &address);
 		if (r < 0)
 			return r;
 	}
@@ -362,7 +364,7 @@ static int on_restart(sd_event_source *source, const struct signalfd_siginfo *si
 	struct service *service = userdata;
 	struct broker *broker = service->broker;
 
-	if (!broker->state)
+	if (!service->state)
 		return on_terminate(source, si, userdata);
 	log_notice("Ending: %u pin%s left to the next run.", broker->n_pins,
 		   PLURAL(broker->n_pins));
@@ -446,7 +448,7 @@ static int start(struct service *service, const struct options *options)
 
 	r = add_signals(service);
 	if (r >= 0)
-		r = rpc_new(broker, &broker->rpc);
+		r = rpc_new(broker, &service->rpc);
 	if (r >= 0)
 		r = notifier_open(&service->notifier, broker);
 	if (r >= 0)
@@ -526,15 +528,15 @@ int main(int argc, char *argv[])
 	remove_socket(&service);
 	if (service.leaving) {
 		/* to be freed would be to be let go */
-		state_free(service.broker->state, false);
+		state_free(service.state, false);
 		notifier_stop(&service.notifier);
 		log_close(1000);
 		_exit(EXIT_SUCCESS);
 	}
 	if (service.broker) {
-		service.broker->rpc = rpc_free(service.broker->rpc);
+		service.rpc = rpc_free(service.rpc);
 		service.broker->bus = bus_free(service.broker->bus);
-		service.broker->state = state_free(service.broker->state, r >= 0);
+		service.state = state_free(service.state, r >= 0);
 		broker_free(service.broker);
 	}
 	notifier_stop(&service.notifier);

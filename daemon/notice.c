@@ -5,10 +5,9 @@
 #include <inttypes.h>
 
 #include "broker.h"
-#include "bus.h"
 #include "log.h"
 #include "macro.h"
-#include "rpc.h"
+#include "observer.h"
 #include "turn.h"
 
 static int compare_untold(const void *a, const void *b)
@@ -83,9 +82,7 @@ void notice_send(const struct revocation *rev, const struct untold *items, size_
 		if (!next_notice(broker, items, n, i, &notice))
 			continue;
 		describe(rev, &notice);
-		rpc_send_notice(client, &notice);
-		if (broker->bus)
-			bus_send_notice(broker->bus, client, &notice);
+		observe_notice(client, &notice);
 	} while (*i < n && !slice_is_over(slice));
 }
 
@@ -323,39 +320,4 @@ int notice_catch_up(struct client *client, struct notice_place *place,
 		r = catch_up(client, place, &m, f, userdata);
 	while (r > 0 && m.n == 0 && !slice_is_over(&slice));
 	return r;
-}
-
-/* ---- */
-
-static int send_bus(const struct msg_notice *notice, void *userdata)
-{
-	struct client *client = userdata;
-
-	bus_send_notice(client->broker->bus, client, notice);
-	return 0;
-}
-
-static int on_catch_up(sd_event_source *source, uint64_t usec, void *userdata)
-{
-	struct client *client = userdata;
-
-	if (client->broker->bus &&
-		notice_catch_up(client, &client->bus_place, send_bus, client) > 0)
-		return 0;
-	return sd_event_source_set_enabled(source, SD_EVENT_OFF);
-}
-
-void notice_send_bus(struct client *client)
-{
-	int r = 0;
-
-	client->bus_place = (struct notice_place){};
-	if (!client->bus_catch_up)
-		r = turn_add_source(
-			client->broker->event, &client->bus_catch_up, on_catch_up, client);
-	if (r >= 0)
-		r = sd_event_source_set_enabled(client->bus_catch_up, SD_EVENT_ON);
-	if (r < 0)
-		log_errno(LOG_ERR, r, "Cannot send client %" PRIu64 " its notices on the bus",
-			client->id);
 }

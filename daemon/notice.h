@@ -17,7 +17,7 @@ struct slice;
 /* In the order in which they are told of. */
 void notice_sort(struct untold *items, size_t n);
 
-/* Tells the holders of these pins, as far as the revocation wants them still, on both channels;
+/* Tells the holders of these pins, as far as the revocation wants them still;
  * from item *i on, which is moved forward, until the slice is over. */
 void notice_send(const struct revocation *revocation, const struct untold *items, size_t n,
 	size_t *i, const struct slice *slice);
@@ -41,6 +41,3 @@ struct notice_place {
  */
 int notice_catch_up(struct client *client, struct notice_place *place,
 	int (*f)(const struct msg_notice *notice, void *userdata), void *userdata);
-
-/* Sends all of them to the client's name on the bus, once it is known to be its. */
-void notice_send_bus(struct client *client);

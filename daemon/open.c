@@ -9,7 +9,7 @@
 #include "broker.h"
 #include "log.h"
 #include "macro.h"
-#include "state.h"
+#include "observer.h"
 
 /* A file that was just closed by somebody takes a moment until the kernel knows. */
 #define LEASE_TRIES      6
@@ -175,7 +175,7 @@ static int add_use(struct open_request *q, struct file *file, bool writable, uin
 	use->writable |= writable;
 	if (q->access == ACCESS_WRITE)
 		use->access = ACCESS_WRITE;
-	state_use(use);
+	observe_use(use, OBSERVED_RECORDED);
 	q->file = file->id;
 	return 0;
 }

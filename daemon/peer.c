@@ -9,7 +9,6 @@
 #include <sys/socket.h>
 
 #include "broker.h"
-#include "bus.h"
 #include "closer.h"
 #include "log.h"
 #include "macro.h"
@@ -17,7 +16,6 @@
 #include "request.h"
 #include "rpc.h"
 #include "schedule.h"
-#include "state.h"
 #include "turn.h"
 
 /* What a stream queues ahead. */
@@ -57,33 +55,31 @@ struct peer *peer_unref(struct peer *peer)
 {
 	if (!peer || --peer->n_refs > 0)
 		return NULL;
-	assert(!peer->connection && !peer->client);
+	assert(!peer->connection && !peer->session.client);
 	process_clear(&peer->process);
 	user_unref(peer->user);
 	free(container_of(peer, struct peer_private, peer));
 	return NULL;
 }
 
-void peer_forget_client(struct peer *peer)
+static void forget_client(struct session *session)
 {
-	LIST_REMOVE(peer, of_client);
-	bus_changed(peer->broker->bus, &peer->client->view);
-	peer->client = NULL;
+	struct peer *peer = container_of(session, struct peer, session);
+
+	session_end(session);
 	if (peer->watching)
 		peer->list = NULL;
 	peer->watching = false;
 }
 
-void peer_set_client(struct peer *peer, struct client *client)
+static void close_session(struct session *session)
 {
-	peer->client = client;
-	LIST_INSERT_HEAD(&client->peers, peer, of_client);
-	bus_changed(client->broker->bus, &client->view);
+	peer_close(container_of(session, struct peer, session));
 }
 
 void peer_close(struct peer *peer)
 {
-	struct client *client = peer->client;
+	struct client *client = peer->session.client;
 
 	if (!peer->connection)
 		return;
@@ -95,8 +91,8 @@ void peer_close(struct peer *peer)
 	if (!intake_close(peer))
 		peer->connection = connection_free(peer->connection);
 	if (client) {
-		peer_forget_client(peer);
-		if (LIST_EMPTY(&client->peers))
+		forget_client(&peer->session);
+		if (!client_is_connected(client))
 			client_disconnected(client);
 	}
 	peer_unref(peer);
@@ -104,7 +100,7 @@ void peer_close(struct peer *peer)
 
 static void go_on_later(struct peer *peer)
 {
-	schedule_add(peer->broker->schedule, peer, false);
+	schedule_add(peer->rpc->schedule, peer, false);
 }
 
 static void fail(struct peer *peer)
@@ -117,7 +113,7 @@ static void fail(struct peer *peer)
 static void log_bad_input(struct peer *peer, int error)
 {
 	struct log_fields fields = {
-		.client = peer->client ? peer->client->id : 0,
+		.client = peer->session.client ? peer->session.client->id : 0,
 		.pid = peer->process.pid,
 		.uid = &peer->process.uid,
 		.error = -error,
@@ -341,7 +337,7 @@ static int on_io(sd_event_source *source, int fd, uint32_t revents, void *userda
 		peer_take_turn(peer);
 		return 0;
 	}
-	schedule_add(peer->broker->schedule, peer, true);
+	schedule_add(peer->rpc->schedule, peer, true);
 	return sd_event_source_set_enabled(source, SD_EVENT_OFF);
 }
 
@@ -431,9 +427,9 @@ static int charge_connection(struct user *user, const struct process *process, i
 	return r;
 }
 
-int peer_new(struct rpc *rpc, struct broker *broker, struct peer_list *peers, int fd,
-	     peer_handler handler)
+int peer_new(struct rpc *rpc, int fd, peer_handler handler)
 {
+	struct broker *broker = rpc->broker;
 	struct process process;
 	struct peer_private *p;
 	struct peer *peer;
@@ -466,6 +462,8 @@ int peer_new(struct rpc *rpc, struct broker *broker, struct peer_list *peers, in
 	peer->process = process;
 	peer->fd = fd;
 	peer->n_refs = 1;
+	peer->session.forget = forget_client;
+	peer->session.close = close_session;
 	r = peer_start(peer, fd);
 	if (r < 0) {
 		peer->io = sd_event_source_disable_unref(peer->io);
@@ -473,7 +471,7 @@ int peer_new(struct rpc *rpc, struct broker *broker, struct peer_list *peers, in
 		peer_unref(peer);
 		return r;
 	}
-	LIST_INSERT_HEAD(peers, peer, of_rpc);
+	LIST_INSERT_HEAD(&rpc->peers, peer, of_rpc);
 	return 0;
 }
 
@@ -550,7 +548,7 @@ static void send_message(struct peer *peer, const char *error, bool more,
 			offload_close(peer->broker->offload, peer->user, fds[i]);
 		return;
 	}
-	state_flush(peer->broker);
+	broker_flush(peer->broker);
 	r = make_message(error, more, schema, out, &message);
 	if (r >= 0) {
 		r = connection_send(peer->connection, message, fds, n_fds);
@@ -585,7 +583,7 @@ void peer_send_text(struct peer *peer, int r, struct text *text, bool at_once)
 {
 	if (!peer->connection || peer->oneway || peer->failed)
 		return;
-	state_flush(peer->broker);
+	broker_flush(peer->broker);
 	if (r >= 0)
 		r = connection_send_text(peer->connection, text);
 	if (r < 0) {

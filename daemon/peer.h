@@ -6,6 +6,7 @@
 #include <sys/queue.h>
 #include <systemd/sd-event.h>
 
+#include "client.h"
 #include "intake.h"
 #include "notice.h"
 #include "notifier.h"
@@ -15,7 +16,6 @@
 #include "refusal.h"
 
 struct broker;
-struct client;
 struct rpc;
 struct user;
 
@@ -33,7 +33,7 @@ struct peer {
 	struct intake intake;
 	sd_event_source *io;
 	uint32_t revents;              /* of io, which is off until the turn that it waits for */
-	struct client *client;         /* client::peers; NULL: no Hello yet */
+	struct session session;        /* its client: NULL before Hello */
 	bool pending;                  /* a call is under way, or being read */
 	bool watching;                 /* the call is Watch */
 	bool oneway;                   /* the call wants no reply */
@@ -48,7 +48,6 @@ struct peer {
 
 	unsigned n_refs; /* the registry's, and one for each job */
 	LIST_ENTRY(peer) of_rpc;
-	LIST_ENTRY(peer) of_client;
 	struct peer_queue *queue; /* in which it waits for its turn; schedule's, as the next */
 	TAILQ_ENTRY(peer) of_queue;
 };
@@ -61,16 +60,11 @@ typedef void (*peer_handler)(struct peer *peer, struct request *request, struct 
 
 /* Takes the accepted descriptor over, whatever it returns: it may have been sent others already, and is closed
  * on the pool. */
-int peer_new(struct rpc *rpc, struct broker *broker, struct peer_list *peers, int fd,
-	     peer_handler handler);
+int peer_new(struct rpc *rpc, int fd, peer_handler handler);
 struct peer *peer_ref(struct peer *peer);
 struct peer *peer_unref(struct peer *peer);
 /* Ends the connection, at once. The caller's reference, if it has one, stays. */
 void peer_close(struct peer *peer);
-
-void peer_set_client(struct peer *peer, struct client *client);
-/* The client is being freed. */
-void peer_forget_client(struct peer *peer);
 
 /*
  * The reply to the call under way tells of what the service manager is to keep: it goes out when

@@ -7,10 +7,9 @@
 #include <stdlib.h>
 
 #include "broker.h"
-#include "bus.h"
 #include "label.h"
 #include "macro.h"
-#include "state.h"
+#include "observer.h"
 
 static uint64_t n_pages(const struct pin *pin)
 {
@@ -55,8 +54,8 @@ static void join_file(struct pin *pin, struct use *use)
 	client->n_told += pin_is_told(pin);
 	client->broker->n_pins++;
 	file_pinned(use->file, pin_end_offset(pin));
-	bus_changed(client->broker->bus, &use->file->view);
-	bus_changed(client->broker->bus, &client->view);
+	observe_file(use->file, OBSERVED_CHANGED);
+	observe_client(client, OBSERVED_CHANGED);
 }
 
 static void count_lost(struct pin *pin, int n)
@@ -96,7 +95,7 @@ static int pin_make(struct context *context, struct use *use, const struct pin_p
 	if (use)
 		join_file(pin, use);
 	broker_add_pin(broker, pin);
-	state_pin(pin);
+	observe_pin(pin, OBSERVED_RECORDED);
 	*ret = pin;
 	return 0;
 }
@@ -146,8 +145,8 @@ static void leave_file(struct pin *pin)
 	use->client->n_pins--;
 	use->client->pinned_bytes -= pin_pinned_bytes(pin);
 	use->client->broker->n_pins--;
-	bus_changed(use->file->broker->bus, &use->file->view);
-	bus_changed(use->file->broker->bus, &use->client->view);
+	observe_file(use->file, OBSERVED_CHANGED);
+	observe_client(use->client, OBSERVED_CHANGED);
 	pin->context->n_pins--;
 	context_close_withdrawn(pin->context);
 	user_discharge(pin->context->user, LIMIT_PINNED_BYTES, pin_pinned_bytes(pin));
@@ -165,7 +164,6 @@ struct pin *pin_free(struct pin *pin)
 	count_lost(pin, -1);
 	context_remove_pin(pin->context, pin);
 	user_discharge(pin->context->user, LIMIT_PINS, 1);
-	state_gone(pin->context->client->broker, pin->id);
 	broker_remove_pin(pin->context->client->broker, pin);
 	label_unref(pin->label);
 	free(pin);
@@ -215,7 +213,7 @@ int pin_bind(struct pin *pin, int64_t handle, const struct handle_identity *iden
 	pin->identity = *identity;
 	pin->state = PIN_BOUND;
 	pin_set_told(pin, 0);
-	state_pin(pin);
+	observe_pin(pin, OBSERVED_RECORDED);
 	return 0;
 }
 
@@ -231,7 +229,7 @@ void pin_leave(struct pin *pin)
 	pin->left_msec = now_msec();
 	count_in_context(pin, 1);
 	if (check && pin_is_awaited(pin)) {
-		state_pin(pin);
+		observe_pin(pin, OBSERVED_RECORDED);
 		context_check_soon(pin->context);
 	} else {
 		pin_end(pin, PROOF_CLAIMED);
@@ -260,7 +258,7 @@ void pin_end(struct pin *pin, enum proof proof)
 		pin_free(pin);
 	} else {
 		pin->over = true;
-		state_pin(pin);
+		observe_pin(pin, OBSERVED_RECORDED);
 	}
 
 	/* With the pin out of the way, whoever waited for it may go on. */

@@ -1,8 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 #include "broker.h"
 
-#include "bus.h"
-#include "state.h"
+#include "observer.h"
 
 /*
  * The registries: every object by its id, files by inode and descriptor too. Trees, for they are paged
@@ -71,7 +70,7 @@ uint64_t broker_next_id(struct broker *broker)
 	uint64_t reserved = broker->ids.reserved, id = ids_next(&broker->ids);
 
 	if (broker->ids.reserved != reserved)
-		state_ids(broker);
+		observe_ids(&broker->observers, broker->ids.reserved);
 	return id;
 }
 
@@ -79,13 +78,12 @@ void broker_add_client(struct broker *broker, struct client *client)
 {
 	client_ids_RB_INSERT(&broker->clients, client);
 	broker->n_clients++;
-	client->view = (struct bus_view){ .kind = BUS_CLIENT, .id = client->id };
-	bus_added(broker->bus, &client->view);
+	observe_client(client, OBSERVED_ADDED);
 }
 
 void broker_remove_client(struct broker *broker, struct client *client)
 {
-	bus_removed(broker->bus, &client->view);
+	observe_client(client, OBSERVED_REMOVED);
 	client_ids_RB_REMOVE(&broker->clients, client);
 	broker->n_clients--;
 }
@@ -93,10 +91,12 @@ void broker_remove_client(struct broker *broker, struct client *client)
 void broker_add_context(struct broker *broker, struct context *context)
 {
 	context_ids_RB_INSERT(&broker->contexts, context);
+	observe_context(context, OBSERVED_ADDED);
 }
 
 void broker_remove_context(struct broker *broker, struct context *context)
 {
+	observe_context(context, OBSERVED_REMOVED);
 	context_ids_RB_REMOVE(&broker->contexts, context);
 }
 
@@ -105,13 +105,12 @@ void broker_add_file(struct broker *broker, struct file *file)
 	file_ids_RB_INSERT(&broker->files, file);
 	file_inodes_RB_INSERT(&broker->files_by_inode, file);
 	broker->n_files++;
-	file->view = (struct bus_view){ .kind = BUS_FILE, .id = file->id };
-	bus_added(broker->bus, &file->view);
+	observe_file(file, OBSERVED_ADDED);
 }
 
 void broker_remove_file(struct broker *broker, struct file *file)
 {
-	bus_removed(broker->bus, &file->view);
+	observe_file(file, OBSERVED_REMOVED);
 	file_ids_RB_REMOVE(&broker->files, file);
 	file_inodes_RB_REMOVE(&broker->files_by_inode, file);
 	broker->n_files--;
@@ -130,10 +129,12 @@ void broker_remove_lease_fd(struct broker *broker, struct file *file)
 void broker_add_pin(struct broker *broker, struct pin *pin)
 {
 	pin_ids_RB_INSERT(&broker->pins, pin);
+	observe_pin(pin, OBSERVED_ADDED);
 }
 
 void broker_remove_pin(struct broker *broker, struct pin *pin)
 {
+	observe_pin(pin, OBSERVED_REMOVED);
 	pin_ids_RB_REMOVE(&broker->pins, pin);
 }
 
@@ -141,13 +142,12 @@ void broker_add_revocation(struct broker *broker, struct revocation *revocation)
 {
 	revocation_ids_RB_INSERT(&broker->revocations, revocation);
 	broker->n_running++;
-	revocation->view = (struct bus_view){ .kind = BUS_REVOCATION, .id = revocation->id };
-	bus_added(broker->bus, &revocation->view);
+	observe_revocation(revocation, OBSERVED_ADDED);
 }
 
 void broker_remove_revocation(struct broker *broker, struct revocation *revocation)
 {
-	bus_removed(broker->bus, &revocation->view);
+	observe_revocation(revocation, OBSERVED_REMOVED);
 	revocation_ids_RB_REMOVE(&broker->revocations, revocation);
 	if (!revocation->retired) {
 		broker->n_running--;

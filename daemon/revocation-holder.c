@@ -5,9 +5,9 @@
 #include <stdio.h>
 
 #include "broker.h"
-#include "bus.h"
 #include "log.h"
 #include "macro.h"
+#include "observer.h"
 #include "turn.h"
 
 /* The holders of a revocation: which of them is the breaker itself, and whether any is left to turn to. */
@@ -68,7 +68,7 @@ void revocation_blame(struct revocation *rev, const struct conflict *who, const 
 	if (!revocation_is_running(rev) || rev->conflict.pid != 0)
 		return;
 	rev->conflict = *who;
-	bus_changed(rev->broker->bus, &rev->view);
+	observe_revocation(rev, OBSERVED_CHANGED);
 	fields = revocation_fields(rev);
 	if (who->size != INT_NULL)
 		snprintf(size, sizeof(size), " to %" PRIi64 " byte%s", who->size, PLURAL(who->size));

@@ -10,11 +10,10 @@
 #include <sys/pidfd.h>
 
 #include "broker.h"
-#include "bus.h"
 #include "log.h"
 #include "macro.h"
 #include "notice.h"
-#include "state.h"
+#include "observer.h"
 #include "turn.h"
 
 /* How long forced detaches, and dying, may take. */
@@ -185,7 +184,7 @@ static void drop_target(struct target *target)
 	pin_remove_target(pin, target);
 	if (target->on_demand && pin->revocation < rev->id) {
 		pin_set_told(pin, rev->id);
-		state_pin(pin);
+		observe_pin(pin, OBSERVED_RECORDED);
 	}
 	target_free(target);
 }
@@ -237,7 +236,7 @@ static void end(struct revocation *rev)
 		file_revocation_ended(file, rev->state == REVOCATION_LOST);
 	}
 	report_end(rev);
-	bus_revocation_ended(rev->broker->bus, rev);
+	observe_revocation(rev, OBSERVED_ENDED);
 	revocation_go_on(rev);
 }
 
@@ -353,7 +352,7 @@ static void step(struct revocation *rev, struct revocation_step step)
 	unsigned actions = step.actions;
 
 	rev->state = step.state;
-	bus_changed(rev->broker->bus, &rev->view);
+	observe_revocation(rev, OBSERVED_CHANGED);
 	rev->searching = rev->looking = false;
 	if (actions & REVOKE_ARM)
 		arm(rev, actions);
@@ -487,7 +486,7 @@ static void announce(struct revocation *rev)
 		  rev->state == REVOCATION_NOTIFIED
 			  ? (double)(rev->deadline_usec - rev->start_usec) / 1e6
 			  : 0.0);
-	bus_revocation_started(rev->broker->bus, rev);
+	observe_revocation(rev, OBSERVED_STARTED);
 	if (rev->n_remaining == 0)
 		revocation_event(rev, REVOKE_GONE);
 	else if (!rev->alive && rev->state == REVOCATION_NOTIFIED)
@@ -671,7 +670,7 @@ void revocation_target_gone(struct target *target, enum proof proof)
 	if (!rev->has_proof || proof > rev->weakest)
 		rev->weakest = proof;
 	rev->has_proof = true;
-	bus_changed(rev->broker->bus, &rev->view);
+	observe_revocation(rev, OBSERVED_CHANGED);
 	if (rev->n_remaining == 0 && !rev->finding && !rev->announcing)
 		revocation_event(rev, REVOKE_GONE);
 }

@@ -8,7 +8,6 @@
 #include <sys/types.h>
 #include <systemd/sd-event.h>
 
-#include "bus-view.h"
 #include "log.h"
 #include "pin.h"
 #include "protocol/interface.h"
@@ -120,7 +119,6 @@ struct revocation {
 	bool again; /* the present rung has to be tried again: it was short of memory, or a holder has changed */
 	bool searching; /* its signal reached nobody: it is looked who has the contexts */
 
-	struct bus_view view; /* bus's */
 	RB_ENTRY(revocation) by_id;
 	bool retired; /* in broker::ended */
 	TAILQ_ENTRY(revocation) of_ended;

@@ -11,9 +11,9 @@
 #include "call.h"
 #include "log.h"
 #include "macro.h"
-#include "peer.h"
 #include "protocol/service.h"
 #include "request.h"
+#include "schedule.h"
 
 #define ACCEPTS_PER_TURN  16
 #define STREAMS_AT_ONCE   8U
@@ -28,12 +28,6 @@ struct listener {
 	int fd; /* owned */
 	sd_event_source *io, *pause;
 	LIST_ENTRY(listener) listeners;
-};
-
-struct rpc {
-	struct broker *broker;
-	LIST_HEAD(, listener) listeners;
-	struct peer_list peers;
 };
 
 static void refuse_interface(struct peer *peer, const char *name)
@@ -187,7 +181,7 @@ static int on_connection(sd_event_source *source, int fd, uint32_t revents, void
 		}
 		if (s < 0)
 			break;
-		r = peer_new(l->rpc, l->rpc->broker, &l->rpc->peers, s, on_request);
+		r = peer_new(l->rpc, s, on_request);
 		if (r < 0)
 			log_errno_limit(LOG_NOTICE, r, LOG_RESOURCE_EVENT, "Refused a connection");
 	}
@@ -231,15 +225,43 @@ int rpc_listen(struct rpc *rpc, int fd)
 	return 0;
 }
 
+/* To every connection that watches for the client. */
+static void on_notice(struct observer *observer, struct client *client, const struct msg_notice *notice)
+{
+	struct text *text = NULL;
+	struct session *session;
+	unsigned n = 0;
+	int r;
+
+	LIST_FOREACH(session, &client->sessions, of_client) {
+		struct peer *peer = container_of(session, struct peer, session);
+
+		if (!peer->watching)
+			continue;
+		r = text ? 0 : peer_format(&schema_msg_watch_out, &(struct msg_watch_out){ *notice }, true, &text);
+		/* the first few are written to at once, the others in turns of their own */
+		peer_send_text(peer, r, text, n++ < STREAMS_AT_ONCE);
+	}
+	text_unref(text);
+}
+
 int rpc_new(struct broker *broker, struct rpc **ret)
 {
 	struct rpc *rpc = calloc(1, sizeof(*rpc));
+	int r;
 
 	if (!rpc)
 		return -ENOMEM;
 	rpc->broker = broker;
 	LIST_INIT(&rpc->listeners);
 	LIST_INIT(&rpc->peers);
+	r = schedule_new(broker->event, &rpc->schedule);
+	if (r < 0) {
+		free(rpc);
+		return r;
+	}
+	rpc->observer = (struct observer){ .notice = on_notice };
+	observer_add(&broker->observers, &rpc->observer);
 	*ret = rpc;
 	return 0;
 }
@@ -256,23 +278,8 @@ struct rpc *rpc_free(struct rpc *rpc)
 	}
 	while (!LIST_EMPTY(&rpc->peers))
 		peer_close(LIST_FIRST(&rpc->peers));
+	observer_remove(&rpc->broker->observers, &rpc->observer);
+	schedule_free(rpc->schedule);
 	free(rpc);
 	return NULL;
-}
-
-void rpc_send_notice(struct client *client, const struct msg_notice *notice)
-{
-	struct text *text = NULL;
-	struct peer *peer;
-	unsigned n = 0;
-	int r;
-
-	LIST_FOREACH(peer, &client->peers, of_client) {
-		if (!peer->watching)
-			continue;
-		r = text ? 0 : peer_format(&schema_msg_watch_out, &(struct msg_watch_out){ *notice }, true, &text);
-		/* the first few are written to at once, the others in turns of their own */
-		peer_send_text(peer, r, text, n++ < STREAMS_AT_ONCE);
-	}
-	text_unref(text);
 }

@@ -10,8 +10,7 @@
 #include "hearing.h"
 #include "log.h"
 #include "macro.h"
-#include "peer.h"
-#include "state.h"
+#include "observer.h"
 #include "turn.h"
 
 #define LOOK_USEC (100 * USEC_PER_MSEC)
@@ -73,7 +72,7 @@ static void set_several(struct file *file)
 	TAILQ_INSERT_TAIL(&s->files, file, sharing.of_sharings);
 	if (s->n_files++ == 0)
 		look_at(s, now_usec() + LOOK_USEC);
-	state_file(file);
+	observe_file(file, OBSERVED_RECORDED);
 }
 
 void sharing_add(struct file *file, uid_t uid)
@@ -148,19 +147,6 @@ static size_t revoke_pins(struct file *file, const uid_t *uid, const char *what)
 	return rev ? rev->n_pinning : 0;
 }
 
-/* Closes his connections. The client goes with the last of them, unless it has pins; and then maybe
- * the file. */
-static void disconnect(struct client *client)
-{
-	unsigned n = 0;
-	struct peer *peer;
-
-	LIST_FOREACH (peer, &client->peers, of_client)
-		n++;
-	while (n-- > 0)
-		peer_close(LIST_FIRST(&client->peers));
-}
-
 static struct client *find_connected(struct broker *broker, uint64_t file_id, uid_t uid)
 {
 	struct file *file = broker_find_file(broker, file_id);
@@ -168,7 +154,7 @@ static struct client *find_connected(struct broker *broker, uint64_t file_id, ui
 
 	if (file)
 		LIST_FOREACH (use, &file->uses, of_file)
-			if (use->client->process.uid == uid && !LIST_EMPTY(&use->client->peers))
+			if (use->client->process.uid == uid && client_is_connected(use->client))
 				return use->client;
 	return NULL;
 }
@@ -206,11 +192,11 @@ static void punish(struct file *file, bool named, uid_t uid, const char *what)
 		sharing->culprit = uid;
 	}
 	if (first)
-		state_file(file);
+		observe_file(file, OBSERVED_RECORDED);
 	if (revoke_pins(file, named ? &uid : NULL, what) > 0 || first)
 		log_tampering(file, named ? &uid : NULL, what);
 	while (named && (client = find_connected(broker, id, uid)))
-		disconnect(client);
+		client_disconnect(client);
 }
 
 /* Who did it? True if that is known: it is whoever is the only one to share the file; and it takes

@@ -11,6 +11,7 @@
 #include "label.h"
 #include "log.h"
 #include "macro.h"
+#include "observer.h"
 #include "state-record.h"
 #include "turn.h"
 
@@ -18,12 +19,17 @@
 #define REWRITE_MIN   (1024U * 1024U)
 #define REWRITE_TIMES 4U
 
+#define TOUCH_USEC       (5 * USEC_PER_SEC)
+#define TOUCH_SLACK_USEC (250 * USEC_PER_MSEC)
+
 struct log_file {
 	int fd; /* owned; -1: none */
 	uint64_t n;
 };
 
 struct state {
+	struct observer observer;
+	struct journal journal;
 	struct broker *broker;
 	char *path, *new_path;      /* owned */
 	struct record_buffer buffer; /* not yet written */
@@ -32,7 +38,7 @@ struct state {
 	uint64_t n_first;            /* what the log was when it had just been written */
 	uint64_t after;              /* rewriting: has come to this object */
 	uint64_t client, after_use;  /* … and, of this client, to its use of this file */
-	sd_event_source *rewrite, *post;
+	sd_event_source *rewrite, *post, *touch;
 	bool failed; /* to be written anew */
 };
 
@@ -371,6 +377,94 @@ static int on_post(sd_event_source *source, void *userdata)
 	return 0;
 }
 
+static struct record_buffer *buffer_of(struct observer *observer)
+{
+	return &container_of(observer, struct state, observer)->buffer;
+}
+
+static void write_gone(struct observer *observer, uint64_t id)
+{
+	struct record_buffer *b = buffer_of(observer);
+
+	record_begin(b, "gone");
+	record_put(b, "id", id);
+	record_end(b);
+}
+
+static void on_client(struct observer *observer, struct client *client, enum observed what)
+{
+	if (what == OBSERVED_RECORDED)
+		write_client(buffer_of(observer), client);
+	else if (what == OBSERVED_REMOVED)
+		write_gone(observer, client->id);
+}
+
+static void on_file(struct observer *observer, struct file *file, enum observed what)
+{
+	if (what == OBSERVED_RECORDED)
+		write_file(buffer_of(observer), file);
+	else if (what == OBSERVED_REMOVED)
+		write_gone(observer, file->id);
+}
+
+static void on_use(struct observer *observer, struct use *use, enum observed what)
+{
+	struct record_buffer *b = buffer_of(observer);
+
+	if (what == OBSERVED_RECORDED) {
+		write_use(b, use);
+	} else if (what == OBSERVED_REMOVED) {
+		record_begin(b, "unuse");
+		record_put(b, "client", use->client->id);
+		record_put(b, "file", use->file_id);
+		record_end(b);
+	}
+}
+
+static void on_context(struct observer *observer, struct context *context, enum observed what)
+{
+	if (what == OBSERVED_RECORDED)
+		write_context(buffer_of(observer), context);
+	else if (what == OBSERVED_REMOVED)
+		write_gone(observer, context->id);
+}
+
+static void on_pin(struct observer *observer, struct pin *pin, enum observed what)
+{
+	if (what == OBSERVED_RECORDED)
+		write_pin(buffer_of(observer), pin);
+	else if (what == OBSERVED_REMOVED)
+		write_gone(observer, pin->id);
+}
+
+/* Should the file of the identifiers be lost. */
+static void on_ids(struct observer *observer, uint64_t reserved)
+{
+	struct record_buffer *b = buffer_of(observer);
+
+	record_begin(b, "ids");
+	record_put(b, "reserved", reserved);
+	record_end(b);
+}
+
+static void on_flush(struct journal *journal)
+{
+	flush(container_of(journal, struct state, journal));
+}
+
+/* Somebody was awake at this time: says so by the file's time, and tries again what could not be written. */
+static int on_touch(sd_event_source *source, uint64_t usec, void *userdata)
+{
+	struct state *state = userdata;
+	int r;
+
+	(void)futimens(state->log.fd, NULL);
+	if (state->failed)
+		start_rewrite(state);
+	r = sd_event_source_set_time(source, now_usec() + TOUCH_USEC);
+	return r < 0 ? r : sd_event_source_set_enabled(source, SD_EVENT_ONESHOT);
+}
+
 int state_new(struct broker *broker, const char *path, struct state **ret)
 {
 	struct state *state;
@@ -381,6 +475,15 @@ int state_new(struct broker *broker, const char *path, struct state **ret)
 		return -ENOMEM;
 	state->broker = broker;
 	state->log.fd = state->next.fd = -1;
+	state->observer = (struct observer){
+		.client = on_client,
+		.file = on_file,
+		.use = on_use,
+		.context = on_context,
+		.pin = on_pin,
+		.ids = on_ids,
+	};
+	observer_add(&broker->observers, &state->observer);
 	state->path = strdup(path);
 	r = !state->path || asprintf(&state->new_path, "%s.new", path) < 0 ? -ENOMEM : 0;
 	if (r >= 0)
@@ -391,6 +494,9 @@ int state_new(struct broker *broker, const char *path, struct state **ret)
 	if (r >= 0)
 		r = sd_event_source_set_priority(state->post, SD_EVENT_PRIORITY_NORMAL - 1);
 	if (r >= 0)
+		r = sd_event_add_time(broker->event, &state->touch, CLOCK_MONOTONIC,
+				      now_usec() + TOUCH_USEC, TOUCH_SLACK_USEC, on_touch, state);
+	if (r >= 0)
 		r = begin_rewrite(state);
 	if (r >= 0)
 		r = rewrite_some(state, NULL);
@@ -398,6 +504,8 @@ int state_new(struct broker *broker, const char *path, struct state **ret)
 		state_free(state, false);
 		return r;
 	}
+	state->journal.flush = on_flush;
+	broker->journal = &state->journal;
 	*ret = state;
 	return 0;
 }
@@ -406,6 +514,8 @@ struct state *state_free(struct state *state, bool remove)
 {
 	if (!state)
 		return NULL;
+	observer_remove(&state->broker->observers, &state->observer);
+	state->broker->journal = NULL;
 	flush(state);
 	if (remove)
 		(void)unlink(state->path);
@@ -413,6 +523,7 @@ struct state *state_free(struct state *state, bool remove)
 		(void)unlink(state->new_path);
 	sd_event_source_disable_unref(state->rewrite);
 	sd_event_source_disable_unref(state->post);
+	sd_event_source_disable_unref(state->touch);
 	safe_close(state->log.fd);
 	safe_close(state->next.fd);
 	record_buffer_clear(&state->buffer);
@@ -420,85 +531,4 @@ struct state *state_free(struct state *state, bool remove)
 	free(state->new_path);
 	free(state);
 	return NULL;
-}
-
-void state_client(const struct client *client)
-{
-	if (client->broker->state)
-		write_client(&client->broker->state->buffer, client);
-}
-
-void state_file(const struct file *file)
-{
-	if (file->broker->state)
-		write_file(&file->broker->state->buffer, file);
-}
-
-void state_use(const struct use *use)
-{
-	if (use->client->broker->state)
-		write_use(&use->client->broker->state->buffer, use);
-}
-
-void state_context(const struct context *context)
-{
-	if (context->client->broker->state)
-		write_context(&context->client->broker->state->buffer, context);
-}
-
-void state_pin(const struct pin *pin)
-{
-	if (pin->context->client->broker->state)
-		write_pin(&pin->context->client->broker->state->buffer, pin);
-}
-
-void state_unuse(const struct use *use)
-{
-	struct state *state = use->client->broker->state;
-
-	if (!state)
-		return;
-	record_begin(&state->buffer, "unuse");
-	record_put(&state->buffer, "client", use->client->id);
-	record_put(&state->buffer, "file", use->file_id);
-	record_end(&state->buffer);
-}
-
-void state_ids(struct broker *broker)
-{
-	struct state *state = broker->state;
-
-	if (!state)
-		return;
-	record_begin(&state->buffer, "ids");
-	record_put(&state->buffer, "reserved", broker->ids.reserved);
-	record_end(&state->buffer);
-}
-
-void state_gone(struct broker *broker, uint64_t id)
-{
-	struct state *state = broker->state;
-
-	if (!state)
-		return;
-	record_begin(&state->buffer, "gone");
-	record_put(&state->buffer, "id", id);
-	record_end(&state->buffer);
-}
-
-void state_flush(struct broker *broker)
-{
-	if (broker->state)
-		flush(broker->state);
-}
-
-void state_touch(struct broker *broker)
-{
-	struct state *state = broker->state;
-
-	if (!state)
-		return;
-	(void)futimens(state->log.fd, NULL);
-	if (state->failed)
-		start_rewrite(state);
 }

@@ -24,31 +24,9 @@
 #define STATE_HEADER "pinbroker-state 1"
 
 struct broker;
-struct client;
-struct context;
-struct file;
-struct pin;
 struct state;
-struct use;
 
-/* Writes everything down, in place of what was there. -errno: there is none. */
+/* Writes everything down, in place of what was there, and from then on each change. -errno: there is none. */
 int state_new(struct broker *broker, const char *path, struct state **ret);
 /* remove: nothing of it is of use to the next run. */
 struct state *state_free(struct state *state, bool remove);
-
-/* How these are now. Nothing is recorded while broker::state is NULL. */
-void state_client(const struct client *client);
-void state_file(const struct file *file);
-void state_use(const struct use *use);
-void state_context(const struct context *context);
-void state_pin(const struct pin *pin);
-/* Up to where identifiers may have been given out, should the file of those be lost. */
-void state_ids(struct broker *broker);
-/* They are no more. */
-void state_unuse(const struct use *use);
-void state_gone(struct broker *broker, uint64_t id);
-
-/* Before anybody is told of a change, it has to be in the file. */
-void state_flush(struct broker *broker);
-/* Somebody was awake at this time: says so by the file's time, and tries again what could not be written. */
-void state_touch(struct broker *broker);

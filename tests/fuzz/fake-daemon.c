@@ -5,7 +5,6 @@
 
 #include "daemon/blame.h"
 #include "daemon/broker.h"
-#include "daemon/bus.h"
 #include "daemon/device-monitor.h"
 #include "daemon/hearing.h"
 #include "daemon/holders.h"
@@ -13,6 +12,7 @@
 #include "daemon/macro.h"
 #include "daemon/notice.h"
 #include "daemon/notifier.h"
+#include "daemon/observer.h"
 #include "daemon/pin-counter.h"
 #include "daemon/watch.h"
 #include "fake-kernel.h"
@@ -237,18 +237,42 @@ static struct question {
 } questions[64];
 static size_t n_questions;
 
-bool bus_name_is_unique(const char *name)
-{
-	return name[0] == ':' && name[1] && strlen(name) < 256;
-}
-
-int bus_verify_client(struct bus *bus, struct client *client,
+static int verify(struct name_authority *names, struct client *client,
 	void (*done)(int r, struct refusal *refusal, void *userdata), void *userdata)
 {
 	if (n_questions == ELEMENTS(questions))
 		return -ENOTCONN;
 	questions[n_questions++] = (struct question){client->id, done, userdata};
 	return 0;
+}
+
+static int check_notice(const struct msg_notice *notice, void *userdata)
+{
+	if (!notice->path || (notice->pins.n_items > 0 && notice->pins.items[0] <= 0))
+		abort();
+	return 0;
+}
+
+static void on_notice(
+	struct observer *observer, struct client *client, const struct msg_notice *notice)
+{
+	(void)check_notice(notice, NULL);
+}
+
+static struct name_authority names = {.verify = verify};
+static struct observer notices = {.notice = on_notice};
+
+void bus_begin(struct broker *broker)
+{
+	broker->names = &names;
+	observer_add(&broker->observers, &notices);
+}
+
+void bus_end(struct broker *broker)
+{
+	bus_answer(broker);
+	broker->names = NULL;
+	observer_remove(&broker->observers, &notices);
 }
 
 static void answer(struct broker *broker, const struct question *q)
@@ -264,8 +288,12 @@ static void answer(struct broker *broker, const struct question *q)
 		client->bus_name_verified = true;
 	q->done(kernel.bus_answer, &refusal, q->userdata);
 	client = broker_find_client(broker, q->client);
-	if (client && client->bus_name_verified)
-		notice_send_bus(client);
+	if (client && client->bus_name_verified) {
+		struct notice_place place = {};
+
+		while (notice_catch_up(client, &place, check_notice, NULL) > 0)
+			;
+	}
 }
 
 void bus_answer(struct broker *broker)
@@ -277,30 +305,4 @@ void bus_answer(struct broker *broker)
 	n_questions = 0;
 	for (size_t i = 0; i < n; i++)
 		answer(broker, &asked[i]);
-}
-
-void bus_send_notice(struct bus *bus, const struct client *client, const struct msg_notice *notice)
-{
-	if (!notice->path || (notice->pins.n_items > 0 && notice->pins.items[0] <= 0))
-		abort();
-}
-
-void bus_revocation_started(struct bus *bus, const struct revocation *revocation)
-{
-}
-
-void bus_revocation_ended(struct bus *bus, const struct revocation *revocation)
-{
-}
-
-void bus_added(struct bus *bus, struct bus_view *view)
-{
-}
-
-void bus_removed(struct bus *bus, struct bus_view *view)
-{
-}
-
-void bus_changed(struct bus *bus, struct bus_view *view)
-{
 }

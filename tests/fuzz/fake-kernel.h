@@ -88,4 +88,6 @@ bool offload_finish_last(struct offload *offload);
 
 /* fake-daemon.c: the service manager, and the bus, have done what they were asked. */
 void manager_answer(struct broker *broker);
+void bus_begin(struct broker *broker);
+void bus_end(struct broker *broker);
 void bus_answer(struct broker *broker);

@@ -59,6 +59,7 @@ struct link {
 static struct {
 	sd_event *event;
 	struct broker *broker;
+	struct rpc *rpc;
 	struct notifier notifier;
 	struct link links[3];
 	bool jobs_wait, abrupt, on_demand;
@@ -509,12 +510,12 @@ static void start(void)
 	for (size_t i = 0; i < ELEMENTS(f.links); i++)
 		f.links[i].fd = -1;
 	if (sd_event_new(&f.event) < 0 || broker_new(f.event, make_config(0), &f.broker) < 0 ||
-		rpc_new(f.broker, &f.broker->rpc) < 0 ||
-		rpc_listen(f.broker->rpc, kernel_listen()) < 0)
+		rpc_new(f.broker, &f.rpc) < 0 ||
+		rpc_listen(f.rpc, kernel_listen()) < 0)
 		abort();
 	f.broker->ids.fd = -1;
 	f.broker->store.notifier = &f.notifier;
-	f.broker->bus = (struct bus *)&f;
+	bus_begin(f.broker);
 }
 
 /* Everybody dies, whatever was withheld goes on: nothing is left then. */
@@ -545,10 +546,9 @@ static void let_go(void)
 
 static void stop(void)
 {
-	f.broker->rpc = rpc_free(f.broker->rpc);
+	f.rpc = rpc_free(f.rpc);
 	kernel_close_backlog();
-	bus_answer(f.broker);
-	f.broker->bus = NULL;
+	bus_end(f.broker);
 	broker_free(f.broker); /* sees that no user is charged anything */
 	sd_event_unref(f.event);
 	for (size_t i = 0; i < ELEMENTS(f.links); i++)
