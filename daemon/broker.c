@@ -5,13 +5,13 @@
 #include <string.h>
 #include <sys/resource.h>
 
+#include "admin.h"
 #include "blame.h"
 #include "device-monitor.h"
 #include "hearing.h"
 #include "log.h"
 #include "macro.h"
 #include "open.h"
-#include "watch.h"
 
 /* What the signals should have told is looked up now and then all the same: a client that shares the
  * description can redirect them. Orphaned contexts are looked at again, too. */
@@ -110,10 +110,15 @@ void broker_audit_soon(struct broker *broker)
 	(void)sd_event_source_set_time(broker->audit, now_usec() + AUDIT_SOON_USEC);
 }
 
+static void on_device_removed(dev_t number, void *userdata)
+{
+	admin_remove_device(userdata, number);
+}
+
 /* It has to work without: in a container there are no devices to be removed. */
 static void add_devices(struct broker *broker)
 {
-	int r = device_monitor_new(broker, &broker->devices);
+	int r = device_monitor_new(broker->event, on_device_removed, broker, &broker->devices);
 
 	if (r < 0)
 		log_errno(LOG_WARNING, r, "Cannot listen for devices that are being removed");
@@ -131,6 +136,30 @@ static void set_capacity(struct users *users)
 							     : RESERVED_DESCRIPTORS;
 	users_set_capacity(users, limit.rlim_cur - reserved);
 }
+
+static void on_touched(struct watched *watched, uint32_t mask)
+{
+	file_touched(container_of(watched, struct file, watched), mask);
+}
+
+static void on_missed(void *userdata)
+{
+	struct broker *broker = userdata;
+
+	hearing_sweep(broker->hearing);
+}
+
+/* The next audit, which looks at each file, follows soon, and once a second. */
+static void on_incomplete(void *userdata)
+{
+	broker_audit_soon(userdata);
+}
+
+static const struct watch_ops watch_ops = {
+	.touched = on_touched,
+	.missed = on_missed,
+	.incomplete = on_incomplete,
+};
 
 int broker_new(sd_event *event, struct config *config, struct broker **ret)
 {
@@ -157,7 +186,7 @@ int broker_new(sd_event *event, struct config *config, struct broker **ret)
 	if (r >= 0)
 		r = offload_new(event, &broker->offload);
 	if (r >= 0)
-		r = watch_new(broker, &broker->watch);
+		r = watch_new(event, &watch_ops, broker, &broker->watch);
 	if (r >= 0)
 		r = blame_new(broker, &broker->blame);
 	if (r < 0) {
@@ -191,7 +220,7 @@ struct broker *broker_free(struct broker *broker)
 	assert(broker->n_files == 0 && broker->n_pins == 0);
 	blame_free(broker->blame);
 	watch_free(broker->watch);
-	sd_device_monitor_unref(broker->devices);
+	device_monitor_free(broker->devices);
 	hearing_free(broker->hearing);
 	sharings_free(broker->sharings);
 	sd_event_source_disable_unref(broker->audit);

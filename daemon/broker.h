@@ -4,7 +4,6 @@
 #include "tree.h"
 #include <stdint.h>
 #include <sys/queue.h>
-#include <systemd/sd-device.h>
 #include <systemd/sd-event.h>
 
 #include "client.h"
@@ -29,6 +28,7 @@
 
 struct blame;
 struct bus;
+struct device_monitor;
 struct hearing;
 struct watch;
 
@@ -59,7 +59,7 @@ struct broker {
 	struct hearing *hearing; /* hears of breaks of leases */
 	struct sharings *sharings; /* files whose description several uids were given */
 	struct watch *watch; /* inotify, for files that are pinned, or have no lease */
-	sd_device_monitor *devices; /* whose removal is heard of; NULL: none */
+	struct device_monitor *devices; /* whose removal is heard of; NULL: none */
 	struct blame *blame; /* finds out who broke a lease */
 	struct bus *bus; /* NULL: none wanted */
 

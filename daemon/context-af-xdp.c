@@ -2,7 +2,7 @@
 #include <linux/if_xdp.h>
 #include <sys/socket.h>
 
-#include "context.h"
+#include "context-ops.h"
 #include "macro.h"
 
 /* An AF_XDP socket: its umem stays pinned until the last close, whatever is done to the socket. */

@@ -8,7 +8,7 @@
 #include <sys/syscall.h>
 #include <sys/uio.h>
 
-#include "context.h"
+#include "context-ops.h"
 #include "macro.h"
 #include "search.h"
 

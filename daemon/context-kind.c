@@ -1,18 +1,16 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-#include "context.h"
+#include "context-ops.h"
 
 #include <fcntl.h>
 #include <limits.h>
 #include <linux/stat.h>
 #include <stdio.h>
 #include <string.h>
-#include <sys/pidfd.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/sysmacros.h>
 
-#include "broker.h"
 #include "macro.h"
 
 /* What a descriptor is, and what can be done through it. */
@@ -149,24 +147,11 @@ int context_identify_at_once(int fd, const struct context_ops **ret,
 	return (*ret)->describe ? -EAGAIN : 0;
 }
 
-bool context_fetch(const struct client *client, int number, const struct context_ops *ops, int *ret_fd)
+bool context_is_of_kind(int fd, const struct context_ops *ops)
 {
 	char link[PATH_MAX];
-	int fd;
 
-	if (!process_is_same(&client->process))
-		return false;
-	fd = pidfd_getfd(client->process.pidfd, number, 0);
-	if (fd < 0)
-		return false;
-	user_charge_force(client->user, LIMIT_DESCRIPTORS, 1);
-	if (read_link(fd, link) < 0 || !ops->identify(fd, link)) {
-		/* It is another by now, whose closing may hang. */
-		offload_close(client->broker->offload, client->user, fd);
-		return false;
-	}
-	*ret_fd = fd;
-	return true;
+	return read_link(fd, link) >= 0 && ops->identify(fd, link);
 }
 
 bool context_may_be_kept(int fd, const struct context_ops *ops)

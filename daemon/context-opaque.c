@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-#include "context.h"
+#include "context-ops.h"
 
 /* A descriptor of which nothing is known but that it keeps something alive while it is open. */
 

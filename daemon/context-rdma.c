@@ -9,7 +9,7 @@
 #include <sys/ioctl.h>
 #include <sys/stat.h>
 
-#include "context.h"
+#include "context-ops.h"
 #include "macro.h"
 
 /*

@@ -6,7 +6,7 @@
 #include <sys/sysmacros.h>
 
 #include "config.h"
-#include "context.h"
+#include "context-ops.h"
 
 /*
  * A VFIO container with a type 1 IOMMU; the handle is the iova. The kernel tells of no mapping whose it is,

@@ -4,6 +4,7 @@
 #include <assert.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/pidfd.h>
 
 #include "broker.h"
 #include "context-job.h"
@@ -77,6 +78,25 @@ no_memory:
 	free(context);
 	user_discharge(client->user, LIMIT_CONTEXTS, 1);
 	return -ENOMEM;
+}
+
+bool context_fetch(const struct client *client, int number, const struct context_ops *ops, int *ret_fd)
+{
+	int fd;
+
+	if (!process_is_same(&client->process))
+		return false;
+	fd = pidfd_getfd(client->process.pidfd, number, 0);
+	if (fd < 0)
+		return false;
+	user_charge_force(client->user, LIMIT_DESCRIPTORS, 1);
+	if (!context_is_of_kind(fd, ops)) {
+		/* It is another by now, whose closing may hang. */
+		offload_close(client->broker->offload, client->user, fd);
+		return false;
+	}
+	*ret_fd = fd;
+	return true;
 }
 
 void context_keep(struct context *context)

@@ -8,6 +8,7 @@
 #include <sys/queue.h>
 #include <systemd/sd-event.h>
 
+#include "context-ops.h"
 #include "pin-counter.h"
 #include "pin.h"
 #include "process.h"
@@ -17,84 +18,8 @@
 
 struct broker;
 struct client;
-struct config;
 struct revocation;
 struct user;
-
-/*
- * What holds page pins, known by a descriptor. One kind, one file, one table of operations. All
- * operations run on the offload pool and touch nothing but their arguments.
- */
-
-struct handle {
-	uint64_t pin;
-	int64_t handle;
-	struct handle_identity identity;
-	uint64_t length; /* of the pin */
-	bool keep; /* detach: not to be touched, and known to be there */
-	bool ask;  /* check: in ways, too, that can get in the way of its holder, should he be at it now */
-	bool left; /* detach: its holder has let go of it */
-	bool gone; /* out: it was seen not to be there any more */
-	bool destroyed; /* out, detach: by us */
-};
-
-struct context_description {
-	char device[64]; /* empty: none */
-	dev_t number;    /* of the device's node; 0: none */
-	bool forcible;
-	enum proof proof;
-};
-
-struct page_count {
-	uint64_t least, most; /* 0: not known */
-};
-
-struct context_ops {
-	const char *kind;
-
-	/* Is the descriptor, whose /proc/self/fd link reads `link` ("" for sockets), of this kind? */
-	bool (*identify)(int fd, const char *link);
-
-	/* Finds out, doing no harm, what can be done through it. Default: nothing, and its holder is
-	 * believed (PROOF_CLAIMED). */
-	int (*describe)(int fd, const struct config *config, struct context_description *ret);
-
-	/* What the handle is at present; -ENOENT: there is none. Default: -EOPNOTSUPP, no handle is
-	 * ever checked. */
-	int (*read_handle)(int fd, int64_t handle, struct handle_identity *ret);
-
-	/* Detaches what the handles name by force, where they are still what they were, and sets `gone`
-	 * on those that are seen to be gone with the proof of the kind; all that are bound are given,
-	 * those of other pins to keep. An error says that not all are gone: `gone` and `destroyed` of the
-	 * others count all the same. Default: -EOPNOTSUPP. */
-	int (*detach)(int fd, const struct process *holder, struct handle *handles,
-		      size_t n_handles);
-
-	/* Sets `gone` on the handles that are no longer there, after their holder said so. -EBUSY: what was let go
-	 * of lives on in a copy. Default: the holder is believed. */
-	int (*check)(int fd, const struct process *holder, struct handle *handles, size_t n_handles);
-
-	/* How many pages are pinned through it: those that the kernel's counter has to show at least when they
-	 * are let go of, and at most (a huge page may count as one). n_bound: so many have pins that were
-	 * bound. Default: not known. */
-	void (*count)(int fd, uint64_t n_bound, struct page_count *ret);
-
-	/* Lets everything go that is pinned through it, also for those who have it where nobody can see
-	 * it. Default: cannot be done. */
-	void (*clear)(int fd);
-
-	/* Is nothing pinned through it (any more), whoever has it? Where it can be asked, that nobody is found
-	 * with the descriptor is not enough. Default: cannot be asked. */
-	bool (*is_empty)(int fd);
-
-	/* The pages stay pinned until the last close: after Unpin nobody else may hold it, and our own
-	 * copy has to be closed. Default: the holder lets go of single pins. */
-	bool until_close;
-
-	/* How long after the last close, or after a detach, the kernel begins to free the pages, at most.
-	 * Default: at once. */
-	uint64_t frees_usec, detach_frees_usec;
-};
 
 /* Wants to know when it has been looked whether leaving pins are gone. */
 struct context_waiter {
@@ -103,12 +28,6 @@ struct context_waiter {
 };
 
 LIST_HEAD(context_waiters, context_waiter);
-
-extern const struct context_ops context_io_uring;
-extern const struct context_ops context_af_xdp;
-extern const struct context_ops context_rdma;
-extern const struct context_ops context_vfio;
-extern const struct context_ops context_opaque;
 
 /* Why pins are not taken for gone though nobody was found with the context. */
 struct context_doubt {
@@ -158,21 +77,6 @@ struct context {
 	RB_ENTRY(context) by_id; /* broker::contexts */
 };
 
-/* The names of the kinds that there are, NULL after the last. */
-const char *context_kind(size_t i);
-const struct context_ops *context_find_kind(const char *kind); /* NULL: none of that name */
-
-/* The kind of a descriptor, and what can be done through it. REFUSED if it cannot be a context.
- * context_identify() can wait (offload); context_identify_at_once() is -EAGAIN where it would. */
-int context_identify(int fd, const struct config *config, const struct context_ops **ret,
-		     struct context_description *ret_description, struct refusal *ret_refusal);
-int context_identify_at_once(int fd, const struct context_ops **ret,
-			     struct context_description *ret_description,
-			     struct refusal *ret_refusal);
-
-/* For identify(): the number of the character device that it is; 0: it is none. */
-dev_t context_device_number(int fd);
-
 /* Takes the descriptor over on success. REFUSED if LIMIT_CONTEXTS is reached. */
 int context_new(struct client *client, const struct context_ops *ops,
 		const struct context_description *description, int fd, const char *label,
@@ -181,9 +85,6 @@ int context_new(struct client *client, const struct context_ops *ops,
 void context_set_remote(struct context *context, int number);
 /* Takes a descriptor of this kind from the client, by its number there, and charges it. */
 bool context_fetch(const struct client *client, int number, const struct context_ops *ops, int *ret_fd);
-/* Can the last close of such a descriptor keep nobody waiting? The service manager must not hang in that of
- * a lingering socket, or of whatever else is not known. */
-bool context_may_be_kept(int fd, const struct context_ops *ops);
 /* Has the service manager keep a copy of its descriptor, if that may be. */
 void context_keep(struct context *context);
 /* Frees its pins, too, without a word: see that it has none that live. */

@@ -18,7 +18,6 @@
 #include "observer.h"
 #include "open.h"
 #include "settle.h"
-#include "watch.h"
 
 /* The back-off of taking the lease again, the event that should bring it on coming too early. */
 #define RETRY_FIRST_USEC   (1 * USEC_PER_MSEC)
@@ -85,7 +84,7 @@ int file_new(struct broker *broker, const struct probe *probe, struct file **ret
 	file->mount_device = probe->mount_device;
 	file->lease.fd = -1;
 	file->opening = true;
-	file->watch = FILE_NOT_WATCHED;
+	file->watched.number = WATCHED_NOT;
 	file->change.emergency_size = UINT64_MAX;
 	STAILQ_INIT(&file->waiting);
 	RB_INIT(&file->pins);
@@ -233,11 +232,11 @@ static void watch_file(struct file *file)
 	if (!backing_needs_lease(&file->backing) || file->lease.fd < 0)
 		return;
 	if (file->lease.state == LEASE_NONE)
-		watch_add(file->broker->watch, file, IN_CLOSE | IN_MODIFY | IN_ATTRIB);
+		watch_add(file->broker->watch, &file->watched, file->lease.fd, file->path, IN_CLOSE | IN_MODIFY | IN_ATTRIB);
 	else if (file->n_pins > 0)
-		watch_add(file->broker->watch, file, IN_MODIFY);
+		watch_add(file->broker->watch, &file->watched, file->lease.fd, file->path, IN_MODIFY);
 	else
-		watch_remove(file->broker->watch, file);
+		watch_remove(file->broker->watch, &file->watched);
 }
 
 static void retry_later(struct file *file)
@@ -433,7 +432,7 @@ void file_update(struct file *file)
 		break;
 	}
 	change_check(file);
-	if (file->watch < 0 && file->n_pins > 0)
+	if (file->watched.number < 0 && file->n_pins > 0)
 		watch_file(file);
 	set_exposed(file);
 }
@@ -537,7 +536,7 @@ int file_take_description(struct file *file)
 	int fd = file->lease.fd;
 
 	(void)lease_give(&file->lease);
-	watch_remove(file->broker->watch, file);
+	watch_remove(file->broker->watch, &file->watched);
 	disarm(file);
 	set_fd(file, -1);
 	return fd;

@@ -15,6 +15,7 @@
 #include "protocol/interface.h"
 #include "sharing.h"
 #include "store.h"
+#include "watch.h"
 
 struct broker;
 struct open_request;
@@ -27,10 +28,6 @@ struct use;
 struct inode_key {
 	uint64_t device, inode;
 };
-
-/* file::watch */
-#define FILE_NOT_WATCHED  (-1)
-#define FILE_WATCH_FAILED (-2) /* which has been said, and is tried again */
 
 /*
  * A data file: one inode, the broker's own description of it, and the lease on that. It lives while
@@ -67,13 +64,11 @@ struct file {
 	struct lease recorded;         /* what was last written into the state */
 	struct change change;          /* what is done to it all the same */
 	struct settle_job *settle;     /* the job that opens the file as a reader would, or NULL */
-	int watch;                     /* inotify's watch descriptor, or FILE_… */
-	uint32_t watch_mask;           /* what for */
+	struct watched watched;        /* by inotify */
 	uint64_t retry_usec;           /* the present back-off */
 	sd_event_source *timer;        /* settling, or taking the lease again */
 
 	RB_ENTRY(file) by_id, by_inode, by_fd;
-	RB_ENTRY(file) by_watch; /* watch.c's, while watch >= 0 */
 };
 
 /* Those of its pins that hold pages. */

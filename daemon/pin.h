@@ -6,6 +6,7 @@
 #include <stdint.h>
 #include <sys/queue.h>
 
+#include "context-ops.h"
 #include "protocol/interface.h"
 #include "refusal.h"
 
@@ -14,19 +15,6 @@ struct file;
 struct label;
 struct target;
 struct use;
-
-/* What a pin's handle was seen to be when it was bound; see context.h. */
-struct handle_identity {
-	uint64_t address;
-	uint64_t length;
-	uint64_t key; /* RDMA: lkey and rkey, which is 0 without remote access; else 0 */
-};
-
-static inline bool handle_identity_equal(const struct handle_identity *a,
-					 const struct handle_identity *b)
-{
-	return a->address == b->address && a->length == b->length && a->key == b->key;
-}
 
 /*
  * One byte range of a file, pinned through a context. `over`: it has ended without its holder's

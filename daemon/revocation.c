@@ -421,7 +421,7 @@ static void add_pin(struct revocation *rev, struct pin *pin)
 	/* Let go of before, and not yet seen to be gone: now somebody waits for it. */
 	if (pin->state == PIN_LEAVING)
 		context_check_soon(pin->context);
-	else if (LIST_EMPTY(&pin->context->client->peers))
+	else if (!client_is_connected(pin->context->client))
 		context_look_for_holder(pin->context);
 	else
 		context_look_later(pin->context, LOOK_USEC);

@@ -8,30 +8,30 @@
 #include <sys/inotify.h>
 #include <unistd.h>
 
-#include "broker.h"
-#include "hearing.h"
 #include "log.h"
 #include "macro.h"
 #include "turn.h"
 
-RB_HEAD(watched, file);
+RB_HEAD(all_watched, watched);
 
-static int compare_watch(const struct file *a, const struct file *b)
+static int compare_number(const struct watched *a, const struct watched *b)
 {
-	return a->watch < b->watch ? -1 : a->watch > b->watch;
+	return a->number < b->number ? -1 : a->number > b->number;
 }
 
-TREE_GENERATE(watched, file, by_watch, compare_watch)
+TREE_GENERATE(all_watched, watched, of_watch, compare_number)
 
 #define RETRY_USEC USEC_PER_SEC
 
 struct watch {
-	struct broker *broker;
+	sd_event *event; /* reference */
+	const struct watch_ops *ops;
+	void *userdata;
 	int fd;              /* -1: no instance of inotify was to be had */
 	uint64_t retry_usec; /* not before this */
 	bool failed;         /* which has been said */
 	bool incomplete;     /* a file could not be watched, since that was last asked */
-	struct watched files;
+	struct all_watched files;
 	sd_event_source *source;
 	sd_event_source *pause; /* its end */
 	uint64_t paid_usec;     /* until then its turns so far would have taken */
@@ -74,16 +74,16 @@ static int on_event(sd_event_source *source, int fd, uint32_t revents, void *use
 	count_turn(watch);
 	for (char *p = buffer; p < buffer + n;) {
 		struct inotify_event *event = (struct inotify_event *)p;
-		struct file *file;
+		struct watched *watched;
 
 		p += sizeof(*event) + event->len;
 		if (event->mask & IN_Q_OVERFLOW) {
-			hearing_sweep(watch->broker->hearing);
+			watch->ops->missed(watch->userdata);
 			continue;
 		}
-		file = watched_RB_FIND(&watch->files, &(struct file){ .watch = event->wd });
-		if (file)
-			file_touched(file, event->mask);
+		watched = all_watched_RB_FIND(&watch->files, &(struct watched){ .number = event->wd });
+		if (watched)
+			watch->ops->touched(watched, event->mask);
 	}
 	return 0;
 }
@@ -115,7 +115,7 @@ static int watch_open(struct watch *watch)
 	watch->retry_usec = now_usec() + RETRY_USEC;
 	watch->fd = inotify_init1(IN_CLOEXEC | IN_NONBLOCK);
 	r = watch->fd < 0 ? -errno
-			  : sd_event_add_io(watch->broker->event, &watch->source, watch->fd,
+			  : sd_event_add_io(watch->event, &watch->source, watch->fd,
 				    EPOLLIN, on_event, watch);
 	/* Whoever asks is told of what is seen here. */
 	if (r >= 0)
@@ -131,7 +131,7 @@ static int watch_open(struct watch *watch)
 	return 0;
 }
 
-int watch_new(struct broker *broker, struct watch **ret)
+int watch_new(sd_event *event, const struct watch_ops *ops, void *userdata, struct watch **ret)
 {
 	struct watch *watch;
 	int r;
@@ -139,9 +139,11 @@ int watch_new(struct broker *broker, struct watch **ret)
 	watch = calloc(1, sizeof(*watch));
 	if (!watch)
 		return -ENOMEM;
-	watch->broker = broker;
+	watch->event = sd_event_ref(event);
+	watch->ops = ops;
+	watch->userdata = userdata;
 	watch->fd = -1;
-	r = sd_event_add_time(broker->event, &watch->pause, CLOCK_MONOTONIC, 0, 1, on_pause_end,
+	r = sd_event_add_time(event, &watch->pause, CLOCK_MONOTONIC, 0, 1, on_pause_end,
 			      watch);
 	if (r >= 0)
 		r = sd_event_source_set_enabled(watch->pause, SD_EVENT_OFF);
@@ -160,15 +162,15 @@ struct watch *watch_free(struct watch *watch)
 		return NULL;
 	watch_close(watch);
 	sd_event_source_disable_unref(watch->pause);
+	sd_event_unref(watch->event);
 	free(watch);
 	return NULL;
 }
 
-/* The next audit, which looks at each, follows soon, and once a second. */
 static void tell_incomplete(struct watch *watch)
 {
 	if (!watch->incomplete)
-		broker_audit_soon(watch->broker);
+		watch->ops->incomplete(watch->userdata);
 	watch->incomplete = true;
 }
 
@@ -180,41 +182,41 @@ bool watch_was_incomplete(struct watch *watch)
 	return incomplete;
 }
 
-void watch_add(struct watch *watch, struct file *file, uint32_t mask)
+void watch_add(struct watch *watch, struct watched *watched, int fd, const char *path, uint32_t mask)
 {
-	char path[64];
+	char link[64];
 	int r;
 
-	if (file->watch >= 0 && file->watch_mask == mask)
+	if (watched->number >= 0 && watched->mask == mask)
 		return;
 	if (watch_open(watch) < 0) {
 		tell_incomplete(watch);
 		return;
 	}
-	snprintf(path, sizeof(path), "/proc/self/fd/%d", file->lease.fd);
-	r = inotify_add_watch(watch->fd, path, mask);
+	snprintf(link, sizeof(link), "/proc/self/fd/%d", fd);
+	r = inotify_add_watch(watch->fd, link, mask);
 	if (r >= 0) {
-		file->watch_mask = mask;
-		if (file->watch >= 0)
+		watched->mask = mask;
+		if (watched->number >= 0)
 			return; /* the same one */
-		file->watch = r;
-		watched_RB_INSERT(&watch->files, file);
+		watched->number = r;
+		all_watched_RB_INSERT(&watch->files, watched);
 		return;
 	}
 	tell_incomplete(watch);
-	if (file->watch >= 0)
+	if (watched->number >= 0)
 		return;
-	if (file->watch != FILE_WATCH_FAILED)
+	if (watched->number != WATCHED_FAILED)
 		log_errno_limit(LOG_WARNING, errno, LOG_RESOURCE_INOTIFY,
-			"Cannot watch %s, looking at it every second instead", file->path);
-	file->watch = FILE_WATCH_FAILED;
+			"Cannot watch %s, looking at it every second instead", path);
+	watched->number = WATCHED_FAILED;
 }
 
-void watch_remove(struct watch *watch, struct file *file)
+void watch_remove(struct watch *watch, struct watched *watched)
 {
-	if (file->watch >= 0) {
-		watched_RB_REMOVE(&watch->files, file);
-		(void)inotify_rm_watch(watch->fd, file->watch);
+	if (watched->number >= 0) {
+		all_watched_RB_REMOVE(&watch->files, watched);
+		(void)inotify_rm_watch(watch->fd, watched->number);
 	}
-	file->watch = FILE_NOT_WATCHED;
+	watched->number = WATCHED_NOT;
 }

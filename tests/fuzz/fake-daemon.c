@@ -133,7 +133,8 @@ void blame_request(struct blame *blame, const struct file *file)
 {
 }
 
-int watch_new(struct broker *broker, struct watch **ret)
+int watch_new(
+	sd_event *event, const struct watch_ops *ops, void *userdata, struct watch **ret)
 {
 	*ret = NULL;
 	return 0;
@@ -144,11 +145,12 @@ struct watch *watch_free(struct watch *watch)
 	return NULL;
 }
 
-void watch_add(struct watch *watch, struct file *file, uint32_t mask)
+void watch_add(struct watch *watch, struct watched *watched, int fd, const char *path,
+	uint32_t mask)
 {
 }
 
-void watch_remove(struct watch *watch, struct file *file)
+void watch_remove(struct watch *watch, struct watched *watched)
 {
 }
 
@@ -157,10 +159,16 @@ bool watch_was_incomplete(struct watch *watch)
 	return false;
 }
 
-int device_monitor_new(struct broker *broker, sd_device_monitor **ret)
+int device_monitor_new(sd_event *event, void (*removed)(dev_t number, void *userdata),
+	void *userdata, struct device_monitor **ret)
 {
 	*ret = NULL;
 	return 0;
+}
+
+struct device_monitor *device_monitor_free(struct device_monitor *monitor)
+{
+	return NULL;
 }
 
 void pin_counter_start(struct pin_counter *counter)
