@@ -22,14 +22,6 @@
 struct connection;
 struct peer;
 
-TAILQ_HEAD(peer_queue, peer);
-
-/* Embedded in struct user, all zero to begin with. */
-struct parts {
-	struct peer_queue peers; /* that keep a message in part, and do not wait for room; by when the last came */
-	struct peer *over;       /* the one that may go past the limit */
-};
-
 /* Embedded in struct peer, all zero to begin with. */
 struct intake {
 	struct job job;                /* holds a reference to the peer */

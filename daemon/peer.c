@@ -87,7 +87,7 @@ void peer_close(struct peer *peer)
 	if (is_held(peer))
 		notifier_forget(peer->broker->store.notifier, &peer->told);
 	peer->io = sd_event_source_disable_unref(peer->io);
-	schedule_remove(peer);
+	schedule_remove(&peer->turn);
 	if (!intake_close(peer))
 		peer->connection = connection_free(peer->connection);
 	if (client) {
@@ -100,7 +100,7 @@ void peer_close(struct peer *peer)
 
 static void go_on_later(struct peer *peer)
 {
-	schedule_add(peer->rpc->schedule, peer, false);
+	schedule_add(peer->rpc->schedule, &peer->turn, false);
 }
 
 static void fail(struct peer *peer)
@@ -311,8 +311,9 @@ void peer_read(struct peer *peer, int r)
 	turn(peer, r == -EAGAIN ? 0 : r);
 }
 
-void peer_take_turn(struct peer *peer)
+static void take_turn(struct scheduled *scheduled)
 {
+	struct peer *peer = container_of(scheduled, struct peer, turn);
 	uint64_t begin_usec = turn_cpu_usec();
 	uint32_t revents = peer->revents;
 
@@ -334,10 +335,10 @@ static int on_io(sd_event_source *source, int fd, uint32_t revents, void *userda
 
 	peer->revents = revents;
 	if (user_is_light(peer->user)) {
-		peer_take_turn(peer);
+		take_turn(&peer->turn);
 		return 0;
 	}
-	schedule_add(peer->rpc->schedule, peer, true);
+	schedule_add(peer->rpc->schedule, &peer->turn, true);
 	return sd_event_source_set_enabled(source, SD_EVENT_OFF);
 }
 
@@ -462,6 +463,8 @@ int peer_new(struct rpc *rpc, int fd, peer_handler handler)
 	peer->process = process;
 	peer->fd = fd;
 	peer->n_refs = 1;
+	peer->turn.user = user;
+	peer->turn.take_turn = take_turn;
 	peer->session.forget = forget_client;
 	peer->session.close = close_session;
 	r = peer_start(peer, fd);
@@ -478,7 +481,7 @@ int peer_new(struct rpc *rpc, int fd, peer_handler handler)
 void peer_give_way(struct peer *peer)
 {
 	struct log_fields fields = {
-		.client = peer->client ? peer->client->id : 0,
+		.client = peer->session.client ? peer->session.client->id : 0,
 		.pid = peer->process.pid,
 		.uid = &peer->process.uid,
 	};

@@ -14,6 +14,7 @@
 #include "protocol/connection.h"
 #include "protocol/interface.h"
 #include "refusal.h"
+#include "schedule.h"
 
 struct broker;
 struct rpc;
@@ -48,8 +49,7 @@ struct peer {
 
 	unsigned n_refs; /* the registry's, and one for each job */
 	LIST_ENTRY(peer) of_rpc;
-	struct peer_queue *queue; /* in which it waits for its turn; schedule's, as the next */
-	TAILQ_ENTRY(peer) of_queue;
+	struct scheduled turn;
 };
 
 LIST_HEAD(peer_list, peer);
@@ -88,9 +88,6 @@ void peer_refuse(struct peer *peer, int r, const struct refusal *refusal);
 void peer_read(struct peer *peer, int r);
 void peer_set_events(struct peer *peer);
 void peer_give_way(struct peer *peer);
-
-/* Its turn has come. */
-void peer_take_turn(struct peer *peer);
 
 /* A call that was pending has been answered: goes on with the next. */
 void peer_done(struct peer *peer);

@@ -4,7 +4,6 @@
 #include <assert.h>
 
 #include "macro.h"
-#include "peer.h"
 #include "turn.h"
 #include "user.h"
 
@@ -42,36 +41,36 @@ static void join_line(struct schedule *schedule, struct user *user)
 	(void)sd_event_source_set_enabled(line->source, SD_EVENT_ON);
 }
 
-void schedule_add(struct schedule *schedule, struct peer *peer, bool asks)
+void schedule_add(struct schedule *schedule, struct scheduled *scheduled, bool asks)
 {
-	struct user *user = peer->user;
+	struct user *user = scheduled->user;
 
-	if (peer->queue)
+	if (scheduled->queue)
 		return;
-	peer->queue = asks ? &user->waiting.asking : &user->waiting.going_on;
+	scheduled->queue = asks ? &user->waiting.asking : &user->waiting.going_on;
 	if (!user->waiting.line) {
 		TAILQ_INIT(&user->waiting.asking);
 		TAILQ_INIT(&user->waiting.going_on);
 		join_line(schedule, user);
 	}
-	TAILQ_INSERT_TAIL(peer->queue, peer, of_queue);
+	TAILQ_INSERT_TAIL(scheduled->queue, scheduled, of_queue);
 }
 
-static struct peer *first_waiting(struct user *user)
+static struct scheduled *first_waiting(struct user *user)
 {
-	struct peer *peer = TAILQ_FIRST(&user->waiting.asking);
+	struct scheduled *scheduled = TAILQ_FIRST(&user->waiting.asking);
 
-	return peer ? peer : TAILQ_FIRST(&user->waiting.going_on);
+	return scheduled ? scheduled : TAILQ_FIRST(&user->waiting.going_on);
 }
 
-void schedule_remove(struct peer *peer)
+void schedule_remove(struct scheduled *scheduled)
 {
-	struct user *user = peer->user;
+	struct user *user = scheduled->user;
 
-	if (!peer->queue)
+	if (!scheduled->queue)
 		return;
-	TAILQ_REMOVE(peer->queue, peer, of_queue);
-	peer->queue = NULL;
+	TAILQ_REMOVE(scheduled->queue, scheduled, of_queue);
+	scheduled->queue = NULL;
 	if (!first_waiting(user))
 		leave_line(user);
 }
@@ -79,15 +78,15 @@ void schedule_remove(struct peer *peer)
 static int on_line(struct schedule *schedule, struct line *line)
 {
 	struct user *user = TAILQ_FIRST(&line->users);
-	struct peer *peer = first_waiting(user);
+	struct scheduled *scheduled = first_waiting(user);
 
 	leave_line(user);
-	TAILQ_REMOVE(peer->queue, peer, of_queue);
-	peer->queue = NULL;
+	TAILQ_REMOVE(scheduled->queue, scheduled, of_queue);
+	scheduled->queue = NULL;
 	/* behind the others, and in the line that is right for it now */
 	if (first_waiting(user))
 		join_line(schedule, user);
-	peer_take_turn(peer);
+	scheduled->take_turn(scheduled);
 	return 0;
 }
 

@@ -7,7 +7,6 @@
 #include <uthash.h>
 
 #include "closer.h"
-#include "intake.h"
 #include "offload.h"
 #include "schedule.h"
 
@@ -29,6 +28,14 @@ enum limit {
 };
 
 struct users; /* all of them, and the maximum of each limit */
+
+TAILQ_HEAD(peer_queue, peer);
+
+/* Messages of which a part has come: the server's, all zero to begin with. */
+struct parts {
+	struct peer_queue peers; /* that keep a message in part, and do not wait for room; by when the last came */
+	struct peer *over;       /* the one that may go past the limit */
+};
 
 struct user {
 	uid_t uid;
