@@ -441,6 +441,17 @@ static void raise_limits(void)
 	(void)setrlimit(RLIMIT_NOFILE, &limit);
 }
 
+/* For STATUS=. */
+static void describe(char *ret, size_t size, void *userdata)
+{
+	const struct broker *broker = userdata;
+
+	snprintf(ret, size, "%s%u pin%s of %u file%s by %u client%s, %u revocation%s running",
+		 broker->stopping ? "Ending: " : "", broker->n_pins, PLURAL(broker->n_pins), broker->n_files,
+		 PLURAL(broker->n_files), broker->n_clients, PLURAL(broker->n_clients), broker->n_running,
+		 PLURAL(broker->n_running));
+}
+
 static int start(struct service *service, const struct options *options)
 {
 	struct broker *broker = service->broker;
@@ -450,7 +461,7 @@ static int start(struct service *service, const struct options *options)
 	if (r >= 0)
 		r = rpc_new(broker, &service->rpc);
 	if (r >= 0)
-		r = notifier_open(&service->notifier, broker);
+		r = notifier_open(&service->notifier, broker->event, describe, broker);
 	if (r >= 0)
 		r = listen_all(service, options);
 	if (r >= 0)

@@ -10,7 +10,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "broker.h"
 #include "log.h"
 #include "macro.h"
 
@@ -65,16 +64,12 @@ static void message_free(struct notifier_message *m)
 
 static int send_status(struct notifier *n)
 {
-	const struct broker *broker = n->broker;
-	char state[256];
+	char status[200], state[256];
 	int r;
 
-	snprintf(state, sizeof(state),
-		 "%s%s%sSTATUS=%s%u pin%s of %u file%s by %u client%s, %u revocation%s running",
-		 n->ready ? "READY=1\n" : "", n->stopping ? "STOPPING=1\n" : "",
-		 n->alive ? "WATCHDOG=1\n" : "", broker->stopping ? "Ending: " : "", broker->n_pins,
-		 PLURAL(broker->n_pins), broker->n_files, PLURAL(broker->n_files), broker->n_clients,
-		 PLURAL(broker->n_clients), broker->n_running, PLURAL(broker->n_running));
+	n->describe(status, sizeof(status), n->userdata);
+	snprintf(state, sizeof(state), "%s%s%sSTATUS=%s", n->ready ? "READY=1\n" : "",
+		 n->stopping ? "STOPPING=1\n" : "", n->alive ? "WATCHDOG=1\n" : "", status);
 	r = notifier_write(n, state, -1);
 	if (r >= 0)
 		n->ready = n->stopping = n->alive = false;
@@ -226,7 +221,8 @@ static bool notifier_parse_address(struct notifier *n, const char *name)
 	return true;
 }
 
-int notifier_open(struct notifier *n, struct broker *broker)
+int notifier_open(struct notifier *n, sd_event *event,
+		  void (*describe)(char *ret, size_t size, void *userdata), void *userdata)
 {
 	const char *name = getenv("NOTIFY_SOCKET");
 	int r;
@@ -238,17 +234,19 @@ int notifier_open(struct notifier *n, struct broker *broker)
 			    "nothing.", name);
 		return 0;
 	}
-	n->broker = broker;
+	n->event = sd_event_ref(event);
+	n->describe = describe;
+	n->userdata = userdata;
 	STAILQ_INIT(&n->messages);
 	TAILQ_INIT(&n->waiters);
 	n->fd = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
 	if (n->fd < 0)
 		return -errno;
-	r = sd_event_add_io(broker->event, &n->writable, n->fd, EPOLLOUT, on_notifier_writable, n);
+	r = sd_event_add_io(event, &n->writable, n->fd, EPOLLOUT, on_notifier_writable, n);
 	if (r >= 0)
 		r = sd_event_source_set_enabled(n->writable, SD_EVENT_OFF);
 	if (r >= 0)
-		r = sd_event_add_time(broker->event, &n->patience, CLOCK_MONOTONIC, 0, 0,
+		r = sd_event_add_time(event, &n->patience, CLOCK_MONOTONIC, 0, 0,
 			on_notifier_patience, n);
 	return r < 0 ? r : sd_event_source_set_enabled(n->patience, SD_EVENT_OFF);
 }
@@ -275,7 +273,7 @@ int notifier_start(struct notifier *n)
 		return 0;
 	if (n->watchdog.usec != n->watchdog.asked_usec)
 		tell_watchdog(n);
-	r = sd_event_add_time(n->broker->event, &n->timer, CLOCK_MONOTONIC, now_usec(),
+	r = sd_event_add_time(n->event, &n->timer, CLOCK_MONOTONIC, now_usec(),
 			      n->watchdog.usec / 4, on_notifier_timer, n);
 	if (r < 0)
 		return r;
@@ -332,5 +330,6 @@ void notifier_stop(struct notifier *n)
 	sd_event_source_disable_unref(n->writable);
 	sd_event_source_disable_unref(n->timer);
 	sd_event_source_disable_unref(n->patience);
+	n->event = sd_event_unref(n->event);
 	n->fd = safe_close(n->fd);
 }

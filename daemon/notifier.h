@@ -10,7 +10,6 @@
 
 #include "watchdog.h"
 
-struct broker;
 
 /* What is to be told besides the status, with a descriptor or without. */
 struct notifier_message {
@@ -32,7 +31,9 @@ struct notifier_waiter {
  * does not go through is told once it does, in order; of the status only the last one.
  */
 struct notifier {
-	struct broker *broker;
+	sd_event *event; /* reference */
+	void (*describe)(char *ret, size_t size, void *userdata);
+	void *userdata;
 	int fd; /* -1: there is no manager */
 	struct sockaddr_un address;
 	socklen_t address_size;
@@ -50,8 +51,9 @@ struct notifier {
 
 #define NOTIFIER_NULL { .fd = -1 }
 
-/* Finds the manager, if there is one. */
-int notifier_open(struct notifier *notifier, struct broker *broker);
+/* Finds the manager, if there is one. describe: what there is, for people, at present. */
+int notifier_open(struct notifier *notifier, sd_event *event,
+		  void (*describe)(char *ret, size_t size, void *userdata), void *userdata);
 static inline bool notifier_is_open(const struct notifier *notifier)
 {
 	return notifier->fd >= 0;
