@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-#include "ctl-try.h"
 #include "ctl-ring.h"
+#include "ctl-try.h"
 
 #include <linux/if_xdp.h>
 #include <sys/socket.h>

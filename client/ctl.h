@@ -8,8 +8,8 @@
 #include <sysexits.h>
 #include <systemd/sd-bus.h>
 
-#include "daemon/macro.h"
 #include "pinbroker.h"
+#include "protocol/macro.h"
 
 enum json_mode { JSON_OFF, JSON_SHORT, JSON_PRETTY };
 

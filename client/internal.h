@@ -6,10 +6,10 @@
 #include <sys/queue.h>
 #include <systemd/sd-bus.h>
 
-#include "daemon/macro.h"
 #include "pinbroker.h"
 #include "protocol/connection.h"
 #include "protocol/interface.h"
+#include "protocol/macro.h"
 
 #define EXPORT __attribute__((visibility("default")))
 

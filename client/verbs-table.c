@@ -3,7 +3,7 @@
 
 #include <errno.h>
 
-#include "daemon/macro.h"
+#include "protocol/macro.h"
 
 /* What lets the device, or somebody else through it, write. */
 #define ACCESS_WRITE                                                                   \

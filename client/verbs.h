@@ -4,8 +4,8 @@
 #include <pthread.h>
 #include <sys/queue.h>
 
-#include "daemon/tree.h"
 #include "pinbroker-verbs.h"
+#include "protocol/tree.h"
 
 /* A device context that one pinbroker handle uses. */
 struct device {

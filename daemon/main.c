@@ -18,18 +18,18 @@
 #include <sysexits.h>
 #include <systemd/sd-daemon.h>
 
-#include "broker.h"
-#include "bus.h"
-#include "hearing.h"
-#include "log.h"
-#include "macro.h"
-#include "notifier.h"
+#include "daemon/bus/bus.h"
+#include "daemon/core/broker.h"
+#include "daemon/core/hearing.h"
+#include "daemon/kernel/search.h"
+#include "daemon/manager/notify.h"
+#include "daemon/state/journal.h"
+#include "daemon/state/restore.h"
+#include "daemon/util/log.h"
+#include "daemon/util/turn.h"
+#include "daemon/varlink/server.h"
+#include "protocol/macro.h"
 #include "protocol/utf8.h"
-#include "restore.h"
-#include "rpc.h"
-#include "search.h"
-#include "state.h"
-#include "turn.h"
 
 /* RestartKillSignal= of the unit */
 #define RESTART_SIGNAL SIGUSR1

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 #include "connection.h"
 
-#include "daemon/macro.h"
 #include "json-text.h"
+#include "protocol/macro.h"
 
 #include <limits.h>
 #include <string.h>

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 #include "interface.h"
 
-#include "daemon/macro.h"
+#include "protocol/macro.h"
 
 #define DEFINE_ENUMERATION(tag, name_, ...)                       \
 	static const char *const members_##tag[] = {__VA_ARGS__}; \

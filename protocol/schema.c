@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 #include "schema.h"
 
-#include "daemon/macro.h"
+#include "protocol/macro.h"
 #include "utf8.h"
 
 #include <string.h>

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 #include "service.h"
 
-#include "daemon/macro.h"
+#include "protocol/macro.h"
 
 #define DEFINE_STRUCT(tag, name, FIELDS) SCHEMA_TABLE(tag, name, FIELDS)
 #define DEFINE_METHOD(tag, name, IN, OUT)      \

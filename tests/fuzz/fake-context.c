@@ -11,10 +11,10 @@
 #include <sys/sysmacros.h>
 #include <sys/timerfd.h>
 
-#include "daemon/config.h"
-#include "daemon/context.h"
-#include "daemon/macro.h"
+#include "daemon/core/context.h"
+#include "daemon/util/config.h"
 #include "fake-kernel.h"
+#include "protocol/macro.h"
 
 /* ---- Contexts: a kind for each way in which pins end ---- */
 

@@ -3,19 +3,19 @@
 #include <stdio.h>
 #include <string.h>
 
-#include "daemon/blame.h"
-#include "daemon/broker.h"
-#include "daemon/device-monitor.h"
-#include "daemon/hearing.h"
-#include "daemon/holders.h"
-#include "daemon/log.h"
-#include "daemon/macro.h"
-#include "daemon/notice.h"
-#include "daemon/notifier.h"
-#include "daemon/observer.h"
-#include "daemon/pin-counter.h"
-#include "daemon/watch.h"
+#include "daemon/core/blame.h"
+#include "daemon/core/broker.h"
+#include "daemon/core/hearing.h"
+#include "daemon/core/notice.h"
+#include "daemon/core/observer.h"
+#include "daemon/kernel/freeze.h"
+#include "daemon/kernel/inotify.h"
+#include "daemon/kernel/pin-counter.h"
+#include "daemon/kernel/udev.h"
+#include "daemon/manager/notify.h"
+#include "daemon/util/log.h"
 #include "fake-kernel.h"
+#include "protocol/macro.h"
 
 /* The modules that hear of something, or tell somebody else of it: whoever runs the fuzzer does
  * that by hand, or nobody does. */

@@ -13,10 +13,10 @@
 #include <sys/sysmacros.h>
 #include <systemd/sd-event.h>
 
-#include "daemon/access.h"
-#include "daemon/macro.h"
-#include "daemon/process.h"
-#include "daemon/search.h"
+#include "daemon/kernel/access.h"
+#include "daemon/kernel/process.h"
+#include "daemon/kernel/search.h"
+#include "protocol/macro.h"
 
 #define FILE_SIZE 65536
 

@@ -5,8 +5,8 @@
 #include <stdint.h>
 #include <sys/types.h>
 
-#include "daemon/context.h"
-#include "daemon/lease.h"
+#include "daemon/core/context.h"
+#include "daemon/kernel/lease.h"
 
 /*
  * What the daemon's modules ask of the kernel, answered from a table: the clock and the timers that

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-#include "daemon/closer.h"
-#include "daemon/macro.h"
-#include "daemon/user.h"
+#include "daemon/util/closer.h"
+#include "daemon/util/user.h"
 #include "fake-kernel.h"
+#include "protocol/macro.h"
 
 /* The pool without threads, and closes at once. */
 

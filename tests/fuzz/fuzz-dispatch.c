@@ -8,14 +8,14 @@
 #include <sys/sysmacros.h>
 #include <systemd/sd-event.h>
 
-#include "daemon/admin.h"
-#include "daemon/broker.h"
-#include "daemon/macro.h"
-#include "daemon/notifier.h"
-#include "daemon/rpc.h"
+#include "daemon/core/admin.h"
+#include "daemon/core/broker.h"
+#include "daemon/manager/notify.h"
+#include "daemon/varlink/server.h"
 #include "fake-kernel.h"
 #include "fuzz.h"
 #include "protocol/connection.h"
+#include "protocol/macro.h"
 
 /* clang-format off */
 /*

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-#include "daemon/macro.h"
 #include "fuzz.h"
 #include "protocol/connection.h"
 #include "protocol/interface.h"
+#include "protocol/macro.h"
 #include "protocol/service.h"
 
 #include <stdlib.h>

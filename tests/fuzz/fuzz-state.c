@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-#include "daemon/state-record.h"
+#include "daemon/state/record.h"
 #include "fuzz.h"
 
 #include <stdlib.h>

@@ -18,7 +18,7 @@ from tool import Tool
 
 FAN_CLASS_CONTENT, FAN_MARK_ADD, FAN_MARK_FILESYSTEM, FAN_OPEN_PERM, FAN_ALLOW = 4, 1, 0x100, 0x10000, 1
 AT_FDCWD = -100
-PROBE = 5  # seconds, as in daemon/settle.h
+PROBE = 5  # seconds, as in daemon/core/settle.h
 LIBC = ctypes.CDLL(None, use_errno=True)
 
 

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-#include "daemon/backing.h"
+#include "daemon/kernel/backing.h"
 
 #include <errno.h>
 #include <setjmp.h>

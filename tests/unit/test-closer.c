@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-#include "daemon/closer.h"
-#include "daemon/macro.h"
-#include "daemon/user.h"
+#include "daemon/util/closer.h"
+#include "daemon/util/user.h"
+#include "protocol/macro.h"
 
 #include <arpa/inet.h>
 #include <fcntl.h>

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-#include "daemon/config.h"
-#include "daemon/log.h"
-#include "daemon/macro.h"
+#include "daemon/util/config.h"
+#include "daemon/util/log.h"
+#include "protocol/macro.h"
 
 #include <dirent.h>
 #include <setjmp.h>

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-#include "daemon/holders.h"
-#include "daemon/macro.h"
+#include "daemon/kernel/freeze.h"
+#include "protocol/macro.h"
 
 #include <fcntl.h>
 #include <setjmp.h>

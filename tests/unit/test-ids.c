@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-#include "daemon/ids.h"
+#include "daemon/util/ids.h"
 
 #include <errno.h>
 #include <fcntl.h>

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-#include "daemon/macro.h"
 #include "protocol/interface.h"
+#include "protocol/macro.h"
 #include "protocol/service.h"
 
 #include <ctype.h>

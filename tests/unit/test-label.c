@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-#include "daemon/label.h"
+#include "daemon/util/label.h"
 
 #include <setjmp.h>
 #include <stdarg.h>

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-#include "daemon/log-rate.h"
+#include "daemon/util/log-rate.h"
 
 #include <setjmp.h>
 #include <stdarg.h>

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 #define SD_JOURNAL_SUPPRESS_LOCATION
-#include "daemon/log-rate.h"
-#include "daemon/log.h"
-#include "daemon/macro.h"
+#include "daemon/util/log-rate.h"
+#include "daemon/util/log.h"
+#include "protocol/macro.h"
 
 #include <dirent.h>
 #include <fcntl.h>

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-#include "daemon/macro.h"
-#include "daemon/offload.h"
-#include "daemon/user.h"
+#include "daemon/util/offload.h"
+#include "daemon/util/user.h"
+#include "protocol/macro.h"
 
 #include <dirent.h>
 #include <fcntl.h>

@@ -7,8 +7,8 @@
 #include <cmocka.h>
 #include <stdlib.h>
 
-#include "daemon/pin.h"
-#include "daemon/revocation.h"
+#include "daemon/core/pin.h"
+#include "daemon/core/revocation.h"
 
 /* The interval tree against a plain array, under random inserts, removals and searches. */
 

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-#include "daemon/macro.h"
-#include "daemon/process.h"
+#include "daemon/kernel/process.h"
+#include "protocol/macro.h"
 
 #include <grp.h>
 #include <linux/capability.h>

@@ -7,8 +7,8 @@
 #include <cmocka.h>
 #include <string.h>
 
-#include "daemon/macro.h"
-#include "daemon/revocation-table.h"
+#include "daemon/core/revocation-table.h"
+#include "protocol/macro.h"
 
 /*
  * Every sequence of 1 to LENGTH events, from both beginnings, against what must be true of any

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-#include "daemon/macro.h"
-#include "daemon/process.h"
-#include "daemon/search.h"
+#include "daemon/kernel/process.h"
+#include "daemon/kernel/search.h"
+#include "protocol/macro.h"
 
 #include <fcntl.h>
 #include <linux/capability.h>

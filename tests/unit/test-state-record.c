@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-#include "daemon/state-record.h"
+#include "daemon/state/record.h"
 
 #include <errno.h>
 #include <setjmp.h>

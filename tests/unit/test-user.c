@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-#include "daemon/macro.h"
-#include "daemon/user.h"
+#include "daemon/util/user.h"
+#include "protocol/macro.h"
 
 #include <setjmp.h>
 #include <stdarg.h>

@@ -18,7 +18,7 @@
 
 #include "client/examples/rdma-pair.h"
 #include "client/verbs.h"
-#include "daemon/macro.h"
+#include "protocol/macro.h"
 
 #define THREADS 2
 #define SLOTS   8 /* of a thread; each is a page, and has at most one region */

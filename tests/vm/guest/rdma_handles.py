@@ -22,7 +22,7 @@ HOLD, LIBRARY = '/run/pinbroker/test-hold', '/build/tests/hold-destroy.so'
 CYCLES = '/build/tests/rdma-cycles'
 LIBC, PIDFD_GETFD = ctypes.CDLL(None, use_errno=True), 438
 HERE = os.path.dirname(os.path.abspath(__file__))
-with open(os.path.join(HERE, '../../../daemon/log.h'), encoding='utf-8') as header:
+with open(os.path.join(HERE, '../../../daemon/util/log.h'), encoding='utf-8') as header:
     ESCALATED = re.search(r'#define MESSAGE_REVOKE_ESCALATED\s+"(\w{32})"', header.read()).group(1)
 
 

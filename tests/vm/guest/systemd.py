@@ -25,7 +25,7 @@ DROP_IN = '/etc/pinbroker/pinbroker.conf.d/test.conf'
 SIZE = 64 * PAGE
 GRACE, SIGNAL_GRACE = 6, 2  # seconds
 MESSAGES = {}
-with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), '../../../daemon/log.h'),
+with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), '../../../daemon/util/log.h'),
           encoding='utf-8') as header:
     MESSAGES = dict(re.findall(r'#define MESSAGE_(\w+)\s+"(\w{32})"', header.read()))
 
