@@ -9,7 +9,7 @@
 
 /* libibverbs can query regions only for its providers. */
 
-/* As in daemon/context-rdma.c: the kernel wants the driver's number, which cannot be asked for. */
+/* As in daemon/context/rdma.c: the kernel wants the driver's number, which cannot be asked for. */
 #define DRIVERS_MAX 64U
 
 #define ATTRIBUTES 5

@@ -66,7 +66,7 @@ def rendered(name):
 
 
 def message_ids():
-    return dict(re.findall(r'(?m)^#define (MESSAGE_[A-Z_]+) +"([0-9a-f]{32})"', read('daemon', 'log.h')))
+    return dict(re.findall(r'(?m)^#define (MESSAGE_[A-Z_]+) +"([0-9a-f]{32})"', read('daemon', 'util', 'log.h')))
 
 
 def said(argv):
@@ -163,8 +163,8 @@ class Pages(unittest.TestCase):
         ids = {t for t in described if re.fullmatch('[0-9a-f]{32}', t)}
         self.assertEqual(ids, set(message_ids().values()))
         # of those that could be set only those that are
-        sources = ''.join(read('daemon', name) for name in os.listdir(os.path.join(SOURCE, 'daemon'))
-                          if name.endswith('.c'))
+        sources = ''.join(read(path, name) for path, _, names in os.walk(os.path.join(SOURCE, 'daemon'))
+                          for name in names if name.endswith('.c'))
         fields = {key for key, member in re.findall(r't, "(\w+)", (?:\(uint64_t\))?f->(\w+)\)', sources)
                   if re.search(rf'(?:\.|fields\.){member} = ', sources)} | {'PINBROKER_CLIENT_UID'}
         self.assertEqual({f for t in described for f in re.findall(r'\b([A-Z_]+)=', t)}, fields)
