@@ -371,7 +371,7 @@ static int get_counts(sd_bus *bus, const char *path, const char *interface, cons
 		SD_BUS_PARAM(revocation)
 #define EXPAND(macro, ...) macro(__VA_ARGS__)
 
-/* UNPRIVILEGED: sd-bus would ask for the sender's credentials and wait; bus-authorization.c does not. */
+/* UNPRIVILEGED: sd-bus would ask for the sender's credentials and wait; authorization.c does not. */
 static const sd_bus_vtable manager_vtable[] = {
 	SD_BUS_VTABLE_START(0),
 	EXPAND(METHOD, "ListPins", LIST_ARGS, list_pins),

@@ -20,8 +20,8 @@
 #include "daemon/util/user.h"
 
 /*
- * The registries of everything there is, and what is done for clients and administrators: rpc.c and
- * bus.c translate, the decisions are made below here.
+ * The registries of everything there is, and what is done for clients and administrators: the faces translate,
+ * the decisions are made below here.
  */
 
 #define BROKER_ENDED_MAX 64 /* ended revocations that are remembered */

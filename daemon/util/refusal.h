@@ -6,7 +6,7 @@
 /*
  * Two kinds of failure, never mixed: a negative errno is the broker's own trouble; REFUSED is an
  * answer that a client must understand, with what a person needs to act on it. Each refusal is named
- * once, here, and becomes a Varlink error in peer.c and a D-Bus error in bus-manager.c.
+ * once, here, and becomes a Varlink error in peer.c and a D-Bus error in bus/manager.c.
  */
 
 #define REFUSED 1
