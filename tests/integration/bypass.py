@@ -23,7 +23,6 @@ CLONE_NEWNS, MS_REC, MS_PRIVATE = 0x20000, 0x4000, 0x40000
 FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE = 1, 2
 WRITES = 20000
 HUGE_PAGES = '/proc/sys/vm/nr_hugepages'
-LEASE_BREAK_TIME = '/proc/sys/fs/lease-break-time'
 
 
 def punch(fd, offset, length):
@@ -315,10 +314,8 @@ class Bypass(Case):
 
     def test_taken_by_the_kernel(self):
         """Nobody had a look until its time was over: the truncate has gone through, and nobody waits."""
-        with open(LEASE_BREAK_TIME, encoding='ascii') as f:
-            self.addCleanup(self.write, LEASE_BREAK_TIME, f.read())
         daemon = self.launch('[Revocation]\nRevokeGraceSec=20s\n[Files]\nReaders=admit\n')
-        self.write(LEASE_BREAK_TIME, '1')
+        self.set_lease_break_time(1)
 
         def ignore(say, hear):
             signal.signal(signal.SIGBUS, signal.SIG_DFL)

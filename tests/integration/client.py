@@ -39,6 +39,44 @@ machine_lock = open('/dev/shm/pinbroker-tests.lock', 'ab', buffering=0,
 fcntl.flock(machine_lock, fcntl.LOCK_EX)
 os.register_at_fork(after_in_child=machine_lock.close)
 
+LEASE_BREAK_TIME = '/proc/sys/fs/lease-break-time'
+original_lease_break_time = None
+
+
+def write_lease_break_time(seconds):
+    with open(LEASE_BREAK_TIME, 'w', encoding='ascii') as f:
+        f.write(str(seconds))
+
+
+def await_end_of_test(lock, test):
+    """In a process that has nothing of the test's, and is in no group that is killed with it."""
+    os.setsid()
+    os.dup2(lock, 0)
+    os.dup2(test, 1)
+    os.closerange(2, os.sysconf('SC_OPEN_MAX'))
+    select.select([1], [], [])
+    write_lease_break_time(original_lease_break_time)
+
+
+def set_lease_break_time(seconds):
+    """As before again when the test ends, whatever ends it: the machine's lock is kept until then."""
+    global original_lease_break_time  # pylint: disable=global-statement
+    if original_lease_break_time is None:
+        with open(LEASE_BREAK_TIME, encoding='ascii') as f:
+            original_lease_break_time = int(f.read())
+        lock, test = os.dup(machine_lock.fileno()), os.pidfd_open(os.getpid())
+        ready, end = os.pipe()
+        if os.fork() == 0:
+            try:
+                await_end_of_test(lock, test)
+            finally:
+                os._exit(0)
+        for fd in (lock, test, end):
+            os.close(fd)
+        os.read(ready, 1)
+        os.close(ready)
+    write_lease_break_time(seconds)
+
 SERVICE, PINBROKER = 'org.varlink.service', 'org.pinbroker'
 
 

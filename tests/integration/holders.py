@@ -21,7 +21,6 @@ LIBC = ctypes.CDLL(None, use_errno=True)
 PR_SET_DUMPABLE, PR_SET_KEEPCAPS = 4, 8
 CAP_SETUID = 7
 REVOCATIONS = 'org.pinbroker.ListRevocations'
-LEASE_BREAK_TIME = '/proc/sys/fs/lease-break-time'
 
 
 class Process:
@@ -179,9 +178,7 @@ class Holders(Case):
 
     def test_no_time_left_to_die(self):
         """A holder that SIGKILL does not end in time: the last step, too, ends before the kernel's patience."""
-        with open('/proc/sys/fs/lease-break-time', encoding='ascii') as f:
-            self.addCleanup(self.write, '/proc/sys/fs/lease-break-time', f.read())
-        self.write('/proc/sys/fs/lease-break-time', '2')
+        self.set_lease_break_time(2)
         hanging = HangingFiles(os.path.join(self.dir, 'hanging'))
         self.addCleanup(hanging.close)
         self.launch('[Revocation]\nRevokeGraceSec=0\nSignalOnTimeout=none\n')
@@ -243,9 +240,7 @@ class Holders(Case):
             del holder
 
         # the pin stays, which is told when the kernel waits no longer: there is nobody whom a signal may end
-        with open(LEASE_BREAK_TIME, encoding='ascii') as f:
-            self.addCleanup(self.write, LEASE_BREAK_TIME, f.read())
-        self.write(LEASE_BREAK_TIME, '2')
+        self.set_lease_break_time(2)
         process = Process(self, manager)
         self.assertEqual([process.hear(), process.hear()], ['lost', 'False'])
         self.assertEqual(os.waitpid(process.pid, os.WNOHANG), (0, 0))

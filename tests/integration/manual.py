@@ -25,7 +25,6 @@ CTL = os.path.join(BUILD, 'client', 'pinbrokerctl')
 DAEMON = os.environ['PINBROKERD']
 VERBS = os.path.exists(os.path.join(BUILD, 'client', 'libpinbroker-verbs.so'))
 EXAMPLE = os.environ['PINBROKER_EXAMPLE']
-LEASE_BREAK_TIME = '/proc/sys/fs/lease-break-time'
 
 # Commands in examples that cannot be run here, and why.
 NOT_RUN = {
@@ -422,14 +421,11 @@ class Catalog(Case):
     def settled(self):
         """A lease that settles, a truncate that is waited for, and nonsense."""
         daemon = self.start()
-        with open(LEASE_BREAK_TIME, encoding='ascii') as f:
-            seconds = f.read()
-        self.addCleanup(self.write, LEASE_BREAK_TIME, seconds)
-        self.write(LEASE_BREAK_TIME, '1')
+        self.set_lease_break_time(1)
         # it is not known who waits before it has been looked for, nor if he does not wait any more by then
         self.held('--access', 'write', '--on-revoke', 'ignore')
         daemon.wait_for_log(self.logged('LEASE_SETTLED'))
-        self.write(LEASE_BREAK_TIME, seconds)
+        self.set_lease_break_time(45)
         _, result = self.truncate()
         daemon.wait_for_log(self.logged('REVOKE_BLAMED'))
         self.truncated(result)

@@ -25,33 +25,6 @@
 /* How much later than its time a revocation may end, on a machine that has more to do. */
 #define LATE_MSEC (250 * slowness() + kept_msec())
 
-static const char lease_break_time[] = "/proc/sys/fs/lease-break-time";
-static char old_break_time[16];
-
-static void write_break_time(const char *value)
-{
-	int fd = open(lease_break_time, O_WRONLY | O_CLOEXEC);
-
-	(void)!write(fd, value, strlen(value));
-	close(fd);
-}
-
-static void restore_break_time(void)
-{
-	write_break_time(old_break_time);
-}
-
-static int save_break_time(void **state)
-{
-	int fd = open(lease_break_time, O_RDONLY | O_CLOEXEC);
-
-	if (read(fd, old_break_time, sizeof(old_break_time) - 1) <= 0)
-		return -1;
-	close(fd);
-	/* on a failed assertion, too */
-	return atexit(restore_break_time);
-}
-
 static int find_file(const struct pinbroker_file_info *info, void *userdata)
 {
 	*(struct pinbroker_file_info *)userdata = *info;
@@ -173,14 +146,14 @@ static void test_settling(void **state)
 	pid_t pid;
 	int fd;
 
-	write_break_time("2");
+	set_lease_break_time(2);
 	base = begin("", &options, &holder);
 	fd = timed_open(O_RDONLY, &usec);
 	assert_true(fd >= 0);
 	close(fd);
 	assert_in_range(usec, 500000, 4000000);
 	wait_for_lease(PINBROKER_LEASE_SETTLED);
-	restore_break_time();
+	restore_lease_break_time();
 
 	fd = timed_open(O_RDONLY, &usec);
 	assert_true(fd >= 0);
@@ -344,7 +317,7 @@ static void test_short_break_time(void **state)
 	int fd, status;
 	pid_t pid;
 
-	write_break_time("2");
+	set_lease_break_time(2);
 	world_start("");
 	mount_fs("tmpfs");
 	make_file();
@@ -355,7 +328,7 @@ static void test_short_break_time(void **state)
 	holder_expect(&holder, "notice truncate %d %d truncater", PAGE, pid);
 	holder_expect(&holder, "signal");
 	result = truncate_finish(pid, fd);
-	restore_break_time();
+	restore_lease_break_time();
 	assert_int_equal(result.error, 0);
 	/* 10 s of grace, 5 s after the signal, and 4 s for the rest, in 1.8 s */
 	assert_in_range(result.usec / 1000, 1400, 1950);
@@ -377,7 +350,7 @@ static void test_no_break_time(void **state)
 	pid_t pid;
 	int fd;
 
-	write_break_time("0");
+	set_lease_break_time(0);
 	base = begin("[Revocation]\nRevokeGraceSec=500ms\n", &options, &holder);
 	pid = truncate_start(&fd);
 	result = truncate_finish(pid, fd);
@@ -390,7 +363,7 @@ static void test_no_break_time(void **state)
 	assert_true(fd >= 0);
 	assert_true(usec < 1000000);
 	close(fd);
-	restore_break_time();
+	restore_lease_break_time();
 	holder_stop(&holder, SIGKILL);
 	world_stop();
 }
@@ -447,5 +420,5 @@ int main(void)
 		cmocka_unit_test(test_bus_lost),
 	};
 
-	return cmocka_run_group_tests(tests, save_break_time, NULL);
+	return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -46,8 +46,10 @@ int finish(pid_t pid, int sig); /* sig 0: just waits; fails if it does not end *
 void world_start(const char *config);
 /* Ends them, and sees the daemon exit with 0. */
 void world_stop(void);
-/* /proc/sys/fs/lease-break-time; as before again when the test ends, whatever ends it. */
+/* /proc/sys/fs/lease-break-time; as before again when the program ends, whatever ends it: it has the machine's
+ * lock until then. */
 void set_lease_break_time(unsigned seconds);
+void restore_lease_break_time(void);
 void start_bus(void);
 void start_daemon(void);
 void mount_fs(const char *fs);

@@ -22,6 +22,7 @@ import time
 import traceback
 import unittest
 
+import client
 from client import PAGE, WAIT, Connection, is_readable, truncate_in_child
 
 DAEMON = os.environ['PINBROKERD']
@@ -407,6 +408,11 @@ class Case(unittest.TestCase):
     def truncated(self, result):
         self.assertTrue(is_readable(result, WAIT), 'the truncate does not return')
         self.assertEqual(struct.unpack('idq', os.read(result, 64))[0], 0)
+
+    def set_lease_break_time(self, seconds):
+        """As before again after the case."""
+        client.set_lease_break_time(seconds)
+        self.addCleanup(client.write_lease_break_time, client.original_lease_break_time)
 
     def start_bus(self, *arguments):
         bus = self.spawn(['dbus-daemon', '--nofork', '--nopidfile', '--print-address=1',
