@@ -470,7 +470,8 @@ void file_touched(struct file *file, uint32_t mask)
 
 void file_revocation_ended(struct file *file, bool lost)
 {
-	if (lost || file_n_pinning(file) == 0)
+	/* it may have gone, and been taken again, before its revocation was over */
+	if (file->lease.state == LEASE_BREAKING && (lost || file_n_pinning(file) == 0))
 		release(file);
 	else
 		file_update(file);

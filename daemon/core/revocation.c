@@ -71,11 +71,17 @@ const char *revocation_path(const struct revocation *rev)
 	return rev->path ? rev->path : "several files";
 }
 
+/* What of the kernel's time may be used. */
+static uint64_t less_margin(uint64_t usec)
+{
+	return usec - (usec / MARGIN_PART < MARGIN_USEC ? usec / MARGIN_PART : MARGIN_USEC);
+}
+
 /* The whole ladder has to fit before the kernel takes the lease. */
 static void plan(struct revocation *rev, uint64_t grace_usec, uint64_t broken_usec)
 {
 	const struct config *config = rev->broker->config;
-	uint64_t later, total, budget = lease_break_usec();
+	uint64_t later, total, whole = lease_break_usec(), budget = whole;
 
 	if (grace_usec == UINT64_MAX)
 		grace_usec = config->revoke_grace_usec;
@@ -87,7 +93,7 @@ static void plan(struct revocation *rev, uint64_t grace_usec, uint64_t broken_us
 	/* found late, after a restart */
 	if (budget != USEC_INFINITY && rev->start_usec > broken_usec)
 		budget -= rev->start_usec - broken_usec < budget ? rev->start_usec - broken_usec : budget;
-	budget -= budget / MARGIN_PART < MARGIN_USEC ? budget / MARGIN_PART : MARGIN_USEC;
+	budget = less_margin(budget);
 	if (__builtin_add_overflow(grace_usec, later, &total))
 		total = UINT64_MAX;
 
@@ -106,13 +112,16 @@ static void plan(struct revocation *rev, uint64_t grace_usec, uint64_t broken_us
 			  (double)budget / 1e6, (double)total / 1e6, scale * 100);
 	}
 	/* Nobody waits without bound, also where the kernel would let him. */
-	if (lease_break_usec() == USEC_INFINITY)
-		budget = rev->by_break && total > BUDGET_USEC ? total : BUDGET_USEC;
+	if (whole == USEC_INFINITY)
+		whole = budget = rev->by_break && total > BUDGET_USEC ? total : BUDGET_USEC;
+	else
+		whole = less_margin(whole);
 	if (__builtin_add_overflow(rev->start_usec, grace_usec, &rev->deadline_usec))
 		rev->deadline_usec = UINT64_MAX / 2;
 	rev->latest_usec = rev->by_break ? rev->start_usec + budget - later
 					 : rev->deadline_usec + budget;
-	rev->last_usec = rev->start_usec + budget;
+	/* Found late, it may have come only just before: the kernel itself knows how long it waits. */
+	rev->last_usec = rev->start_usec + whole;
 }
 
 static int on_timer(sd_event_source *source, uint64_t usec, void *userdata)
