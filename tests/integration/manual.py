@@ -269,18 +269,13 @@ class Examples(Case):
         subprocess.run(['mount', '-t', 'tmpfs', 'tmpfs', self.mount], check=True)
         self.addCleanup(subprocess.run, ['umount', '-l', self.mount], stderr=subprocess.DEVNULL, check=False)
 
-    def write_files(self):
-        for directory in (self.dir, self.mount):
-            with open(os.path.join(directory, 'data'), 'wb') as f:
-                f.truncate(SIZE)
-
     def environment(self):
         programs = os.path.join(self.dir, 'programs')
         os.mkdir(programs)
         for program in (CTL, DAEMON):
             os.symlink(program, os.path.join(programs, os.path.basename(program)))
         return dict(os.environ, PINBROKER_SOCKET=self.path, PINBROKER_BUS=self.address,
-                    PATH=programs + ':' + os.environ['PATH'])
+                    DBUS_SYSTEM_BUS_ADDRESS=self.address, PATH=programs + ':' + os.environ['PATH'])
 
     def examples(self, name):
         for text in literals(section(page(name), 'EXAMPLES')):
@@ -289,15 +284,18 @@ class Examples(Case):
                 text = text.replace(there, here)
             yield Example(self, text)
 
-    def run_examples(self, name, files=True):
-        """Each with a broker of its own, whose identifiers begin at 1; files: those that it needs are there."""
+    def run_examples(self, name):
+        """One after the other, with what those before have made, each with a broker of its own, whose identifiers
+        begin at 1. What they cut off is there again.
+        """
         env = self.environment()
+        os.unlink(self.file)
         self.start_bus()
         for example in self.examples(name):
             if set(example.commands) & set(NOT_RUN):
                 continue
-            if files:
-                self.write_files()
+            if os.path.exists(self.file):
+                os.truncate(self.file, SIZE)
             daemon = self.start()
             daemon.wait_for_log('On the bus as')
             example.run(env)
@@ -308,8 +306,18 @@ class Examples(Case):
         self.run_examples('pinbrokerctl.1')
 
     def test_pinbrokerd(self):
-        os.unlink(self.file)
-        self.run_examples('pinbrokerd.8', files=False)
+        self.run_examples('pinbrokerd.8')
+
+    def test_bus(self):
+        self.run_examples('org.pinbroker1.5')
+
+    def test_configurations(self):
+        """Those of pinbroker.conf(5) are taken without a complaint."""
+        for text in literals(section(page('pinbroker.conf.5'), 'EXAMPLES')):
+            self.write(self.config, text)
+            daemon = self.start()
+            self.expect_end(daemon)
+            self.assertNotIn(self.config, daemon.text())
 
     def test_tour(self):
         """The commands of the README as they stand there, after those that set the stage."""
