@@ -220,7 +220,8 @@ static int unpin_go_on(struct unpinning *u, struct refusal *ret_refusal)
 	/* Said is said, also by who has closed the connection meanwhile. */
 	while (r == 0 && u->i < u->n_pins) {
 		r = u->checked ? unpin_next(u) : unpin_check(u, client, ret_refusal);
-		if (r == 0 && slice_is_over(&slice))
+		/* The last pin is answered for at once: the daemon may end with it. */
+		if (r == 0 && u->i < u->n_pins && slice_is_over(&slice))
 			r = sd_event_source_set_enabled(u->source, SD_EVENT_ONESHOT) ?: CALL_PENDING;
 	}
 	return r == CALL_PENDING ? r : unpin_answer(u, r, ret_refusal);
