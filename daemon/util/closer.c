@@ -20,7 +20,7 @@
 
 #define CLOSES_PER_RUN   64U
 #define INTERRUPT_SIGNAL SIGURG
-#define INTERRUPT_NSEC   1000000L
+#define INTERRUPT_USEC   1000U
 #define NUMBERS_MAX      (16U * 1024 * 1024)
 
 struct closer {
@@ -339,15 +339,31 @@ static bool is_socket(int fd)
 	return getsockopt(fd, SOL_SOCKET, SO_TYPE, &type, &size) == 0;
 }
 
+static void set_interrupts(uint64_t usec)
+{
+	struct timespec ts = {(time_t)(usec / USEC_PER_SEC), (long)(usec % USEC_PER_SEC * 1000)};
+
+	timer_settime(interrupter, 0, &(struct itimerspec){ts, ts}, NULL);
+}
+
+bool interrupts_begin(uint64_t usec)
+{
+	if (interrupts)
+		set_interrupts(usec);
+	return interrupts;
+}
+
+void interrupts_end(void)
+{
+	set_interrupts(0);
+}
+
 void interruptible_close(int fd)
 {
-	static const struct itimerspec on = {{0, INTERRUPT_NSEC}, {0, INTERRUPT_NSEC}}, off;
-
-	if (!interrupts || !is_socket(fd)) {
+	if (!is_socket(fd) || !interrupts_begin(INTERRUPT_USEC)) {
 		close(fd);
 		return;
 	}
-	timer_settime(interrupter, 0, &on, NULL);
 	close(fd);
-	timer_settime(interrupter, 0, &off, NULL);
+	interrupts_end();
 }

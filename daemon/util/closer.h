@@ -66,10 +66,12 @@ void closer_collect(struct closer *closer);
 unsigned closer_unfinished(const struct closer *closer);
 
 /*
- * For threads that close strangers' sockets: SO_LINGER makes a close wait as long as its sender
- * pleases, unless a signal comes. Between start and stop interruptible_close() has one come every
- * now and then.
+ * For threads that do what can wait as long as a stranger pleases, unless a signal comes: SO_LINGER makes
+ * a close do so. Between start and stop one can be had every now and then: between interrupts_begin(),
+ * which returns false where there are none, and interrupts_end(), and by interruptible_close().
  */
 void interrupter_start(void);
 void interrupter_stop(void);
+bool interrupts_begin(uint64_t usec);
+void interrupts_end(void);
 void interruptible_close(int fd);

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 #include "world.h"
 
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/filter.h>
@@ -453,6 +454,56 @@ static void test_noise(void **state)
 	world_stop();
 }
 
+static bool daemon_has_ring(void)
+{
+	char path[64], target[32];
+	struct dirent *entry;
+	bool has = false;
+	DIR *d;
+
+	snprintf(path, sizeof(path), "/proc/%d/fd", daemon_pid);
+	d = opendir(path);
+	assert_non_null(d);
+	while (!has && (entry = readdir(d))) {
+		ssize_t n = readlinkat(dirfd(d), entry->d_name, target, sizeof(target) - 1);
+
+		target[n < 0 ? 0 : n] = 0;
+		has = strcmp(target, "anon_inode:[io_uring]") == 0;
+	}
+	closedir(d);
+	return has;
+}
+
+/* What others pin once it has been closed is no contradiction, however late the kernel frees its pages. */
+static void test_pinned_meanwhile(void **state)
+{
+	static const struct hideout nowhere = {.kind = RING, .hide = hide_nothing};
+	struct context other = {.fd = ring_new()};
+	long base = begin();
+	pid_t holder = start_holder(&nowhere), pid;
+	struct result result;
+	int fd;
+
+	kill(holder, SIGKILL);
+	assert_int_equal(waitpid(holder, NULL, 0), holder);
+	for (unsigned i = 0; daemon_has_ring(); i++) {
+		assert_true(i < WAIT_MSEC);
+		usleep(1000);
+	}
+	other.map = mmap(NULL, SIZE, PROT_READ | PROT_WRITE,
+		MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
+	ring_pin(&other);
+	pid = truncate_start(&fd);
+	result = truncate_finish(pid, fd);
+	assert_int_equal(result.error, 0);
+	assert_in_range(result.usec / 1000, 0, SOON_MSEC);
+	kill(-holder, SIGKILL);
+	close(other.fd);
+	munmap(other.map, SIZE);
+	wait_pinned(base, 0);
+	world_stop();
+}
+
 /* --- the holder lives, and has it no more --- */
 
 /* It executes another program; everything else is closed as it does. */
@@ -564,6 +615,7 @@ int main(void)
 		HIDEOUT(8, test_hideout),
 		{.name = "lost", .test_func = test_lost, .initial_state = &hideouts[8]},
 		cmocka_unit_test(test_noise),
+		cmocka_unit_test(test_pinned_meanwhile),
 		cmocka_unit_test(test_exec),
 		cmocka_unit_test(test_exec_xdp),
 		cmocka_unit_test(test_exec_opaque),
