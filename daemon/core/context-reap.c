@@ -25,6 +25,9 @@
 #define HEIR_USEC (1 * USEC_PER_SEC)
 /* A holder that is told to let go is looked at so often. */
 #define LOOK_AGAIN_USEC (1 * USEC_PER_SEC)
+/* Linux 6.1 may free the pages of a request that was in flight a second after its end: so late is what contradicts
+ * told. */
+#define LATE_USEC (2 * USEC_PER_SEC)
 
 struct other {
 	struct context_job *job;
@@ -174,6 +177,7 @@ static void close_run(struct job *job)
 		j->ops->clear(j->fd);
 	interruptible_close(j->fd);
 	j->closed = true;
+	j->doubt.closed_usec = now_usec();
 	if (j->ops->frees_usec > 0)
 		released = pin_counter_wait(&j->doubt.counter,
 			pages.most > 0 ? pages.most : j->n_pages, j->ops->frees_usec);
@@ -319,7 +323,7 @@ static void judge_pins(struct context_job *j)
 	context->doubt = j->doubt;
 	observe_context(context, OBSERVED_RECORDED);
 	j->ended = !context_is_doubtful(context);
-	if (!j->ended && j->fd < 0)
+	if (!j->ended && j->fd < 0 && now_usec() - j->doubt.closed_usec >= LATE_USEC)
 		tell_doubt(context);
 	if (j->ended && !j->holder_dead && !j->let_go)
 		log_abandoned(context);

@@ -34,6 +34,7 @@ struct context_doubt {
 	struct pin_counter counter; /* as it was before our copy was closed */
 	uint64_t n_pages;           /* nothing that was pinned was let go of then: so many at most; 0: it was */
 	pid_t unseen;               /* may have it, and cannot be looked into; 0: nobody */
+	uint64_t closed_usec;       /* when that was */
 	bool told;                  /* the log says so */
 };
 
