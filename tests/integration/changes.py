@@ -6,7 +6,7 @@ import os
 import signal
 import time
 
-from client import PAGE, Connection, World, equal, expect, is_readable, truncate_in_child
+from client import PAGE, SLOWNESS, Connection, World, equal, expect, is_readable, truncate_in_child
 from objects import NULL, ROOT
 from rules import Holder, ranges
 from sdbus import SIGNAL, Bus
@@ -196,7 +196,7 @@ def test_bus_that_does_not_read(world, mirror):
 
 
 def main():
-    signal.alarm(300)
+    signal.alarm(300 if SLOWNESS < 10 else 800)
     with World() as world:
         world.start(f'[Limits]\nMaxFilesPerUser={FILES_MAX}\n')
         mirror = Mirror(world)
