@@ -199,9 +199,9 @@ static void page_search_free(struct page_search *s)
 /* Is anything of it nowhere on the disk, nor to be written there? Without an answer: no. */
 static bool has_hole(int fd, uint64_t from, uint64_t to)
 {
-	struct {
+	union {
 		struct fiemap map;
-		struct fiemap_extent extents[EXTENTS];
+		char size[sizeof(struct fiemap) + EXTENTS * sizeof(struct fiemap_extent)];
 	} m;
 
 	while (from < to) {
@@ -210,9 +210,11 @@ static bool has_hole(int fd, uint64_t from, uint64_t to)
 		if (ioctl(fd, FS_IOC_FIEMAP, &m) < 0)
 			return false;
 		for (unsigned i = 0; i < m.map.fm_mapped_extents; i++) {
-			if (m.extents[i].fe_logical > from)
+			const struct fiemap_extent *extent = &m.map.fm_extents[i];
+
+			if (extent->fe_logical > from)
 				return true;
-			from = m.extents[i].fe_logical + m.extents[i].fe_length;
+			from = extent->fe_logical + extent->fe_length;
 		}
 		if (m.map.fm_mapped_extents < EXTENTS)
 			return from < to;

@@ -259,16 +259,15 @@ static void __attribute__((noreturn)) await_end_of_test(int lock, int test)
 static void start_guard(void)
 {
 	int ready[2], lock = dup(machine_lock), test = pidfd_open(getpid(), 0);
+	pid_t pid;
 	char c;
 
 	assert_true(lock >= 0 && test >= 0);
 	assert_int_equal(pipe2(ready, O_CLOEXEC), 0);
-	switch (fork()) {
-	case -1:
-		fail_msg("no process");
-	case 0:
+	pid = fork();
+	assert_true(pid >= 0);
+	if (pid == 0)
 		await_end_of_test(lock, test);
-	}
 	close(lock);
 	close(test);
 	close(ready[1]);
