@@ -242,7 +242,8 @@ static void *say_when_alone(void *userdata)
 
 static void test_first_thread_ended(void **state)
 {
-	int fd = eventfd(0, EFD_CLOEXEC), fds[2];
+	static int fds[2]; /* outlives the first thread's stack */
+	int fd = eventfd(0, EFD_CLOEXEC);
 	pid_t pid, found = 0;
 	struct search search = { .fd = fd, .found = remember, .userdata = &found };
 	char c;
