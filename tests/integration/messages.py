@@ -325,7 +325,9 @@ class Trouble(Tool):
 
         for args in (('list',), ('status',), ('hold', self.file, '--', 'true')):
             n_failed = 0
-            for n in range(8 if os.environ.get('PINBROKER_SANITIZED') else 5, 100):
+            # with fewer a sanitizer does not start
+            least = 8 if os.environ.get('PINBROKER_SANITIZED') else 5
+            for n in range(least, 100):
                 status, _, err = self.tool(*args, before=limited(f'-n {n}'))
                 if status == OK:
                     break
@@ -334,7 +336,8 @@ class Trouble(Tool):
                 self.assertRegex(err, rb'\(ulimit -n\)')
                 self.assertNotIn(b'systemctl', err)
             self.assertEqual(status, OK)
-            self.assertGreater(n_failed, 0)
+            if least == 5:
+                self.assertGreater(n_failed, 0)
         self.expect_failure(OSERR, r'\(ulimit -l\)', 'hold', self.file, before=limited('-l 0'), nobody=True)
         status, _, err = self.tool('hold', self.file, '--', 'true', before=limited('-u 0'), nobody=True)
         self.assertEqual(status, OSERR)
