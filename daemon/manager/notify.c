@@ -234,7 +234,6 @@ int notifier_open(struct notifier *n, sd_event *event,
 			    "nothing.", name);
 		return 0;
 	}
-	n->event = sd_event_ref(event);
 	n->describe = describe;
 	n->userdata = userdata;
 	STAILQ_INIT(&n->messages);
@@ -242,6 +241,7 @@ int notifier_open(struct notifier *n, sd_event *event,
 	n->fd = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
 	if (n->fd < 0)
 		return -errno;
+	n->event = sd_event_ref(event);
 	r = sd_event_add_io(event, &n->writable, n->fd, EPOLLOUT, on_notifier_writable, n);
 	if (r >= 0)
 		r = sd_event_source_set_enabled(n->writable, SD_EVENT_OFF);
