@@ -107,9 +107,11 @@ static int do_ended(void)
 	return r < 0 ? r : n == 1 ? 0 : -EINVAL;
 }
 
-static int keep(int fd)
+static int keep(int fd, uid_t uid)
 {
 	if (fork() == 0) {
+		if (setresuid(uid, uid, uid) < 0)
+			_exit(EXIT_FAILURE);
 		/* not what the test reads */
 		if (dup2(open("/dev/null", O_RDWR), STDOUT_FILENO) < 0)
 			_exit(EXIT_FAILURE);
@@ -124,17 +126,22 @@ static int keep(int fd)
 
 static int do_keep_both(void)
 {
-	return keep(-1);
+	return keep(-1, 0);
+}
+
+static int do_keep_both_as_another(void)
+{
+	return keep(-1, 65534);
 }
 
 static int do_keep_container(void)
 {
-	return keep(group);
+	return keep(group, 0);
 }
 
 static int do_keep_group(void)
 {
-	return keep(container);
+	return keep(container, 0);
 }
 
 static int do_remove(void)
@@ -153,6 +160,7 @@ int main(int argc, char *argv[])
 		{"unpin", do_unpin},
 		{"ended", do_ended},
 		{"keep-both", do_keep_both},
+		{"keep-both-as-another", do_keep_both_as_another},
 		{"keep-container", do_keep_container},
 		{"keep-group", do_keep_group},
 		{"remove", do_remove},

@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """A file's pages mapped for a device through the IOMMU: a VFIO container, which the emulated card's group is in."""
+import contextlib
 import glob
 import json
 import os
@@ -44,6 +45,11 @@ def children(pid):
         return [int(child) for child in f.read().split()]
 
 
+def end(pidfd):
+    with contextlib.suppress(ProcessLookupError):
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+
+
 def configure(force):
     os.makedirs(os.path.dirname(DROP_IN), exist_ok=True)
     with open(DROP_IN, 'w', encoding='utf-8') as f:
@@ -51,6 +57,20 @@ def configure(force):
         if force:
             f.write('ForceUnmap=yes\n')
     output('systemctl', 'restart', SERVICE)
+
+
+def set_lease_break_time(seconds):
+    """How it was before."""
+    with open('/proc/sys/fs/lease-break-time', 'r+', encoding='ascii') as f:
+        before = f.read()
+        f.write(seconds)
+    return before
+
+
+def setUpModule():
+    """The ladder fits into it, and where nobody is signalled it is waited for."""
+    before = set_lease_break_time('15')
+    unittest.addModuleCleanup(set_lease_break_time, before)
 
 
 def tearDownModule():
@@ -85,10 +105,12 @@ class Case(unittest.TestCase):
         self.addCleanup(os.waitpid, pid, 0)
         return result
 
-    def expect_truncated(self, result, least=0):
+    def expect_truncated(self, result, least=0, pages=0):
+        """So many were pinned still when it returned."""
         self.assertTrue(is_readable(result, TIMEOUT), 'the truncate does not return')
-        error, seconds, _ = struct.unpack('idq', os.read(result, 64))
+        error, seconds, pinned_then = struct.unpack('idq', os.read(result, 64))
         self.assertEqual(error, 0, os.strerror(error))
+        self.assertLessEqual(abs(pinned_then - self.before - pages), NOISE)
         self.assertGreaterEqual(seconds, least)
         self.assertEqual(os.stat(self.path).st_size, PAGE)
 
@@ -120,14 +142,15 @@ class Case(unittest.TestCase):
             self.assertLess(time.monotonic(), end)
 
     def die(self, holder, keeping):
-        """It is killed, with a child that keeps what it has of the container."""
+        """It is killed, with a child, of which this is the pidfd, that keeps what it has of the container."""
         holder.tell('keep-' + keeping)
         child, = children(holder.pid)
         pidfd = os.pidfd_open(child)
         self.addCleanup(os.close, pidfd)
-        self.addCleanup(signal.pidfd_send_signal, pidfd, signal.SIGKILL)
+        self.addCleanup(end, pidfd)
         os.kill(holder.pid, signal.SIGKILL)
         holder.process.wait()
+        return pidfd
 
 
 class Default(Case):
@@ -171,17 +194,28 @@ class Default(Case):
         self.expect_pinned(0)
 
     def test_killed_keeping_both(self):
-        """Pages that a child's device writes to are taken away in the end, which is said."""
-        self.die(self.hold(), 'both')
-        self.expect_truncated(self.truncate())
+        """The child goes on in its place: it has the time that its parent would have had, and is signalled."""
+        child = self.die(self.hold(), 'both')
+        self.expect_pinned(SIZE // PAGE)
+        self.expect_truncated(self.truncate(), GRACE * 0.9)
+        self.assertTrue(is_readable(child, TIMEOUT))
+        self.expect_outcome('released', 'presumed')
+        self.expect_pinned(0)
+
+    def test_killed_keeping_both_as_another(self):
+        """What is another user's by now is no heir, and not signalled: the pages that its device writes to are taken
+        away in the end, which is said."""
+        child = self.die(self.hold(), 'both-as-another')
+        self.expect_truncated(self.truncate(), pages=SIZE // PAGE)
         self.expect_outcome('lost', None)
+        self.assertFalse(is_readable(child, 0))
         self.expect_pinned(SIZE // PAGE)
 
     def test_killed_keeping_group(self):
         """Nobody is found with the container, and the kernel knows better."""
         self.die(self.hold(), 'group')
         self.expect_pinned(SIZE // PAGE)
-        self.expect_truncated(self.truncate())
+        self.expect_truncated(self.truncate(), pages=SIZE // PAGE)
         self.expect_outcome('lost', None)
 
     def test_killed_keeping_container(self):
